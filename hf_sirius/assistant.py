@@ -1,0 +1,145 @@
+"""`make_sparse`: builds a twin and lets stock `model.generate(..., assistant_model=twin)` find its way to it.
+
+Three methods are laid over the dense *instance*, and taken off again with its last twin. `generate` opens the call, so that everything
+the call leaves on modules is gone when it ends, however it ends. `_get_stopping_criteria` and `_get_candidate_generator` are
+private to transformers and used nowhere else; tests/test_assistant.py fails loudly if their signatures change.
+"""
+
+import functools
+import types
+import weakref
+from typing import Any
+
+from transformers import GenerationMixin, PreTrainedModel
+
+from .call import Call
+from .config import SiriusConfig, check_field_names
+from .drafting import SiriusCandidateGenerator
+from .mlp import find_mlps
+from .twin import SparseTwin, build_twin, check_batch_size
+
+
+_ABSENT = object()
+# dense model -> (its twins, what stood in its __dict__ under the names that are laid over)
+_attached: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[weakref.WeakSet, dict[str, Any]]]" = weakref.WeakKeyDictionary()
+
+
+def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fields: Any) -> SparseTwin:
+    """Returns the contextually sparse twin of a causal language model, which drafts for it in stock `generate`.
+
+        sparse = make_sparse(model, method="griffin", density=0.5)
+        model.generate(**inputs, assistant_model=sparse)
+
+    The twin is of the model's class and shares its weights; the model's modules and state dict stay as they are. Several twins of one
+    model can live side by side. `twin.detach()`, or the twin as a context manager, takes the bond back.
+
+    Args:
+        model: the dense model, with its weights loaded.
+        config: the settings; `SiriusConfig()` by default.
+        fields: fields of the config, which win over those of `config`.
+
+    Raises:
+        `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value that is not allowed, a
+        model without an MLP of a known kind, one on the meta device, a twin, or a calibration of another model.
+    """
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise TypeError(
+            f"make_sparse takes a transformers model that can generate (such as AutoModelForCausalLM loads), got {type(model).__name__}"
+        )
+    if isinstance(model, SparseTwin):
+        raise ValueError("this model is a sparse twin already: call make_sparse on its dense_model")
+    if config is not None and not isinstance(config, SiriusConfig):
+        raise TypeError(
+            f"config must be a SiriusConfig, got {type(config).__name__}: use SiriusConfig.from_dict or from_pretrained, or pass fields by name"
+        )
+    check_field_names(fields)
+    config = (config or SiriusConfig()).replace(**fields)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; hf_sirius takes decoder-only language models")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has parameters on the meta device (not loaded, or offloaded by accelerate): load the whole model "
+            "into memory first, with from_pretrained and without a device_map that offloads"
+        )
+    sites = find_mlps(model)
+    if config.calibration is not None:
+        config.calibration.check_model(sites)
+    twin = build_twin(model, config, sites)
+    _attach(twin)
+    return twin
+
+
+def _attach(twin: SparseTwin) -> None:
+    model = twin.dense_model
+    if model not in _attached:
+        _attached[model] = (weakref.WeakSet(), {name: model.__dict__.get(name, _ABSENT) for name in _OVERLAYS})
+        for name, overlay in _OVERLAYS.items():
+            wrapped = functools.update_wrapper(functools.partial(overlay), getattr(type(model), name))
+            model.__dict__[name] = types.MethodType(wrapped, model)
+    _attached[model][0].add(twin)
+
+
+def detach(twin: SparseTwin) -> None:
+    """Takes the bond between a twin and its dense model back; the last twin's end puts the instance back as it was."""
+    model = twin.dense_model
+    twins, before = _attached.get(model, (weakref.WeakSet(), {}))
+    twins.discard(twin)
+    if before and not twins:
+        del _attached[model]
+        for name, value in before.items():
+            if value is _ABSENT:
+                model.__dict__.pop(name, None)
+            else:
+                model.__dict__[name] = value
+
+
+def _drafts_for(twin: Any, model: PreTrainedModel) -> bool:
+    return isinstance(twin, SparseTwin) and model in _attached and twin in _attached[model][0]
+
+
+def _underlying(model: PreTrainedModel, name: str):
+    """Returns the bound method that an overlay covers."""
+    before = _attached[model][1][name] if model in _attached else _ABSENT
+    return types.MethodType(getattr(type(model), name), model) if before is _ABSENT else before
+
+
+def _generate(model: PreTrainedModel, *args, **kwargs):
+    generate = _underlying(model, "generate")
+    twin = kwargs.get("assistant_model", args[6] if len(args) > 6 else None)
+    if not _drafts_for(twin, model):
+        return generate(*args, **kwargs)
+    for prompt in (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))):
+        check_batch_size(prompt)
+    with twin.new_call():
+        return generate(*args, **kwargs)
+
+
+def _get_stopping_criteria(model: PreTrainedModel, *args, **kwargs):
+    criteria = _underlying(model, "_get_stopping_criteria")(*args, **kwargs)
+    call = Call.current()
+    if call is not None and call.model is model:
+        call.stopping_criteria = criteria
+    return criteria
+
+
+def _get_candidate_generator(
+    model: PreTrainedModel, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, **kwargs
+):
+    if not _drafts_for(assistant_model, model):
+        return _underlying(model, "_get_candidate_generator")(
+            generation_config=generation_config, input_ids=input_ids, inputs_tensor=inputs_tensor, logits_processor=logits_processor,
+            model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs,
+        )  # fmt: skip
+    if generation_config.assistant_ensemble_weight is not None:
+        raise ValueError(
+            "assistant_ensemble_weight blends the draft's probabilities into the model's, while a sparse twin is verified by its "
+            "likelihood threshold: leave assistant_ensemble_weight out and lower SiriusConfig.threshold instead"
+        )
+    return SiriusCandidateGenerator(assistant_model, Call.current(), generation_config, logits_processor)
+
+
+_OVERLAYS = {
+    "generate": _generate,
+    "_get_stopping_criteria": _get_stopping_criteria,
+    "_get_candidate_generator": _get_candidate_generator,
+}

@@ -1,0 +1,160 @@
+"""What a user may choose: `SiriusConfig`. It knows no model and changes none."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import PushToHubMixin, cached_file
+
+from .calibration import CALIBRATION_NAME, Calibration
+from .sparsity import check_method_name
+
+
+CONFIG_NAME = "sirius_config.json"
+SELECTIONS = ("threshold", "topk")
+
+
+@dataclasses.dataclass(frozen=True)
+class SiriusConfig(PushToHubMixin):
+    """The settings of a sparse twin and of its correction. Frozen: derive another one with `config.replace(density=0.3)`.
+
+    Args:
+        method (`str`, defaults to `"cats"`):
+            How neurons are chosen. `"cats"`: per token, by |act(gate_proj x)| (fine-grained; FSparse in the paper).
+            `"griffin"`: once per prompt, from the prefill's activations (coarse-grained; CSparse in the paper).
+        density (`float`, defaults to 0.5):
+            Share of the neurons of each MLP that a draft step keeps, in (0, 1].
+        kernel_size (`int`, defaults to 16):
+            Tokens per cycle: `kernel_size - 1` drafted ones and one of the full model. At least 2.
+        threshold (`float`, defaults to 0.1):
+            A drafted token is kept if it is the full model's argmax or its likelihood is at least this, in [0, 1].
+            1.0 gives the full model's output: token for token when greedy, the same distribution when sampling.
+        temperature (`float`, defaults to 0.6):
+            Temperature of the softmax in which that likelihood is read. Greater than 0.
+        selection (`str`, defaults to `"threshold"`):
+            For `"cats"`. `"threshold"`: a neuron is kept while it exceeds its layer's threshold (from `calibration`, or
+            else from the prompt), so that the share kept varies by token. `"topk"`: exactly the largest share per token.
+        calibration ([`Calibration`], *optional*):
+            For `"cats"` with thresholds: what [`calibrate`] measured on a corpus. Saved and loaded with the config.
+    """
+
+    method: str = "cats"
+    density: float = 0.5
+    kernel_size: int = 16
+    threshold: float = 0.1
+    temperature: float = 0.6
+    selection: str = "threshold"
+    calibration: Calibration | None = None
+
+    def __post_init__(self):
+        check_method_name(self.method)
+        _check_number("density", self.density, "in (0, 1], the share of neurons to keep", lambda x: 0 < x <= 1)
+        _check_number("threshold", self.threshold, "in [0, 1], a likelihood", lambda x: 0 <= x <= 1)
+        _check_number("temperature", self.temperature, "greater than 0", lambda x: x > 0)
+        if not isinstance(self.kernel_size, int) or isinstance(self.kernel_size, bool):
+            raise TypeError(f"kernel_size must be an int, got {self.kernel_size!r}")
+        if self.kernel_size < 2:
+            raise ValueError(
+                f"kernel_size must be at least 2 (one drafted token and one of the full model), got {self.kernel_size}. "
+                "Without drafts there is nothing to correct: call model.generate without an assistant instead."
+            )
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {list(SELECTIONS)}, got {self.selection!r}")
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+            raise TypeError(
+                f"calibration must be a hf_sirius.Calibration, got {type(self.calibration).__name__}. "
+                "Make one with hf_sirius.calibrate(...) or load it with Calibration.from_pretrained(...)."
+            )
+        if self.method != "cats" and (self.selection != "threshold" or self.calibration is not None):
+            raise ValueError(
+                f"selection and calibration belong to method='cats', but the method is {self.method!r}: leave them out"
+            )
+        if self.selection == "topk" and self.calibration is not None:
+            raise ValueError("selection='topk' needs no thresholds: leave calibration out, or use selection='threshold'")
+
+    def replace(self, **fields: Any) -> "SiriusConfig":
+        """Returns a copy with the given fields changed, validated anew."""
+        check_field_names(fields)
+        return dataclasses.replace(self, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain values; a calibration is left out, as it has a file of its own."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "calibration"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], calibration: Calibration | None = None) -> "SiriusConfig":
+        """Builds a config from `to_dict`'s result. Raises `ValueError` for a name that is not a field."""
+        values = {name: value for name, value in values.items() if name != "hf_sirius_version"}
+        check_field_names(values)
+        return cls(**values, calibration=calibration)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `sirius_config.json` (and the thresholds, if calibrated) to a directory, created if need be.
+
+        With `push_to_hub=True` the files go to the hub as well; `kwargs` are those of `push_to_hub` (`repo_id`, ...).
+        """
+        from . import __version__
+
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise ValueError(f"save_directory must be a directory, but {str(directory)!r} is a file")
+        directory.mkdir(parents=True, exist_ok=True)
+        if push_to_hub:
+            commit_message = kwargs.pop("commit_message", None)
+            repo_id = kwargs.pop("repo_id", directory.name)
+            create_keys = ("token", "private", "exist_ok")
+            repo_id = self._create_repo(repo_id, **{key: kwargs.pop(key) for key in create_keys if key in kwargs})
+            timestamps = self._get_files_timestamps(directory)
+        if self.calibration is not None:
+            self.calibration.save_pretrained(directory)
+        text = json.dumps({"hf_sirius_version": __version__, **self.to_dict()}, indent=2)
+        (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        if push_to_hub:
+            self._upload_modified_files(directory, repo_id, timestamps, commit_message=commit_message, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_name_or_path: str | os.PathLike, **kwargs) -> "SiriusConfig":
+        """Loads a config (and its thresholds, if saved with it) from a directory or a hub repository.
+
+        Args:
+            pretrained_name_or_path: a directory that `save_pretrained` wrote, or a repository id on the hub.
+            kwargs: config fields override what was saved; everything else (`revision`, `token`, `cache_dir`,
+                `local_files_only`, ...) is handed to the download.
+
+        Raises:
+            `OSError` if there is no such file, `ValueError` if it is not a valid config.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        file = cached_file(pretrained_name_or_path, CONFIG_NAME, **kwargs)
+        try:
+            values = json.loads(Path(file).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not valid JSON ({error}): write it anew with save_pretrained") from error
+        calibration = None
+        found = cached_file(
+            pretrained_name_or_path, CALIBRATION_NAME, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, **kwargs,
+        )  # fmt: skip
+        if found is not None:
+            calibration = Calibration.from_file(found)
+        config = cls.from_dict(values, calibration=calibration)
+        return config.replace(**overrides) if overrides else config
+
+
+def check_field_names(fields: dict[str, Any]) -> None:
+    """Raises `ValueError` naming the fields that `SiriusConfig` does not have."""
+    allowed = [field.name for field in dataclasses.fields(SiriusConfig)]
+    unknown = sorted(set(fields) - set(allowed))
+    if unknown:
+        raise ValueError(f"SiriusConfig has no field {', '.join(map(repr, unknown))}; its fields are {allowed}")
+
+
+def _check_number(name: str, value: Any, allowed: str, is_allowed) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    if not math.isfinite(value) or not is_allowed(value):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -1,0 +1,160 @@
+"""The candidate generator that the stock assisted-decoding loop asks for drafts, cycle by cycle."""
+
+import contextlib
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from .call import Call
+from .stats import Cycle
+from .twin import SparseTwin
+from .verification import VerificationHook
+
+
+class SiriusCandidateGenerator(CandidateGenerator):
+    """Lets the twin write a period of tokens into the dense model's KV-cache, and takes it back for the verification.
+
+    Args:
+        twin: the drafting model.
+        call: the state of the running `generate` call.
+        generation_config: the call's prepared configuration.
+        logits_processor: the call's own list, to which the verification hook is appended if drafts may be kept that the dense
+            model would not have written.
+    """
+
+    requires_model_outputs = True  # so that the loop hands over its model_kwargs, with the KV-cache
+    model_kwargs_overrides: dict = {}
+
+    def __init__(
+        self, twin: SparseTwin, call: Call, generation_config: GenerationConfig, logits_processor: LogitsProcessorList
+    ):
+        self.twin = twin
+        self.call = call
+        self.config = twin.sirius_config
+        self.do_sample = generation_config.do_sample
+        self.max_length = generation_config.max_length
+        self._mask_length = getattr(generation_config, "_mask_length", None)
+        self.logits_processor = LogitsProcessorList(logits_processor)
+        self.hook = None
+        if self.config.threshold < 1.0:
+            self.hook = VerificationHook(self.config.threshold, self.config.temperature, self.do_sample)
+            logits_processor.append(self.hook)
+        # Criteria may read the scores so far, where the call keeps them.
+        keeps_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+        self._scores: tuple[torch.Tensor, ...] | None = () if keeps_scores else None
+        self._drafted_ids: torch.Tensor | None = None
+        self._prefill = contextlib.ExitStack()
+        call.undo.push(self._prefill)
+
+    def get_candidates(
+        self, input_ids: torch.LongTensor, model_kwargs: dict, is_first_iteration: bool, **kwargs
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """Returns the sequence with the draft appended, and the draft's processed logits when sampling.
+
+        Args:
+            input_ids: long [1, length], all verified tokens.
+            model_kwargs: the loop's own, with `past_key_values` of all tokens but the last.
+            is_first_iteration: whether the dense model has yet to read the prompt. Then there is no draft.
+
+        Returns:
+            long [1, length + num_drafted] and, if any was sampled, float32 [1, num_drafted, vocab_size].
+        """
+        if is_first_iteration:
+            self._prefill.enter_context(self.call.method.observing(model_kwargs.get("attention_mask")))
+            self._prefill.enter_context(self._reading_new_tokens_only(input_ids, model_kwargs))
+            return input_ids, None
+        candidate_ids, scores = self._draft(input_ids, model_kwargs)
+        self._drafted_ids = candidate_ids[:, input_ids.shape[1] :]
+        if self.hook is not None:
+            self.hook.arm(candidate_ids, start=input_ids.shape[1])
+        return candidate_ids, torch.stack(scores, dim=1) if self.do_sample and scores else None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Takes note of a verification.
+
+        Args:
+            input_ids: long [1, length], the accepted tokens and the bonus token included.
+            scores: float32 [1, num_drafted + 1, vocab_size], the processed logits; the hook's lifts are taken out of them.
+            num_matches: number of accepted tokens.
+        """
+        if self.hook is not None:
+            self.hook.restore(scores)
+        if self._scores is not None:
+            self._scores += tuple(scores[:, i] for i in range(num_matches + 1))
+        if self._drafted_ids is None:
+            self._prefill.close()
+            self.call.method.select()
+            self._drafted_ids = input_ids[:, :0]
+            return
+        drafted_ids = tuple(self._drafted_ids[0].tolist())
+        is_full = len(drafted_ids) == self.config.kernel_size - 1
+        self.call.stats.record_cycle(Cycle(drafted_ids, int(num_matches), input_ids[0, -1].item(), is_full))
+
+    def _draft(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.LongTensor, list[torch.Tensor]]:
+        """Returns input_ids with up to `kernel_size - 1` drafted tokens, and the processed logits of each, [1, vocab_size].
+
+        The draft ends just before a token at which the call would stop (EOS, the length, any criterion): that token is then the
+        dense model's own.
+        """
+        # The last token before `max_length` is the dense model's.
+        num_tokens = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
+        draft_kwargs = dict(model_kwargs)
+        all_scores: list[torch.Tensor] = []
+        num_steps = 0
+        try:
+            with self.call.method.drafting():
+                for _ in range(num_tokens):
+                    model_inputs = self.twin.prepare_inputs_for_generation(
+                        input_ids, next_sequence_length=1, is_first_iteration=False, **draft_kwargs
+                    )
+                    outputs = self.twin(**model_inputs, return_dict=True)
+                    num_steps += 1
+                    logits = outputs.logits[:, -1].to(dtype=torch.float32, device=input_ids.device, copy=True)
+                    scores = self.logits_processor(input_ids, logits)
+                    if self.do_sample:
+                        next_ids = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+                    else:
+                        next_ids = scores.argmax(dim=-1, keepdim=True)
+                    next_input_ids = torch.cat([input_ids, next_ids], dim=-1)
+                    if self._would_stop(next_input_ids, all_scores, scores):
+                        break
+                    input_ids = next_input_ids
+                    all_scores.append(scores)
+                    draft_kwargs = self.twin._update_model_kwargs_for_generation(outputs, draft_kwargs)
+        finally:
+            # A crop by 0 still brings sliding windows back to their size.
+            model_kwargs["past_key_values"].crop(-num_steps)
+        return input_ids, all_scores
+
+    def _would_stop(self, input_ids: torch.LongTensor, draft_scores: list[torch.Tensor], scores: torch.Tensor) -> bool:
+        seen = None if self._scores is None else (*self._scores, *draft_scores, scores)
+        return bool(self.call.stopping_criteria(input_ids, seen).all())
+
+    @contextlib.contextmanager
+    def _reading_new_tokens_only(self, input_ids: torch.LongTensor, model_kwargs: dict):
+        """Keeps the stock loop's first forward from reading again what a carried-over KV-cache already holds.
+
+        Works around transformers 5.17 to 5.23, where assisted decoding hands the whole sequence to its first forward (plain `generate`
+        slices it in `_prefill`). To go when that is mended there: the length is then right and nothing is sliced.
+        """
+        past_length = model_kwargs["past_key_values"].get_seq_length()
+        attention_mask = model_kwargs.get("attention_mask")
+        mask_length = self._mask_length if attention_mask is None else attention_mask.shape[1]
+        length = input_ids.shape[1]
+        if not past_length or mask_length != length:
+            yield
+            return
+
+        def slice_inputs(module, args, inputs):
+            for name in ("input_ids", "position_ids", "token_type_ids"):
+                value = inputs.get(name)
+                if value is not None and value.shape[-1] == length:
+                    inputs[name] = value[..., past_length:]
+            return args, inputs
+
+        handle = self.call.model.register_forward_pre_hook(slice_inputs, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -1,0 +1,140 @@
+"""The base of the sparsity methods: what one call knows about the neurons, and how a twin's modules ask for it.
+
+A method object lives as long as one `generate` call. During the prefill it observes the dense model; while it is *drafting*,
+the twin's replaced modules find it in a context variable and compute sparsely. At all other times they compute densely. So
+two calls on one twin, in two threads, do not mix.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import SiriusConfig
+from ..mlp import MlpSite
+from ..observation import Observed, observing
+
+
+_drafting: ContextVar["SparsityMethod | None"] = ContextVar("hf_sirius_drafting", default=None)
+
+
+def drafting_method() -> "SparsityMethod | None":
+    """Returns the method that drafts in this context, or `None` where the twin is to compute densely."""
+    return _drafting.get()
+
+
+class SparsityMethod(ABC):
+    """Chooses the neurons of one call. Subclasses say what they observe, what they replace, and how they choose.
+
+    Args:
+        config: the settings of the twin.
+        sites: the MLPs of the dense model.
+    """
+
+    observed: ClassVar[Observed]  # what `observe` is given
+
+    def __init__(self, config: SiriusConfig, sites: list[MlpSite]):
+        self.config = config
+        self.sites = sites
+
+    @classmethod
+    @abstractmethod
+    def replacements(cls, site: MlpSite) -> dict[str, nn.Module]:
+        """Returns the attributes of the MLP that the twin replaces, and by what. They are shared by all calls."""
+
+    @abstractmethod
+    def observe(self, site: MlpSite, values: torch.Tensor) -> None:
+        """Takes in the prefill's values of one MLP, [num_tokens, num_neurons], without padding; maybe in several parts."""
+
+    @abstractmethod
+    def select(self) -> None:
+        """Ends the prefill: chooses what is chosen once per prompt."""
+
+    @abstractmethod
+    def num_parameters_read(self, site: MlpSite) -> float | None:
+        """Returns how many of this MLP's parameters a draft step read, on average so far; `None` before the first step."""
+
+    def draft_density(self, model: PreTrainedModel) -> float | None:
+        """Returns the parameters that a draft step read / all parameters, or `None` before the first step.
+
+        Of an embedding one row is read, unless the head is tied to it: the head is read whole.
+        """
+        mlps_read = [self.num_parameters_read(site) for site in self.sites]
+        if None in mlps_read:
+            return None
+        head = model.get_output_embeddings()
+        head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
+        unread = sum(
+            module.weight.numel() - module.weight.shape[-1]
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
+        )
+        num_parameters = sum(p.numel() for p in model.parameters())
+        mlps = sum(site.num_parameters() for site in self.sites)
+        return (num_parameters - unread - mlps + sum(mlps_read)) / num_parameters
+
+    def needs_prefill(self) -> bool:
+        """Whether `observe` must be fed during the prefill."""
+        return True
+
+    def observing(self, attention_mask: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Within the block, what the dense model's MLPs compute in this context goes to `observe`, if it is needed.
+
+        Args:
+            attention_mask: long [1, length] of the sequence up to its newest token, or `None` without padding.
+        """
+        if not self.needs_prefill():
+            return contextlib.nullcontext()
+        return observing(self.sites, self.observed, self.observe, attention_mask)
+
+    @contextlib.contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Within the block, forwards of the twin in this context are sparse."""
+        token = _drafting.set(self)
+        try:
+            yield
+        finally:
+            _drafting.reset(token)
+
+
+class TwinProjection(nn.Module):
+    """Stands in for a projection in the twin: the same parameters, a forward that the drafting method may take over.
+
+    It shares the very dicts of parameters and buffers with the dense module, so the twin's state dict has the dense model's
+    names, and whatever is moved, cast or loaded there is here at once.
+    """
+
+    def __init__(self, dense: nn.Module, site_idx: int, name: str):
+        super().__init__()
+        self.__dict__["dense"] = dense  # not a submodule: its parameters are already ours
+        self._parameters, self._buffers, self._modules = dense._parameters, dense._buffers, dense._modules
+        self.site_idx = site_idx
+        self.name = name
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        method = drafting_method()
+        if method is None:
+            return self.dense(hidden_states)
+        return method.project(self, hidden_states)
+
+    def extra_repr(self) -> str:
+        return f"{self.name} of MLP {self.site_idx}"
+
+
+class TwinActivation(nn.Module):
+    """Stands in for an activation function in the twin: the drafting method zeroes the neurons that it drops."""
+
+    def __init__(self, dense, site_idx: int):
+        super().__init__()
+        self.__dict__["dense"] = dense
+        self.site_idx = site_idx
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        activations = self.dense(values)
+        method = drafting_method()
+        return activations if method is None else method.drop(self.site_idx, activations)

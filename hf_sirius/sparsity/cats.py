@@ -1,0 +1,59 @@
+"""CATS (arXiv 2404.08763): per token, the neurons whose |act(gate_proj x)| is large. FSparse in the Sirius paper."""
+
+import torch
+
+from ..calibration import MagnitudeHistogram
+from ..mlp import MlpSite
+from .base import SparsityMethod, TwinActivation
+
+
+class Cats(SparsityMethod):
+    """Keeps a neuron of a token while |act(gate_proj x)| exceeds its layer's threshold, or the largest share (`"topk"`).
+
+    The threshold is the (1 - density) quantile of the layer's magnitudes: on the calibration corpus, or else over the
+    prompt. All of gate_proj must be read to find the neurons; of up and down only the kept ones are needed.
+    """
+
+    observed = "activation"
+
+    def __init__(self, config, sites):
+        super().__init__(config, sites)
+        self.thresholds: list[float | torch.Tensor] = []
+        if config.calibration is not None:
+            self.thresholds = config.calibration.thresholds(config.density)
+        self._histograms = [MagnitudeHistogram() for _ in sites] if self.needs_prefill() else []
+        self._num_kept: list[torch.Tensor | int] = [0] * len(sites)
+        self._num_tokens = [0] * len(sites)
+
+    @classmethod
+    def replacements(cls, site):
+        return {site.activation: TwinActivation(getattr(site.owner, site.activation), site.idx)}
+
+    def needs_prefill(self):
+        return self.config.selection == "threshold" and self.config.calibration is None
+
+    def observe(self, site, values):
+        self._histograms[site.idx].add(values)
+
+    def select(self):
+        if self.needs_prefill():
+            self.thresholds = [histogram.quantile(1 - self.config.density) for histogram in self._histograms]
+
+    def drop(self, site_idx: int, activations: torch.Tensor) -> torch.Tensor:
+        """Zeroes the dropped neurons of act(gate_proj x), [..., num_neurons]."""
+        magnitudes = activations.abs()
+        if self.config.selection == "topk":
+            num_kept = max(1, round(self.config.density * activations.shape[-1]))
+            neuron_mask = torch.zeros_like(magnitudes, dtype=torch.bool)
+            neuron_mask.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
+        else:
+            neuron_mask = magnitudes > self.thresholds[site_idx]
+        self._num_kept[site_idx] += neuron_mask.sum()
+        self._num_tokens[site_idx] += neuron_mask[..., 0].numel()
+        return activations * neuron_mask
+
+    def num_parameters_read(self, site: MlpSite) -> float | None:
+        if not self._num_tokens[site.idx]:
+            return None
+        share = float(self._num_kept[site.idx]) / (self._num_tokens[site.idx] * site.num_neurons)
+        return site.num_parameters_read(share, gate_in_full=True)

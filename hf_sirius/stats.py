@@ -1,0 +1,109 @@
+"""What happened in each cycle of a call, and the measures that follow from it."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycle:
+    """One draft and its verification.
+
+    Attributes:
+        drafted_ids: the drafted tokens, in order.
+        num_accepted: how many of them, from the first on, the full model kept.
+        bonus_id: the full model's own token, which follows the accepted ones.
+        is_full: whether the draft had its `kernel_size - 1` tokens. A shorter one was cut by EOS, a stopping criterion or
+            the length; its advance says nothing about the draft's quality.
+    """
+
+    drafted_ids: tuple[int, ...]
+    num_accepted: int
+    bonus_id: int
+    is_full: bool
+
+    @property
+    def advance_length(self) -> int:
+        """Tokens that the cycle added to the sequence: the accepted ones and the bonus token."""
+        return self.num_accepted + 1
+
+
+class GenerationStats:
+    """Counts of one `generate` call, kept while it runs; `total` has the same counts over all calls of the twin.
+
+    Attributes:
+        kernel_size: tokens per cycle, n.
+        cycles: the [`Cycle`]s of the call, in order (the total keeps none).
+        num_cycles: cycles, the short ones included; the prefill is not a cycle.
+        num_short_cycles: cycles that EOS, a stopping criterion or the length cut short.
+        num_drafted, num_accepted, num_rolled_back: drafted tokens, and how many of them were kept and rolled back.
+    """
+
+    def __init__(self, kernel_size: int, total: "GenerationStats | None" = None):
+        self.kernel_size = kernel_size
+        self.total = total
+        self.reset()
+
+    def reset(self) -> None:
+        """Sets every count back to zero, those of the total included."""
+        self.cycles: list[Cycle] = []
+        self.num_cycles = self.num_short_cycles = self.num_drafted = self.num_accepted = 0
+        self._full_advance = 0
+        self._num_densities = 0
+        self._density_sum = 0.0
+        if self.total is not None:
+            self.total.reset()
+
+    def record_cycle(self, cycle: Cycle) -> None:
+        """Adds a verified cycle to the counts, and to the total's."""
+        self.cycles.append(cycle)
+        for stats in (self, self.total):
+            if stats is not None:
+                stats.num_cycles += 1
+                stats.num_short_cycles += not cycle.is_full
+                stats.num_drafted += len(cycle.drafted_ids)
+                stats.num_accepted += cycle.num_accepted
+                stats._full_advance += cycle.advance_length * cycle.is_full
+
+    def record_draft_density(self, draft_density: float) -> None:
+        """Notes the share of all parameters that the call's draft steps read, on average."""
+        for stats in (self, self.total):
+            if stats is not None:
+                stats._num_densities += 1
+                stats._density_sum += draft_density
+
+    @property
+    def num_rolled_back(self) -> int:
+        return self.num_drafted - self.num_accepted
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens, or `None` before any draft."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else None
+
+    @property
+    def aal(self) -> float | None:
+        """Average advance length (paper, section 4): mean of accepted + 1 over full cycles, or `None` without one."""
+        num_full = self.num_cycles - self.num_short_cycles
+        return self._full_advance / num_full if num_full else None
+
+    @property
+    def draft_density(self) -> float | None:
+        """Parameters that a draft step read / all parameters, measured when the call ends; of the total, the mean over calls."""
+        return self._density_sum / self._num_densities if self._num_densities else None
+
+    @property
+    def effective_density(self) -> float | None:
+        """Parameters read per token / all parameters: ((n - 1) * draft_density + 1) / AAL (paper, section 4)."""
+        if self.aal is None or self.draft_density is None:
+            return None
+        return ((self.kernel_size - 1) * self.draft_density + 1) / self.aal
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the counts and measures as plain numbers; a measure without data is `None`."""
+        names = ("kernel_size num_cycles num_short_cycles num_drafted num_accepted num_rolled_back acceptance_rate aal "
+                 "draft_density effective_density").split()  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in self.as_dict().items()}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"

@@ -1,0 +1,140 @@
+"""The twin: a model of the same class over the same weights, whose MLPs can be sparse. The only place that patches modules."""
+
+import functools
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .call import Call
+from .config import SiriusConfig
+from .mlp import MlpSite
+from .sparsity import method_class
+from .stats import GenerationStats
+
+
+class SparseTwin:
+    """What a twin can do beyond its model class. Made by [`make_sparse`], used as `model.generate(..., assistant_model=twin)`.
+
+    A forward of the twin outside of `generate` is a prefill, and so it is dense. `twin.generate(...)` is the sparse-only baseline: a dense
+    prefill, which chooses the neurons, then sparse decoding without correction.
+
+    Attributes:
+        sirius_config ([`SiriusConfig`]): the settings.
+        stats ([`GenerationStats`]): the counts of the latest call; `stats.total` those of all calls.
+        dense_model: the model that the twin drafts for.
+    """
+
+    sirius_config: SiriusConfig
+    stats: GenerationStats
+    sites: list[MlpSite]
+
+    @property
+    def dense_model(self) -> PreTrainedModel:
+        return self.__dict__["_dense_model"]
+
+    def detach(self) -> None:
+        """Ends the bond with the dense model, which is left exactly as it was before `make_sparse`. Harmless when repeated."""
+        from .assistant import detach
+
+        detach(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.detach()
+
+    def new_call(self) -> Call:
+        """Starts the state of one `generate` call; `stats` speaks of it from now on."""
+        # The containers are the twin's own, so their mode has to follow.
+        if self.training != self.dense_model.training:
+            self.train(self.dense_model.training)
+        self.stats = GenerationStats(self.sirius_config.kernel_size, total=self.stats.total)
+        return Call(self.sirius_config, self.dense_model, self.sites, self.stats)
+
+    def generate(self, *args, **kwargs):
+        """Stock `generate`, with a dense prefill and sparse decoding, at batch size 1."""
+        generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        if getattr(generation_config, "is_assistant", False):
+            raise ValueError(
+                f"this sparse twin is not attached to the model that it was given to. It drafts for the {type(self.dense_model).__name__} "
+                "that it was made from, until detach(): pass it to that model's generate, or call make_sparse on this model."
+            )
+        prompt = next((kwargs[name] for name in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(name) is not None), None)
+        check_batch_size(args[0] if args else prompt)
+        with self.new_call():
+            return super().generate(*args, **kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # The dense model's prefill is the one place where neurons are observed, with and without correction.
+        call = Call.current()
+        with call.method.observing(model_kwargs.get("attention_mask")):
+            outputs = self.dense_model._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        call.method.select()
+        call.undo.enter_context(call.method.drafting())
+        return outputs
+
+
+def check_batch_size(prompt: torch.Tensor | None) -> None:
+    """Raises `ValueError` for more than one sequence."""
+    if isinstance(prompt, torch.Tensor) and prompt.ndim > 1 and prompt.shape[0] > 1:
+        raise ValueError(
+            f"hf_sirius generates one sequence at a time, got a batch of {prompt.shape[0]}: call generate for each prompt (a pipeline "
+            "does so with batch_size=1)"
+        )
+
+
+def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite]) -> "SparseTwin":
+    """Builds the twin of a model: copies of the containers on the way to the MLPs, and the model's own modules for all the rest.
+
+    Nothing of the dense model changes. The copies share their dicts of parameters and buffers with the originals.
+    """
+    replacements = {id(site.owner): method_class(config.method).replacements(site) for site in sites}
+    copies: dict[int, nn.Module] = {}
+
+    def leads_to_mlp(module: nn.Module) -> bool:
+        return any(id(submodule) in replacements for submodule in module.modules())
+
+    def copy(module: nn.Module) -> nn.Module:
+        if id(module) in copies or not leads_to_mlp(module):
+            return copies.get(id(module), module)
+        copies[id(module)] = twin = _shallow_copy(module)
+        twin._modules = {name: child and copy(child) for name, child in module._modules.items()}
+        for name, replacement in replacements.get(id(module), {}).items():
+            twin.__dict__.pop(name, None)  # an activation may be a plain function
+            twin._modules[name] = replacement
+        return twin
+
+    twin = copy(model)
+    twin.__class__ = _twin_class(type(model))
+    twin.__dict__["_dense_model"] = model  # not a submodule
+    twin.sirius_config = config
+    twin.sites = sites
+    twin.stats = GenerationStats(config.kernel_size, total=GenerationStats(config.kernel_size))
+    return twin
+
+
+@functools.cache
+def _twin_class(model_class: type[PreTrainedModel]) -> type:
+    # The name stays: pipelines and the like look classes up by it.
+    return type(model_class.__name__, (SparseTwin, model_class), {"__module__": model_class.__module__})
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """Returns a module of the same class over the same parameters and buffers, with hooks and submodules of its own."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        # `.to()` and `load_state_dict(assign=True)` put new tensors into these two dicts, which must reach the twin as well.
+        if isinstance(value, dict) and name.startswith("_") and name not in ("_parameters", "_buffers"):
+            twin.__dict__[name] = value.copy()
+    hook = twin.__dict__.pop("_hf_hook", None)
+    if hook is not None:
+        # Accelerate's `forward` is bound to the original, whose dense code it would run.
+        from accelerate.hooks import add_hook_to_module
+
+        twin.__dict__.pop("forward", None)
+        twin.__dict__.pop("_old_forward", None)
+        add_hook_to_module(twin, hook)
+    return twin
