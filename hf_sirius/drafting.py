@@ -3,13 +3,18 @@
 import contextlib
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+import transformers
+from packaging.version import Version
+from transformers import Cache, GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .call import Call
 from .stats import Cycle
 from .twin import SparseTwin
 from .verification import VerificationHook
+
+
+_IS_5_17 = Version(transformers.__version__) < Version("5.18")
 
 
 class SiriusCandidateGenerator(CandidateGenerator):
@@ -100,10 +105,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
         # The last token before `max_length` is the dense model's.
         num_tokens = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
         draft_kwargs = dict(model_kwargs)
+        cache = model_kwargs["past_key_values"]
         all_scores: list[torch.Tensor] = []
         num_steps = 0
         try:
-            with self.call.method.drafting():
+            with self.call.method.drafting(), _stepwise_windows(cache):
                 for _ in range(num_tokens):
                     model_inputs = self.twin.prepare_inputs_for_generation(
                         input_ids, next_sequence_length=1, is_first_iteration=False, **draft_kwargs
@@ -124,7 +130,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
                     draft_kwargs = self.twin._update_model_kwargs_for_generation(outputs, draft_kwargs)
         finally:
             # A crop by 0 still brings sliding windows back to their size.
-            model_kwargs["past_key_values"].crop(-num_steps)
+            cache.crop(-num_steps)
         return input_ids, all_scores
 
     def _would_stop(self, input_ids: torch.LongTensor, draft_scores: list[torch.Tensor], scores: torch.Tensor) -> bool:
@@ -158,3 +164,26 @@ class SiriusCandidateGenerator(CandidateGenerator):
             yield
         finally:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _stepwise_windows(cache: Cache):
+    """Lets sliding-window layers take several forwards in a row.
+
+    Works around transformers 5.17, where such a layer, once it records its past, hands out more states than the mask is made for. Mended in
+    5.18; to go with the support for 5.17. Here it does not record meanwhile, and its states are set aside and put back.
+    """
+    layers = [layer for layer in cache.layers if layer.is_sliding and layer.record_past] if _IS_5_17 else []
+    # 5.17 leaves a tensor for a length, which its updates then change in place.
+    states = [(layer.keys, layer.values, int(layer.cumulative_length)) for layer in layers]
+    for layer in layers:
+        layer.record_past = False
+    try:
+        yield
+    finally:
+        for layer, (keys, values, length) in zip(layers, states, strict=True):
+            # What follows is a crop by the number of forwards: it is to find as many states more as other layers have.
+            num_written = layer.cumulative_length - length
+            layer.keys = torch.nn.functional.pad(keys, (0, 0, 0, num_written))
+            layer.values = torch.nn.functional.pad(values, (0, 0, 0, num_written))
+            layer.record_past = True
