@@ -1,4 +1,6 @@
-"""Contextual sparsity that can be trusted: a sparse twin of a model drafts, the model itself corrects, inside stock `generate`."""
+"""Contextual sparsity that can be trusted: a sparse twin of a model drafts, the model itself corrects, inside stock
+`generate`.
+"""
 
 import importlib
 

@@ -1,8 +1,9 @@
 """`make_sparse`: builds a twin and lets stock `model.generate(..., assistant_model=twin)` find its way to it.
 
-Three methods are laid over the dense *instance*, and taken off again with its last twin. `generate` opens the call, so that everything
-the call leaves on modules is gone when it ends, however it ends. `_get_stopping_criteria` and `_get_candidate_generator` are
-private to transformers and used nowhere else; tests/test_assistant.py fails loudly if their signatures change.
+Three methods are laid over the dense *instance*, and taken off again with its last twin. `generate` opens the call, so
+that everything the call leaves on modules is gone when it ends, however it ends. `_get_stopping_criteria` and
+`_get_candidate_generator` are private to transformers and used nowhere else; tests/test_assistant.py fails loudly if
+their signatures change.
 """
 
 import functools
@@ -21,7 +22,9 @@ from .twin import SparseTwin, build_twin, check_batch_size
 
 _ABSENT = object()
 # dense model -> (its twins, what stood in its __dict__ under the names that are laid over)
-_attached: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[weakref.WeakSet, dict[str, Any]]]" = weakref.WeakKeyDictionary()
+_attached: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[weakref.WeakSet, dict[str, Any]]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fields: Any) -> SparseTwin:
@@ -30,8 +33,9 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         sparse = make_sparse(model, method="griffin", density=0.5)
         model.generate(**inputs, assistant_model=sparse)
 
-    The twin is of the model's class and shares its weights; the model's modules and state dict stay as they are. Several twins of one
-    model can live side by side. `twin.detach()`, or the twin as a context manager, takes the bond back.
+    The twin is of the model's class and shares its weights; the model's modules and state dict stay as they are.
+    Several twins of one model can live side by side. `twin.detach()`, or the twin as a context manager, takes the bond
+    back.
 
     Args:
         model: the dense model, with its weights loaded.
@@ -39,26 +43,32 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         fields: fields of the config, which win over those of `config`.
 
     Raises:
-        `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value that is not allowed, a
-        model without an MLP of a known kind, one on the meta device, a twin, or a calibration of another model.
+        `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value
+        that is not allowed, a model without an MLP of a known kind, one on the meta device, a twin, or a calibration
+        of another model.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
-            f"make_sparse takes a transformers model that can generate (such as AutoModelForCausalLM loads), got {type(model).__name__}"
+            "make_sparse takes a transformers model that can generate (such as AutoModelForCausalLM loads), got "
+            f"{type(model).__name__}"
         )
     if isinstance(model, SparseTwin):
         raise ValueError("this model is a sparse twin already: call make_sparse on its dense_model")
     if config is not None and not isinstance(config, SiriusConfig):
         raise TypeError(
-            f"config must be a SiriusConfig, got {type(config).__name__}: use SiriusConfig.from_dict or from_pretrained, or pass fields by name"
+            f"config must be a SiriusConfig, got {type(config).__name__}: use SiriusConfig.from_dict or "
+            "from_pretrained, or pass fields by name"
         )
     check_field_names(fields)
     config = (config or SiriusConfig()).replace(**fields)
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; hf_sirius takes decoder-only language models")
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; hf_sirius takes decoder-only language models"
+        )
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} has parameters on the meta device (not loaded, or offloaded by accelerate): load the whole model "
+            f"{type(model).__name__} has parameters on the meta device (not loaded, or offloaded by accelerate): load "
+            "the whole model "
             "into memory first, with from_pretrained and without a device_map that offloads"
         )
     sites = find_mlps(model)
@@ -123,16 +133,24 @@ def _get_stopping_criteria(model: PreTrainedModel, *args, **kwargs):
 
 
 def _get_candidate_generator(
-    model: PreTrainedModel, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, **kwargs
+    model: PreTrainedModel,
+    generation_config,
+    input_ids,
+    inputs_tensor,
+    logits_processor,
+    model_kwargs,
+    assistant_model=None,
+    **kwargs,
 ):
     if not _drafts_for(assistant_model, model):
         return _underlying(model, "_get_candidate_generator")(
-            generation_config=generation_config, input_ids=input_ids, inputs_tensor=inputs_tensor, logits_processor=logits_processor,
-            model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs,
+            generation_config=generation_config, input_ids=input_ids, inputs_tensor=inputs_tensor,
+            logits_processor=logits_processor, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs,
         )  # fmt: skip
     if generation_config.assistant_ensemble_weight is not None:
         raise ValueError(
-            "assistant_ensemble_weight blends the draft's probabilities into the model's, while a sparse twin is verified by its "
+            "assistant_ensemble_weight blends the draft's probabilities into the model's, while a sparse twin is "
+            "verified by its "
             "likelihood threshold: leave assistant_ensemble_weight out and lower SiriusConfig.threshold instead"
         )
     return SiriusCandidateGenerator(assistant_model, Call.current(), generation_config, logits_processor)

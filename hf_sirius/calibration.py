@@ -24,8 +24,8 @@ _NUM_PROBES = 16
 class MagnitudeHistogram:
     """Counts of magnitudes in bins as fine as bfloat16 is, so that quantiles of any stream take bounded memory.
 
-    The upper half of a float32's bits (sign, exponent, 7 bits of mantissa) grows with its magnitude: it is the bin's number.
-    A quantile is thus right to a relative 2**-7.
+    The upper half of a float32's bits (sign, exponent, 7 bits of mantissa) grows with its magnitude: it is the bin's
+    number. A quantile is thus right to a relative 2**-7.
     """
 
     _NUM_BINS = 0x7F80 + 1  # up to the bits of infinity
@@ -40,7 +40,8 @@ class MagnitudeHistogram:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def quantiles(self, shares: list[float]) -> torch.Tensor:
-        """Returns, for each share, a magnitude that about this share of the values does not exceed: float32 [len(shares)].
+        """Returns, for each share, a magnitude that about this share of the values does not exceed: float32
+        [len(shares)].
 
         Share 0 gives -1, which every magnitude exceeds.
         """
@@ -103,15 +104,16 @@ class Calibration:
         remedy = "Calibrate this model with hf_sirius.calibrate(...), or leave the calibration out."
         if probe.shape != self.probe.shape:
             raise ValueError(
-                f"this calibration is of another model ({self.metadata}): it has thresholds for {self.probe.shape[0]} MLPs and this "
+                f"this calibration is of another model ({self.metadata}): it has thresholds for {self.probe.shape[0]} "
+                "MLPs and this "
                 f"model has {probe.shape[0]}. {remedy}"
             )
         # A cast model still has nearly the same weights; another one has a cosine near 0.
         similarity = nn.functional.cosine_similarity(probe, self.probe, dim=-1).min().item()
         if similarity < 0.9:
             raise ValueError(
-                f"this calibration is of another model ({self.metadata}): its gate projections hold other weights (cosine {similarity:.2f}). "
-                + remedy
+                f"this calibration is of another model ({self.metadata}): its gate projections hold other weights "
+                f"(cosine {similarity:.2f}). " + remedy
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -133,12 +135,16 @@ class Calibration:
     def from_file(cls, file: str | os.PathLike) -> "Calibration":
         """Loads one file. Raises `FileNotFoundError`, or `ValueError` if it is not a calibration."""
         if not Path(file).is_file():
-            raise FileNotFoundError(f"no calibration at {str(file)!r}: make one with hf_sirius.calibrate(...).save_pretrained(...)")
+            raise FileNotFoundError(
+                f"no calibration at {str(file)!r}: make one with hf_sirius.calibrate(...).save_pretrained(...)"
+            )
         try:
             with safe_open(file, framework="pt") as stored:
                 metadata = stored.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{str(file)!r} is not a calibration of hf_sirius (format {metadata.get('format')!r})")
+                    raise ValueError(
+                        f"{str(file)!r} is not a calibration of hf_sirius (format {metadata.get('format')!r})"
+                    )
                 return cls(stored.get_tensor("table"), stored.get_tensor("probe"), json.loads(metadata["metadata"]))
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is not a whole safetensors file ({error}): calibrate again") from error
@@ -151,9 +157,16 @@ def _probe(sites: list[MlpSite]) -> torch.Tensor:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, tokenizer, texts: Iterable, *, max_length: int = 512, max_tokens: int | None = None, progress: bool = True
+    model: nn.Module,
+    tokenizer,
+    texts: Iterable,
+    *,
+    max_length: int = 512,
+    max_tokens: int | None = None,
+    progress: bool = True,
 ) -> Calibration:
-    """Measures the magnitudes of |act(gate_proj x)| of a model on a corpus, for `SiriusConfig(method="cats", calibration=...)`.
+    """Measures the magnitudes of |act(gate_proj x)| of a model on a corpus, for `SiriusConfig(method="cats",
+    calibration=...)`.
 
     The texts are read one at a time and only histograms are kept, so the memory needed does not grow with the corpus.
 
@@ -167,8 +180,8 @@ def calibrate(
         progress: whether to show a progress bar.
 
     Raises:
-        `TypeError` for a single string or for text without a tokenizer, `ValueError` if the corpus has no token or the model
-        no known MLP.
+        `TypeError` for a single string or for text without a tokenizer, `ValueError` if the corpus has no token or the
+        model no known MLP.
     """
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of texts, got a single string: pass [text], or its lines")

@@ -15,7 +15,8 @@ _current: ContextVar["Call | None"] = ContextVar("hf_sirius_call", default=None)
 
 
 class Call(contextlib.AbstractContextManager):
-    """A context manager around stock `generate`: within it, `Call.current()` is this call; at its end nothing is left behind.
+    """A context manager around stock `generate`: within it, `Call.current()` is this call; at its end nothing is left
+    behind.
 
     Attributes:
         model: the dense model.

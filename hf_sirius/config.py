@@ -19,7 +19,8 @@ SELECTIONS = ("threshold", "topk")
 
 @dataclasses.dataclass(frozen=True)
 class SiriusConfig(PushToHubMixin):
-    """The settings of a sparse twin and of its correction. Frozen: derive another one with `config.replace(density=0.3)`.
+    """The settings of a sparse twin and of its correction. Frozen: derive another one with
+    `config.replace(density=0.3)`.
 
     Args:
         method (`str`, defaults to `"cats"`):
@@ -58,7 +59,8 @@ class SiriusConfig(PushToHubMixin):
             raise TypeError(f"kernel_size must be an int, got {self.kernel_size!r}")
         if self.kernel_size < 2:
             raise ValueError(
-                f"kernel_size must be at least 2 (one drafted token and one of the full model), got {self.kernel_size}. "
+                "kernel_size must be at least 2 (one drafted token and one of the full model), got "
+                f"{self.kernel_size}. "
                 "Without drafts there is nothing to correct: call model.generate without an assistant instead."
             )
         if self.selection not in SELECTIONS:
@@ -73,7 +75,9 @@ class SiriusConfig(PushToHubMixin):
                 f"selection and calibration belong to method='cats', but the method is {self.method!r}: leave them out"
             )
         if self.selection == "topk" and self.calibration is not None:
-            raise ValueError("selection='topk' needs no thresholds: leave calibration out, or use selection='threshold'")
+            raise ValueError(
+                "selection='topk' needs no thresholds: leave calibration out, or use selection='threshold'"
+            )
 
     def replace(self, **fields: Any) -> "SiriusConfig":
         """Returns a copy with the given fields changed, validated anew."""

@@ -24,7 +24,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         twin: the drafting model.
         call: the state of the running `generate` call.
         generation_config: the call's prepared configuration.
-        logits_processor: the call's own list, to which the verification hook is appended if drafts may be kept that the dense
+        logits_processor: the call's own list, to which the verification hook is appended if drafts may be kept that
+        the dense
             model would not have written.
     """
 
@@ -80,8 +81,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
 
         Args:
             input_ids: long [1, length], the accepted tokens and the bonus token included.
-            scores: float32 [1, num_drafted + 1, vocab_size], the processed logits; the hook's lifts are taken out of them.
-            num_matches: number of accepted tokens.
+            scores: float32 [1, num_drafted + 1, vocab_size], the processed logits; the hook's lifts are taken out of
+            them. num_matches: number of accepted tokens.
         """
         if self.hook is not None:
             self.hook.restore(scores)
@@ -97,10 +98,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.call.stats.record_cycle(Cycle(drafted_ids, int(num_matches), input_ids[0, -1].item(), is_full))
 
     def _draft(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.LongTensor, list[torch.Tensor]]:
-        """Returns input_ids with up to `kernel_size - 1` drafted tokens, and the processed logits of each, [1, vocab_size].
+        """Returns input_ids with up to `kernel_size - 1` drafted tokens, and the processed logits of each, [1,
+        vocab_size].
 
-        The draft ends just before a token at which the call would stop (EOS, the length, any criterion): that token is then the
-        dense model's own.
+        The draft ends just before a token at which the call would stop (EOS, the length, any criterion): that token is
+        then the dense model's own.
         """
         # The last token before `max_length` is the dense model's.
         num_tokens = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
@@ -141,8 +143,9 @@ class SiriusCandidateGenerator(CandidateGenerator):
     def _reading_new_tokens_only(self, input_ids: torch.LongTensor, model_kwargs: dict):
         """Keeps the stock loop's first forward from reading again what a carried-over KV-cache already holds.
 
-        Works around transformers 5.17 to 5.23, where assisted decoding hands the whole sequence to its first forward (plain `generate`
-        slices it in `_prefill`). To go when that is mended there: the length is then right and nothing is sliced.
+        Works around transformers 5.17 to 5.23, where assisted decoding hands the whole sequence to its first forward
+        (plain `generate` slices it in `_prefill`). To go when that is mended there: the length is then right and
+        nothing is sliced.
         """
         past_length = model_kwargs["past_key_values"].get_seq_length()
         attention_mask = model_kwargs.get("attention_mask")
@@ -170,8 +173,9 @@ class SiriusCandidateGenerator(CandidateGenerator):
 def _stepwise_windows(cache: Cache):
     """Lets sliding-window layers take several forwards in a row.
 
-    Works around transformers 5.17, where such a layer, once it records its past, hands out more states than the mask is made for. Mended in
-    5.18; to go with the support for 5.17. Here it does not record meanwhile, and its states are set aside and put back.
+    Works around transformers 5.17, where such a layer, once it records its past, hands out more states than the mask
+    is made for. Mended in 5.18; to go with the support for 5.17. Here it does not record meanwhile, and its states are
+    set aside and put back.
     """
     layers = [layer for layer in cache.layers if layer.is_sliding and layer.record_past] if _IS_5_17 else []
     # 5.17 leaves a tensor for a length, which its updates then change in place.

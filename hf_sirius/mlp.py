@@ -1,7 +1,7 @@
 """Where the MLPs of a model are: the one place that knows how families name gate, up, down and the activation.
 
-A family's forward is never copied. The twin keeps it and replaces the projections or the activation that it calls, so all
-that is needed here is a table of attribute names.
+A family's forward is never copied. The twin keeps it and replaces the projections or the activation that it calls, so
+all that is needed here is a table of attribute names.
 """
 
 import dataclasses
@@ -30,7 +30,9 @@ class MlpKind:
 
 
 MLP_KINDS = (
-    MlpKind(gate="gate_proj", up="up_proj", down="down_proj"),  # Llama, Mistral, Gemma, Qwen, OLMo, Cohere, Granite, ...
+    MlpKind(
+        gate="gate_proj", up="up_proj", down="down_proj"
+    ),  # Llama, Mistral, Gemma, Qwen, OLMo, Cohere, Granite, ...
     MlpKind(gate="gate_up_proj", down="down_proj", num_fused=2),  # Phi-3, GLM
     MlpKind(gate="up_proj", down="down_proj"),  # Nemotron, Arcee, MPT
     MlpKind(gate="fc1", down="fc2"),  # OPT, Phi, XGLM, BioGPT, Persimmon
@@ -114,7 +116,8 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
             raise ValueError(
-                f"{type(model).__name__} has mixture-of-experts blocks (the first is {name!r}), which hf_sirius cannot make "
+                f"{type(model).__name__} has mixture-of-experts blocks (the first is {name!r}), which hf_sirius "
+                "cannot make "
                 "sparse: use a model with dense MLPs"
             )
         if (matched := _match(module)) is None:
@@ -124,8 +127,10 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
             part = getattr(module, part_name) if part_name else None
             if part is not None and not isinstance(part, PROJECTIONS):
                 raise ValueError(
-                    f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs of "
-                    f"{', '.join(p.__name__ for p in PROJECTIONS)} sparse. Load the model without quantization or adapters "
+                    f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs "
+                    "of "
+                    f"{', '.join(p.__name__ for p in PROJECTIONS)} sparse. Load the model without quantization or "
+                    "adapters "
                     "(or merge the adapter first)."
                 )
         num_neurons = neuron_weight(getattr(module, kind.down)).shape[1]
@@ -135,7 +140,8 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
     if not sites:
         layouts = ", ".join("/".join(part for part in (k.gate, k.up, k.down) if part) for k in MLP_KINDS)
         raise ValueError(
-            f"{type(model).__name__} has no MLP of a known kind: a module with an activation ({', '.join(ACTIVATIONS)}) and the "
+            f"{type(model).__name__} has no MLP of a known kind: a module with an activation "
+            f"({', '.join(ACTIVATIONS)}) and the "
             f"projections of one of {layouts}. Add a row to hf_sirius.mlp.MLP_KINDS if its MLP only has other names."
         )
     return sites

@@ -12,7 +12,8 @@ class Cycle:
         drafted_ids: the drafted tokens, in order.
         num_accepted: how many of them, from the first on, the full model kept.
         bonus_id: the full model's own token, which follows the accepted ones.
-        is_full: whether the draft had its `kernel_size - 1` tokens. A shorter one was cut by EOS, a stopping criterion or
+        is_full: whether the draft had its `kernel_size - 1` tokens. A shorter one was cut by EOS, a stopping criterion
+        or
             the length; its advance says nothing about the draft's quality.
     """
 
@@ -88,7 +89,9 @@ class GenerationStats:
 
     @property
     def draft_density(self) -> float | None:
-        """Parameters that a draft step read / all parameters, measured when the call ends; of the total, the mean over calls."""
+        """Parameters that a draft step read / all parameters, measured when the call ends; of the total, the mean over
+        calls.
+        """
         return self._density_sum / self._num_densities if self._num_densities else None
 
     @property
@@ -100,8 +103,7 @@ class GenerationStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers; a measure without data is `None`."""
-        names = ("kernel_size num_cycles num_short_cycles num_drafted num_accepted num_rolled_back acceptance_rate aal "
-                 "draft_density effective_density").split()  # fmt: skip
+        names = ["kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back", "acceptance_rate", "aal", "draft_density", "effective_density"]  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:

@@ -1,4 +1,6 @@
-"""The twin: a model of the same class over the same weights, whose MLPs can be sparse. The only place that patches modules."""
+"""The twin: a model of the same class over the same weights, whose MLPs can be sparse. The only place that patches
+modules.
+"""
 
 import functools
 
@@ -14,10 +16,11 @@ from .stats import GenerationStats
 
 
 class SparseTwin:
-    """What a twin can do beyond its model class. Made by [`make_sparse`], used as `model.generate(..., assistant_model=twin)`.
+    """What a twin can do beyond its model class. Made by [`make_sparse`], used as `model.generate(...,
+    assistant_model=twin)`.
 
-    A forward of the twin outside of `generate` is a prefill, and so it is dense. `twin.generate(...)` is the sparse-only baseline: a dense
-    prefill, which chooses the neurons, then sparse decoding without correction.
+    A forward of the twin outside of `generate` is a prefill, and so it is dense. `twin.generate(...)` is the
+    sparse-only baseline: a dense prefill, which chooses the neurons, then sparse decoding without correction.
 
     Attributes:
         sirius_config ([`SiriusConfig`]): the settings.
@@ -34,7 +37,9 @@ class SparseTwin:
         return self.__dict__["_dense_model"]
 
     def detach(self) -> None:
-        """Ends the bond with the dense model, which is left exactly as it was before `make_sparse`. Harmless when repeated."""
+        """Ends the bond with the dense model, which is left exactly as it was before `make_sparse`. Harmless when
+        repeated.
+        """
         from .assistant import detach
 
         detach(self)
@@ -58,10 +63,14 @@ class SparseTwin:
         generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         if getattr(generation_config, "is_assistant", False):
             raise ValueError(
-                f"this sparse twin is not attached to the model that it was given to. It drafts for the {type(self.dense_model).__name__} "
-                "that it was made from, until detach(): pass it to that model's generate, or call make_sparse on this model."
+                "this sparse twin is not attached to the model that it was given to. It drafts for the "
+                f"{type(self.dense_model).__name__} "
+                "that it was made from, until detach(): pass it to that model's generate, or call make_sparse on this "
+                "model."
             )
-        prompt = next((kwargs[name] for name in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(name) is not None), None)
+        prompt = next(
+            (kwargs[name] for name in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(name) is not None), None
+        )
         check_batch_size(args[0] if args else prompt)
         with self.new_call():
             return super().generate(*args, **kwargs)
@@ -80,13 +89,15 @@ def check_batch_size(prompt: torch.Tensor | None) -> None:
     """Raises `ValueError` for more than one sequence."""
     if isinstance(prompt, torch.Tensor) and prompt.ndim > 1 and prompt.shape[0] > 1:
         raise ValueError(
-            f"hf_sirius generates one sequence at a time, got a batch of {prompt.shape[0]}: call generate for each prompt (a pipeline "
+            f"hf_sirius generates one sequence at a time, got a batch of {prompt.shape[0]}: call generate for each "
+            "prompt (a pipeline "
             "does so with batch_size=1)"
         )
 
 
 def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite]) -> "SparseTwin":
-    """Builds the twin of a model: copies of the containers on the way to the MLPs, and the model's own modules for all the rest.
+    """Builds the twin of a model: copies of the containers on the way to the MLPs, and the model's own modules for all
+    the rest.
 
     Nothing of the dense model changes. The copies share their dicts of parameters and buffers with the originals.
     """
@@ -126,7 +137,8 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():
-        # `.to()` and `load_state_dict(assign=True)` put new tensors into these two dicts, which must reach the twin as well.
+        # `.to()` and `load_state_dict(assign=True)` put new tensors into these two dicts, which must reach the twin as
+        # well.
         if isinstance(value, dict) and name.startswith("_") and name not in ("_parameters", "_buffers"):
             twin.__dict__[name] = value.copy()
     hook = twin.__dict__.pop("_hf_hook", None)

@@ -9,9 +9,10 @@ def is_accepted(
 ) -> torch.Tensor:
     """Tells which drafted tokens are kept for the full model's opinion of them (paper, section 4.1).
 
-    A token is kept if it is the argmax of the full model's processed logits l, or if softmax(l / temperature)[token] >= threshold.
-    `threshold=1.0` keeps the argmax alone. When sampling, the argmax has no privilege: what the likelihood does not keep is
-    left to speculative sampling, so that at `threshold=1.0` the full model's distribution stays as it is.
+    A token is kept if it is the argmax of the full model's processed logits l, or if softmax(l / temperature)[token]
+    >= threshold. `threshold=1.0` keeps the argmax alone. When sampling, the argmax has no privilege: what the
+    likelihood does not keep is left to speculative sampling, so that at `threshold=1.0` the full model's distribution
+    stays as it is.
 
     Args:
         candidate_ids: long [...].
@@ -33,8 +34,8 @@ def is_accepted(
 class VerificationHook(LogitsProcessor):
     """Lifts an accepted candidate over all other tokens, so that the stock loop's own comparison keeps it.
 
-    It stands last in the call's list of processors, and so sees the processed logits. `restore` takes the lifts back, so that the
-    scores that `generate` returns are the full model's.
+    It stands last in the call's list of processors, and so sees the processed logits. `restore` takes the lifts back,
+    so that the scores that `generate` returns are the full model's.
     """
 
     def __init__(self, threshold: float, temperature: float, do_sample: bool):
@@ -46,7 +47,9 @@ class VerificationHook(LogitsProcessor):
         self._originals: list[torch.Tensor] = []
 
     def arm(self, candidate_ids: torch.Tensor, start: int) -> None:
-        """Expects a verification of `candidate_ids` (long [1, length]) whose tokens from position `start` on are drafted."""
+        """Expects a verification of `candidate_ids` (long [1, length]) whose tokens from position `start` on are
+        drafted.
+        """
         self._candidate_ids = candidate_ids
         self._start = start
         self._originals = []

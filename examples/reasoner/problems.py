@@ -1,9 +1,11 @@
 """Multi-step arithmetic word problems in GSM8K's form, with a chain of thought for an answer.
 
-    python examples/reasoner/problems.py --split test --num_problems 500 --min_steps 6 --max_steps 10 --seed 1 > problems.jsonl
+    python examples/reasoner/problems.py --split test --num_problems 500 --min_steps 6 --max_steps 10 --seed 1 >
+    problems.jsonl
 
 writes JSON lines of `question`, `answer` (ending in "#### 42") and `num_steps`. A step is one equation of the answer. The split
-is a property of the question itself (a hash of its text), so no training problem is ever a test problem, whatever the seeds.
+is a property of the question itself (a hash of its text), so no training problem is ever a test problem, whatever the
+seeds.
 """
 
 import argparse
@@ -17,10 +19,25 @@ from collections.abc import Iterator
 MAX_TOTAL = 99
 TEST_SHARE = 16  # one question in this many belongs to the test split
 
-SHE = "Ann Cara Dora Emma Fay Gina Hana Ivy Julia Kim Lena Mia Nora Olga".split()
-HE = "Ben Carl Dan Erik Finn Gus Hugo Ivan Jack Karl Leo Max Noah Otto".split()
-ITEMS = "apples pears plums nuts coins cards stamps shells stones books pens balls rings eggs".split()
-CONTAINERS = "bags boxes baskets packs".split()
+SHE = ["Ann", "Cara", "Dora", "Emma", "Fay", "Gina", "Hana", "Ivy", "Julia", "Kim", "Lena", "Mia", "Nora", "Olga"]
+HE = ["Ben", "Carl", "Dan", "Erik", "Finn", "Gus", "Hugo", "Ivan", "Jack", "Karl", "Leo", "Max", "Noah", "Otto"]
+ITEMS = [
+    "apples",
+    "pears",
+    "plums",
+    "nuts",
+    "coins",
+    "cards",
+    "stamps",
+    "shells",
+    "stones",
+    "books",
+    "pens",
+    "balls",
+    "rings",
+    "eggs",
+]
+CONTAINERS = ["bags", "boxes", "baskets", "packs"]
 
 GAINS = ["{S} buys {k} more.", "{S} finds {k} more.", "{S} gets {k} from {other}.", "{other} gives {o} {k} {item}."]
 LOSSES = ["{S} gives {k} to {other}.", "{S} loses {k} of them.", "{S} sells {k} of them.", "{other} takes {k} of them."]
@@ -39,9 +56,7 @@ def split_of(question: str) -> str:
 def _next_event(rng: random.Random, total: int, steps_left: int):
     """Draws an event that keeps the total in 2 .. MAX_TOTAL: (templates, numbers for them, equations, new total)."""
     while True:
-        kind = rng.choices(
-            ["gain", "loss", "double", "half", "group_gain", "group_loss"], [5, 5, 1, 2, 2, 2]
-        )[0]
+        kind = rng.choices(["gain", "loss", "double", "half", "group_gain", "group_loss"], [5, 5, 1, 2, 2, 2])[0]
         k = rng.randint(2, 19) if kind in ("gain", "loss") else rng.randint(2, 5)
         m = rng.randint(2, 9)
         equations = []

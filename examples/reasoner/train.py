@@ -119,7 +119,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_steps", type=int, default=4000)
-    parser.add_argument("--short_steps", type=int, default=900, help="steps at the start on problems of 1 to 4 equations")
+    parser.add_argument(
+        "--short_steps", type=int, default=900, help="steps at the start on problems of 1 to 4 equations"
+    )
     parser.add_argument("--batch_size", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup_steps", type=int, default=200)
@@ -137,7 +139,9 @@ def main():
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
     )
     first_step = 0
     if checkpoint.exists():
@@ -169,13 +173,18 @@ def main():
         num_tokens += input_ids.numel()
         if (step + 1) % 50 == 0:
             logger.info(
-                "step %d loss %.4f tokens/s %.0f", step + 1, sum(losses) / len(losses), num_tokens / (time.perf_counter() - started)
+                "step %d loss %.4f tokens/s %.0f",
+                step + 1,
+                sum(losses) / len(losses),
+                num_tokens / (time.perf_counter() - started),
             )
             losses = []
         if (step + 1) % args.save_every == 0 or step + 1 == args.num_steps:
             save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
         if (step + 1) % 1000 == 0 or step + 1 == args.num_steps:
-            logger.info("step %d accuracy (100 problems of 6 to 10 steps) %.3f", step + 1, accuracy(model, tokenizer, 100))
+            logger.info(
+                "step %d accuracy (100 problems of 6 to 10 steps) %.3f", step + 1, accuracy(model, tokenizer, 100)
+            )
     model.save_pretrained(args.output_dir / "model")
     tokenizer.save_pretrained(args.output_dir / "model")
 

@@ -1,8 +1,8 @@
 """The base of the sparsity methods: what one call knows about the neurons, and how a twin's modules ask for it.
 
-A method object lives as long as one `generate` call. During the prefill it observes the dense model; while it is *drafting*,
-the twin's replaced modules find it in a context variable and compute sparsely. At all other times they compute densely. So
-two calls on one twin, in two threads, do not mix.
+A method object lives as long as one `generate` call. During the prefill it observes the dense model; while it is
+*drafting*, the twin's replaced modules find it in a context variable and compute sparsely. At all other times they
+compute densely. So two calls on one twin, in two threads, do not mix.
 """
 
 import contextlib
@@ -49,7 +49,9 @@ class SparsityMethod(ABC):
 
     @abstractmethod
     def observe(self, site: MlpSite, values: torch.Tensor) -> None:
-        """Takes in the prefill's values of one MLP, [num_tokens, num_neurons], without padding; maybe in several parts."""
+        """Takes in the prefill's values of one MLP, [num_tokens, num_neurons], without padding; maybe in several
+        parts.
+        """
 
     @abstractmethod
     def select(self) -> None:
@@ -57,7 +59,9 @@ class SparsityMethod(ABC):
 
     @abstractmethod
     def num_parameters_read(self, site: MlpSite) -> float | None:
-        """Returns how many of this MLP's parameters a draft step read, on average so far; `None` before the first step."""
+        """Returns how many of this MLP's parameters a draft step read, on average so far; `None` before the first
+        step.
+        """
 
     def draft_density(self, model: PreTrainedModel) -> float | None:
         """Returns the parameters that a draft step read / all parameters, or `None` before the first step.
@@ -105,8 +109,8 @@ class SparsityMethod(ABC):
 class TwinProjection(nn.Module):
     """Stands in for a projection in the twin: the same parameters, a forward that the drafting method may take over.
 
-    It shares the very dicts of parameters and buffers with the dense module, so the twin's state dict has the dense model's
-    names, and whatever is moved, cast or loaded there is here at once.
+    It shares the very dicts of parameters and buffers with the dense module, so the twin's state dict has the dense
+    model's names, and whatever is moved, cast or loaded there is here at once.
     """
 
     def __init__(self, dense: nn.Module, site_idx: int, name: str):

@@ -1,4 +1,6 @@
-"""GRIFFIN (arXiv 2404.01365): one set of neurons per prompt, from the prefill's activations. CSparse in the Sirius paper."""
+"""GRIFFIN (arXiv 2404.01365): one set of neurons per prompt, from the prefill's activations. CSparse in the Sirius
+paper.
+"""
 
 import torch
 from torch import nn
@@ -11,8 +13,8 @@ class Griffin(SparsityMethod):
     """Keeps the neurons with the largest prompt statistic, gathered once into smaller projections.
 
     The statistic of neuron j is the norm over the prompt's tokens of its share in each token's activations:
-    s_j = || z_j / ||z|| ||_2 with z the input of the down projection (GRIFFIN, section 4.2). The gathered weights belong to this
-    object and are freed with it, at the end of the call.
+    s_j = || z_j / ||z|| ||_2 with z the input of the down projection (GRIFFIN, section 4.2). The gathered weights
+    belong to this object and are freed with it, at the end of the call.
     """
 
     observed = "neurons"
@@ -42,7 +44,9 @@ class Griffin(SparsityMethod):
             self.neuron_indices.append(neuron_indices)
             for name in (site.kind.gate, site.kind.up):
                 if name:
-                    self._gathered[site.idx, name] = _gather_rows(getattr(site.owner, name), neuron_indices, site.num_neurons)
+                    self._gathered[site.idx, name] = _gather_rows(
+                        getattr(site.owner, name), neuron_indices, site.num_neurons
+                    )
             down = site.down
             columns = neuron_indices.to(down.weight.device)
             self._gathered[site.idx, site.kind.down] = (neuron_weight(down).index_select(1, columns), down.bias)

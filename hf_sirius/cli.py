@@ -1,0 +1,155 @@
+"""The command line, `hf-sirius`."""
+
+import argparse
+import dataclasses
+import sys
+
+from . import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status; an error of the user's is told in one line."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"hf-sirius: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nhf-sirius: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-sirius", description="Contextual sparsity with correction, for any causal language model."
+    )
+    parser.add_argument("--version", action="version", version=f"hf_sirius {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    demo = commands.add_parser(
+        "demo", help="the embedded reasoner: dense, sparse alone and corrected, with no hub access"
+    )
+    _add(
+        demo,
+        "--num_problems",
+        type=_positive,
+        default=40,
+        help="unseen problems to solve in each way (default: 40, at most 500)",
+    )
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="generate with any causal language model and its sparse twin")
+    _add(generate, "--model", required=True, help="id on the hub, or path ('reasoner' for the embedded one)")
+    _add(generate, "--prompt", required=True, help="the text to continue; '-' reads standard input")
+    _add(generate, "--config", help="a SiriusConfig: directory or hub id; the options below win over it")
+    _add(generate, "--max_new_tokens", type=_positive, default=256)
+    _add(generate, "--do_sample", action="store_true", help="sample, with the model's own generation settings")
+    _add(generate, "--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    _add(generate, "--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    _add(generate, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
+    _add(generate, "--device", help="device of the model (default: cuda if there is one, else cpu)")
+    _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
+    _add(generate, "--stream", action="store_true", help="print the text as it is verified")
+    _add_config_options(generate.add_argument_group("sparsity and correction (SiriusConfig)"))
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _add(parser, name: str, **kwargs) -> None:
+    """Adds an option under its name and under the spelling with hyphens."""
+    names = dict.fromkeys([name, "--" + name[2:].replace("_", "-")])
+    parser.add_argument(*names, **kwargs)
+
+
+def _add_config_options(group) -> None:
+    # The defaults are the config's own, so an option that is not given stays None. The config validates the values.
+    from .config import SELECTIONS, SiriusConfig
+    from .sparsity import METHODS
+
+    helps = {
+        "method": f"one of {', '.join(METHODS)}",
+        "density": "share of the neurons of each MLP to keep, in (0, 1]",
+        "kernel_size": "tokens per cycle, at least 2",
+        "threshold": "likelihood at which a drafted token is kept, in [0, 1]; 1 gives the dense output",
+        "temperature": "temperature of that likelihood",
+        "selection": f"for cats: one of {', '.join(SELECTIONS)}",
+        "calibration": "for cats: a directory with a saved calibration",
+    }
+    for field in dataclasses.fields(SiriusConfig):
+        default = "" if field.default is None else f" (default: {field.default})"
+        kind = type(field.default) if field.default is not None else str
+        _add(group, f"--{field.name}", type=kind, default=None, help=helps[field.name] + default)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _demo(args) -> None:
+    from rich.console import Console
+
+    from .demo import run_demo
+
+    run_demo(Console(), args.num_problems)
+
+
+def _sirius_config(args):
+    from .calibration import Calibration
+    from .config import SiriusConfig
+
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SiriusConfig)}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if "calibration" in fields:
+        fields["calibration"] = Calibration.from_pretrained(fields["calibration"])
+    config = SiriusConfig.from_pretrained(args.config) if args.config else SiriusConfig()
+    return config.replace(**fields)
+
+
+def _generate(args) -> None:
+    config = _sirius_config(args)  # a wrong value is told before anything is loaded
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+    from .assistant import make_sparse
+    from .reasoner import reasoner_path
+
+    path = reasoner_path() if args.model == "reasoner" else args.model
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(device)
+    set_seed(args.seed)
+    with make_sparse(model, config) as twin:
+        output = model.generate(
+            **inputs,
+            assistant_model=twin,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=args.do_sample,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None,
+        )
+        if not args.stream:
+            print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        if args.stats:
+            print(twin.stats, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
