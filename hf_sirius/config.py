@@ -37,7 +37,7 @@ class SiriusConfig(PushToHubMixin):
             Temperature of the softmax in which that likelihood is read. Greater than 0.
         selection (`str`, defaults to `"threshold"`):
             For `"cats"`. `"threshold"`: a neuron is kept while it exceeds its layer's threshold (from `calibration`, or
-            else from the prompt), so that the share kept varies by token. `"topk"`: exactly the largest share per token.
+            else from the prompt), so that the share kept varies by token. `"topk"`: the largest share of each token.
         calibration ([`Calibration`], *optional*):
             For `"cats"` with thresholds: what [`calibrate`] measured on a corpus. Saved and loaded with the config.
     """

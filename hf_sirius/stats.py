@@ -103,8 +103,9 @@ class GenerationStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers; a measure without data is `None`."""
-        names = ["kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back", "acceptance_rate", "aal", "draft_density", "effective_density"]  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back")
+        measures = ("acceptance_rate", "aal", "draft_density", "effective_density")
+        return {name: getattr(self, name) for name in (*counts, *measures)}
 
     def __repr__(self) -> str:
         shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in self.as_dict().items()}

@@ -1,11 +1,10 @@
 """Multi-step arithmetic word problems in GSM8K's form, with a chain of thought for an answer.
 
-    python examples/reasoner/problems.py --split test --num_problems 500 --min_steps 6 --max_steps 10 --seed 1 >
-    problems.jsonl
+    python examples/reasoner/problems.py --split test --num_problems 500 --min_steps 6 --max_steps 10 > problems.jsonl
 
-writes JSON lines of `question`, `answer` (ending in "#### 42") and `num_steps`. A step is one equation of the answer. The split
-is a property of the question itself (a hash of its text), so no training problem is ever a test problem, whatever the
-seeds.
+writes JSON lines of `question`, `answer` (ending in "#### 42") and `num_steps`. A step is one equation of the answer. The
+split is a property of the question itself (a hash of its text), so no training problem is ever a test problem, whatever
+the seeds.
 """
 
 import argparse
@@ -21,22 +20,7 @@ TEST_SHARE = 16  # one question in this many belongs to the test split
 
 SHE = ["Ann", "Cara", "Dora", "Emma", "Fay", "Gina", "Hana", "Ivy", "Julia", "Kim", "Lena", "Mia", "Nora", "Olga"]
 HE = ["Ben", "Carl", "Dan", "Erik", "Finn", "Gus", "Hugo", "Ivan", "Jack", "Karl", "Leo", "Max", "Noah", "Otto"]
-ITEMS = [
-    "apples",
-    "pears",
-    "plums",
-    "nuts",
-    "coins",
-    "cards",
-    "stamps",
-    "shells",
-    "stones",
-    "books",
-    "pens",
-    "balls",
-    "rings",
-    "eggs",
-]
+ITEMS = "apples pears plums nuts coins cards stamps shells stones books pens balls rings eggs".split()  # noqa: SIM905
 CONTAINERS = ["bags", "boxes", "baskets", "packs"]
 
 GAINS = ["{S} buys {k} more.", "{S} finds {k} more.", "{S} gets {k} from {other}.", "{other} gives {o} {k} {item}."]
