@@ -42,17 +42,20 @@ class GenerationStats:
     def __init__(self, kernel_size: int, total: "GenerationStats | None" = None):
         self.kernel_size = kernel_size
         self.total = total
-        self.reset()
+        self._clear()
 
     def reset(self) -> None:
         """Sets every count back to zero, those of the total included."""
+        self._clear()
+        if self.total is not None:
+            self.total.reset()
+
+    def _clear(self) -> None:
         self.cycles: list[Cycle] = []
         self.num_cycles = self.num_short_cycles = self.num_drafted = self.num_accepted = 0
         self._full_advance = 0
         self._num_densities = 0
         self._density_sum = 0.0
-        if self.total is not None:
-            self.total.reset()
 
     def record_cycle(self, cycle: Cycle) -> None:
         """Adds a verified cycle to the counts, and to the total's."""

@@ -2,9 +2,9 @@
 
     python examples/reasoner/problems.py --split test --num_problems 500 --min_steps 6 --max_steps 10 > problems.jsonl
 
-writes JSON lines of `question`, `answer` (ending in "#### 42") and `num_steps`. A step is one equation of the answer. The
-split is a property of the question itself (a hash of its text), so no training problem is ever a test problem, whatever
-the seeds.
+writes JSON lines of `question`, `answer` (ending in "#### 42") and `num_steps`. A step is one equation of the answer.
+The split is a property of the question itself (a hash of its text), so no training problem is ever a test problem,
+whatever the seeds.
 """
 
 import argparse

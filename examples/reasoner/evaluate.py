@@ -1,0 +1,51 @@
+"""Makes the README's table: accuracy of the embedded reasoner when dense, sparse alone and corrected.
+
+    python examples/reasoner/evaluate.py --num_problems 300
+
+The table is Markdown on standard output; progress goes to standard error. ms per token is the mean of whole
+generations, prefill included; it depends on the machine.
+"""
+
+import argparse
+import logging
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sirius
+from hf_sirius.evaluation import evaluate, generator
+
+
+logger = logging.getLogger("evaluate")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num_problems", type=int, default=300)
+    parser.add_argument("--methods", nargs="+", default=["griffin", "cats"])
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.5, 0.3, 0.1])
+    parser.add_argument("--kernel_size", type=int, default=16)
+    parser.add_argument("--threshold", type=float, default=0.1)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+    tokenizer = AutoTokenizer.from_pretrained(hf_sirius.reasoner_path())
+    model = AutoModelForCausalLM.from_pretrained(hf_sirius.reasoner_path()).eval()
+    problems = hf_sirius.reasoner_problems()[: args.num_problems]
+
+    dense = evaluate(model.generate, tokenizer, problems)
+    logger.info("dense %s", dense)
+    print(
+f"{len(problems)} unseen problems of 6 to 10 steps, kernel_size {args.kernel_size}, threshold {args.threshold}." )
+print(f"Dense: accuracy {dense.accuracy:.3f}, {dense.ms_per_token:.1f} ms per token.\n") print("| method, density |
+sparse alone | Sirius | AAL | draft density | effective density | ms per token |")
+print("|---|---|---|---|---|---|---|") for method in args.methods: for density in args.densities: fields =
+{"method": method, "density": density} fields |= {"kernel_size": args.kernel_size, "threshold": args.threshold}
+with hf_sirius.make_sparse(model, **fields) as sparse: alone = evaluate(generator(model, sparse, alone=True),
+tokenizer, problems) sparse.stats.reset() corrected = evaluate(generator(model, sparse), tokenizer, problems) stats
+= sparse.stats.total logger.info("%s %s alone %s corrected %s %s", method, density, alone, corrected, stats) print(
+f"| {method} {density} | {alone.accuracy:.3f} | {corrected.accuracy:.3f} | {stats.aal:.2f} " f"|
+{stats.draft_density:.3f} | {stats.effective_density:.3f} | {corrected.ms_per_token:.1f} |", flush=True, )
+
+
+if __name__ == "__main__":
+    main()
