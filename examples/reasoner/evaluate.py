@@ -2,7 +2,7 @@
 
     python examples/reasoner/evaluate.py --num_problems 300
 
-The table is Markdown on standard output; progress goes to standard error. ms per token is the mean of whole
+The table is Markdown on standard output; progress goes to standard error. ms per token is the mean over whole
 generations, prefill included; it depends on the machine.
 """
 
@@ -34,17 +34,25 @@ def main():
 
     dense = evaluate(model.generate, tokenizer, problems)
     logger.info("dense %s", dense)
-    print(
-f"{len(problems)} unseen problems of 6 to 10 steps, kernel_size {args.kernel_size}, threshold {args.threshold}." )
-print(f"Dense: accuracy {dense.accuracy:.3f}, {dense.ms_per_token:.1f} ms per token.\n") print("| method, density |
-sparse alone | Sirius | AAL | draft density | effective density | ms per token |")
-print("|---|---|---|---|---|---|---|") for method in args.methods: for density in args.densities: fields =
-{"method": method, "density": density} fields |= {"kernel_size": args.kernel_size, "threshold": args.threshold}
-with hf_sirius.make_sparse(model, **fields) as sparse: alone = evaluate(generator(model, sparse, alone=True),
-tokenizer, problems) sparse.stats.reset() corrected = evaluate(generator(model, sparse), tokenizer, problems) stats
-= sparse.stats.total logger.info("%s %s alone %s corrected %s %s", method, density, alone, corrected, stats) print(
-f"| {method} {density} | {alone.accuracy:.3f} | {corrected.accuracy:.3f} | {stats.aal:.2f} " f"|
-{stats.draft_density:.3f} | {stats.effective_density:.3f} | {corrected.ms_per_token:.1f} |", flush=True, )
+    settings = f"kernel_size {args.kernel_size}, threshold {args.threshold}"
+    print(f"{len(problems)} unseen problems of 6 to 10 steps, {settings}.")
+    print(f"Dense: accuracy {dense.accuracy:.3f}, {dense.ms_per_token:.1f} ms per token.\n")
+    print("| method, density | sparse alone | Sirius | AAL | draft density | effective density | ms per token |")
+    print("|---|---|---|---|---|---|---|")
+    for method in args.methods:
+        for density in args.densities:
+            fields = {"kernel_size": args.kernel_size, "threshold": args.threshold}
+            with hf_sirius.make_sparse(model, method=method, density=density, **fields) as sparse:
+                alone = evaluate(generator(model, sparse, alone=True), tokenizer, problems)
+                sparse.stats.reset()
+                corrected = evaluate(generator(model, sparse), tokenizer, problems)
+                stats = sparse.stats.total
+            logger.info("%s %s alone %s corrected %s %s", method, density, alone, corrected, stats)
+            print(
+                f"| {method} {density} | {alone.accuracy:.3f} | {corrected.accuracy:.3f} | {stats.aal:.2f} "
+                f"| {stats.draft_density:.3f} | {stats.effective_density:.3f} | {corrected.ms_per_token:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
