@@ -118,7 +118,7 @@ def save(path: Path, **state) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_steps", type=int, default=4000)
+    parser.add_argument("--num_steps", type=int, default=3400)
     parser.add_argument(
         "--short_steps", type=int, default=900, help="steps at the start on problems of 1 to 4 equations"
     )
@@ -126,6 +126,7 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--save_every", type=int, default=250)
+    parser.add_argument("--num_eval_problems", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -182,11 +183,8 @@ def main():
         if (step + 1) % args.save_every == 0 or step + 1 == args.num_steps:
             save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
         if (step + 1) % 1000 == 0 or step + 1 == args.num_steps:
-            logger.info(
-                "step %d accuracy (100 problems of 6 to 10 steps) %.3f", step + 1, accuracy(model, tokenizer, 100)
-            )
-    model.save_pretrained(args.output_dir / "model")
-    tokenizer.save_pretrained(args.output_dir / "model")
+            right = accuracy(model, tokenizer, args.num_eval_problems)
+            logger.info("step %d accuracy (%d problems of 6 to 10 steps) %.3f", step + 1, args.num_eval_problems, right)
 
 
 if __name__ == "__main__":

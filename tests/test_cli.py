@@ -1,0 +1,88 @@
+"""The command line, run as a user runs it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hf_sirius import SiriusConfig, reasoner_problems
+from hf_sirius.cli import main
+from hf_sirius.evaluation import final_answer, problem_prompt
+
+
+PROMPT = problem_prompt(reasoner_problems()[0]["question"])
+GENERATE = ["generate", "--model", "reasoner", "--prompt", PROMPT, "--threshold", "1.0"]
+
+
+def test_generate_prints_the_answer_alone(capsys):
+    assert main([*GENERATE, "--method", "griffin"]) == 0
+    printed = capsys.readouterr()
+    assert final_answer(printed.out) is not None and "Question" not in printed.out
+
+
+def test_stream_prints_the_same_text(capsys):
+    main(GENERATE)
+    whole = capsys.readouterr().out
+    main([*GENERATE, "--stream"])
+    assert capsys.readouterr().out.strip() == whole.strip()
+
+
+def test_stats_go_to_standard_error(capsys):
+    main([*GENERATE, "--stats", "--kernel-size", "5", "--density", "0.25"])
+    printed = capsys.readouterr()
+    assert "kernel_size=5" in printed.err and "draft_density=0." in printed.err and "kernel_size" not in printed.out
+
+
+def test_a_saved_config_is_used_and_options_win_over_it(tmp_path, capsys):
+    SiriusConfig(method="griffin", kernel_size=7, threshold=1.0).save_pretrained(tmp_path)
+    main([*GENERATE[:5], "--config", str(tmp_path), "--stats"])
+    assert "kernel_size=7" in capsys.readouterr().err
+    main([*GENERATE[:5], "--config", str(tmp_path), "--stats", "--kernel_size", "4"])
+    assert "kernel_size=4" in capsys.readouterr().err
+
+
+def test_chat_template_and_sampling(capsys):
+    question = reasoner_problems()[0]["question"]
+    options = ["generate", "--model", "reasoner", "--chat", "--do_sample", "--seed", "3", "--prompt", question]
+    assert main(options) == 0
+    first = capsys.readouterr().out
+    assert main(options) == 0
+    assert capsys.readouterr().out == first != "\n"
+
+
+def test_prompt_from_standard_input(monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert main([*GENERATE[:3], "--prompt", "-", "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--method", "grifin"], "Did you mean 'griffin'"),
+        (["--density", "0"], "density must be in (0, 1]"),
+        (["--kernel_size", "1"], "kernel_size must be at least 2"),
+        (["--calibration", "nowhere"], "no calibration at"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(options, told, capsys):
+    assert main([*GENERATE, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-sirius: error: ") and told in error and "Traceback" not in error
+
+
+def test_demo_shows_the_table_and_one_coloured_answer(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["demo", "--num_problems", "8"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("dense", "griffin 50%, sparse alone", "griffin 50% + Sirius", "effective density", "with Sirius:"):
+        assert expected in printed
+
+
+def test_installed_script_tells_its_version():
+    run = subprocess.run(
+        [sys.executable, "-m", "hf_sirius.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("hf_sirius ")

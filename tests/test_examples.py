@@ -1,0 +1,74 @@
+"""Every example runs, in a process of its own, as its docstring says; and so does the README's code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str, given: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, *command], input=given, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_generate():
+    printed = run("examples/generate.py")
+    assert printed.count("####") >= 2 and "GenerationStats" in printed
+
+
+def test_pipeline():
+    assert run("examples/pipeline.py").count("####") == 3
+
+
+def test_streaming_chat_over_two_turns():
+    problem = "Ann has {} apples. She buys 8 more. She sells 5 of them. How many apples does Ann have now?\n"
+    printed = run("examples/streaming_chat.py", given=problem.format(17) + problem.format(30) + "\n")
+    assert "#### 20" in printed and "#### 33" in printed
+
+
+def test_calibration(tmp_path):
+    printed = run("examples/calibration.py", "--output_dir", str(tmp_path), "--max_tokens", "2000")
+    assert "####" in printed and (tmp_path / "sirius_config.json").is_file()
+
+
+def test_reasoner_problems():
+    printed = run("examples/reasoner/problems.py", "--num_problems", "3", "--min_steps", "2", "--max_steps", "2")
+    assert printed.count('"num_steps": 2') == 3
+
+
+def test_reasoner_table():
+    printed = run("examples/reasoner/evaluate.py", "--num_problems", "4", "--densities", "0.5")
+    assert "| griffin 0.5 |" in printed and "| cats 0.5 |" in printed
+
+
+def test_reasoner_training_goes_on_from_its_checkpoint(tmp_path):
+    options = ("--output_dir", str(tmp_path), "--batch_size", "4", "--save_every", "2", "--num_eval_problems", "2")
+    run("examples/reasoner/train.py", *options, "--num_steps", "2")
+    run("examples/reasoner/train.py", *options, "--num_steps", "4")
+    run("examples/reasoner/export.py", str(tmp_path), "--output_dir", str(tmp_path / "exported"))
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    assert "4 steps" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_python_of_the_readme(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 4
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks[1:]))  # the first one shows the idea, on a model that the reader has
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "####" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["generate", "pipeline", "streaming_chat", "calibration"])
+def test_every_example_is_in_the_readme(name):
+    assert f"{name}.py" in (ROOT / "README.md").read_text()
