@@ -21,10 +21,8 @@ from .twin import SparseTwin, build_twin, check_batch_size
 
 
 _ABSENT = object()
-# dense model -> (its twins, what stood in its __dict__ under the names that are laid over)
-_attached: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[weakref.WeakSet, dict[str, Any]]]" = (
-    weakref.WeakKeyDictionary()
-)
+# dense model -> its twins
+_attached: "weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet]" = weakref.WeakKeyDictionary()
 
 
 def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fields: Any) -> SparseTwin:
@@ -68,13 +66,14 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} has parameters on the meta device (not loaded, or offloaded by accelerate): load "
-            "the whole model "
-            "into memory first, with from_pretrained and without a device_map that offloads"
+            "the whole model into memory first, with from_pretrained and without a device_map that offloads"
         )
     sites = find_mlps(model)
     if config.calibration is not None:
         config.calibration.check_model(sites)
     twin = build_twin(model, config, sites)
+    for name in _OVERLAYS:
+        twin.__dict__.pop(name, None)  # bound to the dense model
     _attach(twin)
     return twin
 
@@ -82,21 +81,28 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
 def _attach(twin: SparseTwin) -> None:
     model = twin.dense_model
     if model not in _attached:
-        _attached[model] = (weakref.WeakSet(), {name: model.__dict__.get(name, _ABSENT) for name in _OVERLAYS})
+        _attached[model] = weakref.WeakSet()
         for name, overlay in _OVERLAYS.items():
             wrapped = functools.update_wrapper(functools.partial(overlay), getattr(type(model), name))
+            before = model.__dict__.get(name, _ABSENT)
+            # What stood there is kept on the overlay, to be freed with the model. (A deep copy of a model with twins
+            # comes with overlays already, which cover nothing.)
+            wrapped.before = _ABSENT if hasattr(getattr(before, "__func__", None), "before") else before
             model.__dict__[name] = types.MethodType(wrapped, model)
-    _attached[model][0].add(twin)
+    _attached[model].add(twin)
 
 
 def detach(twin: SparseTwin) -> None:
     """Takes the bond between a twin and its dense model back; the last twin's end puts the instance back as it was."""
     model = twin.dense_model
-    twins, before = _attached.get(model, (weakref.WeakSet(), {}))
+    if model not in _attached:
+        return
+    twins = _attached[model]
     twins.discard(twin)
-    if before and not twins:
+    if not twins:
         del _attached[model]
-        for name, value in before.items():
+        for name in _OVERLAYS:
+            value = model.__dict__[name].__func__.before
             if value is _ABSENT:
                 model.__dict__.pop(name, None)
             else:
@@ -104,12 +110,12 @@ def detach(twin: SparseTwin) -> None:
 
 
 def _drafts_for(twin: Any, model: PreTrainedModel) -> bool:
-    return isinstance(twin, SparseTwin) and model in _attached and twin in _attached[model][0]
+    return isinstance(twin, SparseTwin) and model in _attached and twin in _attached[model]
 
 
 def _underlying(model: PreTrainedModel, name: str):
     """Returns the bound method that an overlay covers."""
-    before = _attached[model][1][name] if model in _attached else _ABSENT
+    before = model.__dict__[name].__func__.before if model in _attached else _ABSENT
     return types.MethodType(getattr(type(model), name), model) if before is _ABSENT else before
 
 
@@ -150,8 +156,7 @@ def _get_candidate_generator(
     if generation_config.assistant_ensemble_weight is not None:
         raise ValueError(
             "assistant_ensemble_weight blends the draft's probabilities into the model's, while a sparse twin is "
-            "verified by its "
-            "likelihood threshold: leave assistant_ensemble_weight out and lower SiriusConfig.threshold instead"
+            "verified by its likelihood threshold: leave assistant_ensemble_weight out and lower SiriusConfig.threshold"
         )
     return SiriusCandidateGenerator(assistant_model, Call.current(), generation_config, logits_processor)
 

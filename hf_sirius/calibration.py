@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ class MagnitudeHistogram:
             raise ValueError("no value was counted: quantiles need at least one token")
         cumulative = self.counts.cumsum(0).double() / self.counts.sum()
         wanted = torch.tensor(shares, dtype=torch.float64, device=cumulative.device)
-        bins = torch.searchsorted(cumulative, wanted).clamp_(max=self._NUM_BINS - 1)
+        bins = torch.searchsorted(cumulative, wanted).clamp_(max=self._NUM_BINS - 2)
         # The bin's upper edge: all that is counted up to this bin lies below it.
         edges = ((bins.to(torch.int32) + 1) << 16).contiguous().view(torch.float32)
         return torch.where(wanted <= 0, torch.full_like(edges, -1.0), edges)
@@ -86,7 +86,8 @@ class Calibration:
             and self.metadata == other.metadata
         )
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return hash((self.table.shape, self.table.sum().item()))
 
     def __repr__(self) -> str:
         return f"Calibration({self.metadata})"
@@ -109,7 +110,7 @@ class Calibration:
                 f"model has {probe.shape[0]}. {remedy}"
             )
         # A cast model still has nearly the same weights; another one has a cosine near 0.
-        similarity = nn.functional.cosine_similarity(probe, self.probe, dim=-1).min().item()
+        similarity = nn.functional.cosine_similarity(probe.flatten(), self.probe.flatten(), dim=0).item()
         if similarity < 0.9:
             raise ValueError(
                 f"this calibration is of another model ({self.metadata}): its gate projections hold other weights "
@@ -183,11 +184,16 @@ def calibrate(
         `TypeError` for a single string or for text without a tokenizer, `ValueError` if the corpus has no token or the
         model no known MLP.
     """
+    for name, value in (("max_length", max_length), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(texts, Mapping):
+        raise TypeError("texts must be an iterable of texts, got a single encoding: pass [encoding]")
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of texts, got a single string: pass [text], or its lines")
     sites = find_mlps(model)
     histograms = [MagnitudeHistogram() for _ in sites]
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     num_texts = num_tokens = 0
     try:
@@ -205,7 +211,8 @@ def calibrate(
                 if max_tokens is not None and num_tokens >= max_tokens:
                     break
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if not num_tokens:
         raise ValueError("the corpus holds no token: pass at least one text that is not empty")
     table = torch.stack([h.quantiles([1 - d for d in _DENSITIES]) for h in histograms]).cpu()

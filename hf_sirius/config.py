@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import PushToHubMixin, cached_file
+from transformers.utils.hub import hf_api
 
 from .calibration import CALIBRATION_NAME, Calibration
 from .sparsity import check_method_name
@@ -15,6 +16,10 @@ from .sparsity import check_method_name
 
 CONFIG_NAME = "sirius_config.json"
 SELECTIONS = ("threshold", "topk")
+_DOWNLOAD_OPTIONS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",
+    "user_agent",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,11 @@ class SiriusConfig(PushToHubMixin):
     @classmethod
     def from_dict(cls, values: dict[str, Any], calibration: Calibration | None = None) -> "SiriusConfig":
         """Builds a config from `to_dict`'s result. Raises `ValueError` for a name that is not a field."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a config is a mapping of fields, got {values!r}")
         values = {name: value for name, value in values.items() if name != "hf_sirius_version"}
+        if "calibration" in values:
+            raise ValueError("a calibration is no plain value: pass it as calibration=..., or save it with the config")
         check_field_names(values)
         return cls(**values, calibration=calibration)
 
@@ -109,15 +118,18 @@ class SiriusConfig(PushToHubMixin):
         if push_to_hub:
             commit_message = kwargs.pop("commit_message", None)
             repo_id = kwargs.pop("repo_id", directory.name)
-            create_keys = ("token", "private", "exist_ok")
-            repo_id = self._create_repo(repo_id, **{key: kwargs.pop(key) for key in create_keys if key in kwargs})
+            repo_id = hf_api().create_repo(repo_id, exist_ok=True, **kwargs).repo_id
             timestamps = self._get_files_timestamps(directory)
         if self.calibration is not None:
             self.calibration.save_pretrained(directory)
+        else:
+            (directory / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier save
         text = json.dumps({"hf_sirius_version": __version__, **self.to_dict()}, indent=2)
         (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         if push_to_hub:
-            self._upload_modified_files(directory, repo_id, timestamps, commit_message=commit_message, **kwargs)
+            self._upload_modified_files(
+                directory, repo_id, timestamps, commit_message=commit_message, token=kwargs.get("token")
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | os.PathLike, **kwargs) -> "SiriusConfig":
@@ -133,6 +145,12 @@ class SiriusConfig(PushToHubMixin):
         """
         names = {field.name for field in dataclasses.fields(cls)}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        unknown = sorted(set(kwargs) - set(_DOWNLOAD_OPTIONS))
+        if unknown:
+            raise ValueError(
+                f"unknown keyword {', '.join(map(repr, unknown))}: neither a field {sorted(names)} nor an option of "
+                f"the download {list(_DOWNLOAD_OPTIONS)}"
+            )
         file = cached_file(pretrained_name_or_path, CONFIG_NAME, **kwargs)
         try:
             values = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -145,7 +163,10 @@ class SiriusConfig(PushToHubMixin):
         )  # fmt: skip
         if found is not None:
             calibration = Calibration.from_file(found)
-        config = cls.from_dict(values, calibration=calibration)
+        try:
+            config = cls.from_dict(values, calibration=calibration)
+        except TypeError as error:
+            raise ValueError(f"{file} is not a valid config: {error}") from error
         return config.replace(**overrides) if overrides else config
 
 

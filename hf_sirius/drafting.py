@@ -10,7 +10,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from .call import Call
 from .stats import Cycle
-from .twin import SparseTwin
+from .twin import SparseTwin, mask_of_new_tokens
 from .verification import VerificationHook
 
 
@@ -67,7 +67,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
             long [1, length + num_drafted] and, if any was sampled, float32 [1, num_drafted, vocab_size].
         """
         if is_first_iteration:
-            self._prefill.enter_context(self.call.method.observing(model_kwargs.get("attention_mask")))
+            self._prefill.enter_context(self.call.method.observing(mask_of_new_tokens(model_kwargs)))
             self._prefill.enter_context(self._reading_new_tokens_only(input_ids, model_kwargs))
             return input_ids, None
         candidate_ids, scores = self._draft(input_ids, model_kwargs)

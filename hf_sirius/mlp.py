@@ -113,7 +113,11 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
         `ValueError` if the model has experts, no MLP of a known kind, or a projection of an unknown type.
     """
     sites = []
+    # A vision or audio tower has MLPs of its own, which no draft step passes.
+    decoder = set(model.get_decoder().modules()) if hasattr(model, "get_decoder") else set(model.modules())
     for name, module in model.named_modules():
+        if module not in decoder:
+            continue
         if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
             raise ValueError(
                 f"{type(model).__name__} has mixture-of-experts blocks (the first is {name!r}), which hf_sirius "

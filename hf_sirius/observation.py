@@ -29,9 +29,10 @@ def observing(
         sites: the MLPs of the dense model.
         observed: what to watch.
         observe: takes values of shape [num_tokens, num_neurons]; padding tokens are left out.
-        attention_mask: long [1, length] of the sequence up to its newest token, or `None` without padding.
+        attention_mask: long [batch_size, num_new_tokens] of the tokens that will be read, or `None` without padding.
     """
     me = object()
+    num_seen = [0] * len(sites)
     token = _observer.set(me)
 
     def hand_over(site: MlpSite, values: torch.Tensor) -> None:
@@ -40,7 +41,10 @@ def observing(
             return
         values = values.detach().flatten(0, -2)
         if attention_mask is not None:
-            values = values[attention_mask[0, -values.shape[0] :].to(values.device).bool()]
+            start = num_seen[site.idx]  # a prefill may come in chunks
+            num_seen[site.idx] += values.shape[0] // attention_mask.shape[0]
+            token_mask = attention_mask[:, start : num_seen[site.idx]].flatten().bool()
+            values = values[token_mask.to(values.device)]
         observe(site, values)
 
     def watch(site: MlpSite):

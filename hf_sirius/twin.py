@@ -3,6 +3,7 @@ modules.
 """
 
 import functools
+import types
 
 import torch
 from torch import nn
@@ -53,10 +54,15 @@ class SparseTwin:
     def new_call(self) -> Call:
         """Starts the state of one `generate` call; `stats` speaks of it from now on."""
         # The containers are the twin's own, so their mode has to follow.
-        if self.training != self.dense_model.training:
-            self.train(self.dense_model.training)
         self.stats = GenerationStats(self.sirius_config.kernel_size, total=self.stats.total)
         return Call(self.sirius_config, self.dense_model, self.sites, self.stats)
+
+    def __call__(self, *args, **kwargs):
+        # The copied containers have a mode of their own, which has to follow the originals' train() and eval().
+        if self.training != self.dense_model.training:
+            for copy, original in self.__dict__["_copies"]:
+                copy.training = original.training
+        return super().__call__(*args, **kwargs)
 
     def generate(self, *args, **kwargs):
         """Stock `generate`, with a dense prefill and sparse decoding, at batch size 1."""
@@ -78,11 +84,19 @@ class SparseTwin:
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         # The dense model's prefill is the one place where neurons are observed, with and without correction.
         call = Call.current()
-        with call.method.observing(model_kwargs.get("attention_mask")):
+        with call.method.observing(mask_of_new_tokens(model_kwargs)):
             outputs = self.dense_model._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         call.method.select()
         call.undo.enter_context(call.method.drafting())
         return outputs
+
+
+def mask_of_new_tokens(model_kwargs: dict) -> torch.Tensor | None:
+    """Returns the attention mask of the tokens that the first forward reads, long [batch_size, num_new_tokens]."""
+    attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    if attention_mask is None or cache is None:
+        return attention_mask
+    return attention_mask[:, cache.get_seq_length() :]
 
 
 def check_batch_size(prompt: torch.Tensor | None) -> None:
@@ -119,7 +133,11 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
 
     twin = copy(model)
     twin.__class__ = _twin_class(type(model))
-    twin.__dict__["_dense_model"] = model  # not a submodule
+    # Not submodules of the twin.
+    twin.__dict__["_dense_model"] = model
+    pairs = [(copies[id(module)], module) for module in model.modules() if id(module) in copies]
+    pairs += [(replacement, site.owner) for site in sites for replacement in replacements[id(site.owner)].values()]
+    twin.__dict__["_copies"] = pairs
     twin.sirius_config = config
     twin.sites = sites
     twin.stats = GenerationStats(config.kernel_size, total=GenerationStats(config.kernel_size))
@@ -149,4 +167,12 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
         twin.__dict__.pop("forward", None)
         twin.__dict__.pop("_old_forward", None)
         add_hook_to_module(twin, hook)
+    elif (forward := twin.__dict__.get("forward")) is not None:
+        if getattr(forward, "__self__", None) is not module:
+            raise ValueError(
+                f"a {type(module).__name__} of this model has a forward of its own ({forward!r}), such as "
+                "torch.compile makes: it would run the dense model in the twin's place. Call make_sparse first and "
+                "compile afterwards."
+            )
+        twin.__dict__["forward"] = types.MethodType(forward.__func__, twin)
     return twin

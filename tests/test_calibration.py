@@ -37,14 +37,14 @@ def measure(model, texts=None, **options) -> Calibration:
 def activations(model, texts) -> list[torch.Tensor]:
     """Returns act(gate x) of each MLP over the texts, [num_tokens, num_neurons], seen from outside."""
     seen = []
-    handles = [layer.mlp.act_fn.register_forward_hook(lambda _, args, out: seen.append(out[0])) for layer in model.model.layers]
+    layers = model.model.layers
+    handles = [layer.mlp.act_fn.register_forward_hook(lambda _, args, out: seen.append(out[0])) for layer in layers]
     with torch.no_grad():
         for text in texts:
             model(text["input_ids"])
     for handle in handles:
         handle.remove()
-    num_layers = len(model.model.layers)
-    return [torch.cat(seen[i::num_layers]) for i in range(num_layers)]
+    return [torch.cat(seen[i :: len(layers)]) for i in range(len(layers))]
 
 
 def count_hooks(model) -> int:
@@ -250,7 +250,8 @@ def test_it_comes_back_with_its_config_and_alone(tmp_path):
     config = SiriusConfig(density=0.3, calibration=measure(shared_model()))
     config.save_pretrained(tmp_path)
     assert SiriusConfig.from_pretrained(tmp_path) == config
-    assert Calibration.from_pretrained(tmp_path) == Calibration.from_file(tmp_path / CALIBRATION_NAME) == config.calibration
+    assert Calibration.from_pretrained(tmp_path) == config.calibration
+    assert Calibration.from_file(tmp_path / CALIBRATION_NAME) == config.calibration
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
 
 
@@ -275,19 +276,21 @@ def test_a_truncated_file_is_refused(tmp_path, num_bytes):
 
 
 @pytest.mark.parametrize(
-    "tensors, metadata",
+    "shapes, version, words",
     [
-        ({"weight": torch.zeros(3)}, None),
-        ({"table": torch.zeros(2, 100), "probe": torch.zeros(2, 16)}, {"format": "hf_sirius.calibration.99"}),
-        ({"table": torch.zeros(2, 100)}, {"format": "hf_sirius.calibration.1", "metadata": "{}"}),
-        ({"table": torch.zeros(2, 7), "probe": torch.zeros(2, 16)}, {"format": "hf_sirius.calibration.1", "metadata": "{}"}),
-        ({"table": torch.zeros(2, 100), "probe": torch.zeros(3, 16)}, {"format": "hf_sirius.calibration.1", "metadata": "{}"}),
+        ({"weight": (3,)}, None, "not a calibration of hf_sirius"),
+        ({"table": (2, 100), "probe": (2, 16)}, "99", "not a calibration of hf_sirius"),
+        ({"table": (2, 100)}, "1", CALIBRATION_NAME),
+        ({"table": (2, 7), "probe": (2, 16)}, "1", r"table \[num_mlps, 100\]"),
+        ({"table": (2, 100), "probe": (3, 16)}, "1", r"probe \[num_mlps, 16\]"),
     ],
     ids=["foreign", "newer", "no probe", "narrow table", "other probe"],
 )
-def test_a_foreign_file_is_refused(tmp_path, tensors, metadata):
+def test_a_foreign_file_is_refused(tmp_path, shapes, version, words):
+    metadata = {"format": f"hf_sirius.calibration.{version}", "metadata": "{}"} if version else None
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / CALIBRATION_NAME, metadata=metadata)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=words):
         Calibration.from_pretrained(tmp_path)
 
 

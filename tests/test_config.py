@@ -88,10 +88,12 @@ def test_a_bad_value_is_refused_with_what_was_given_and_what_is_allowed(name, va
     assert name in message and repr(value) in message and allowed in message
 
 
-@pytest.mark.parametrize("given_name, meant", [("grifin", "griffin"), ("Griffin", "griffin"), ("CATS", "cats"), ("cat", "cats")])
-def test_a_misspelt_method_is_answered_with_the_nearest(given_name, meant):
+@pytest.mark.parametrize(
+    "meant, misspelt", [("griffin", "grifin"), ("griffin", "Griffin"), ("cats", "CATS"), ("cats", "cat")]
+)
+def test_a_misspelt_method_is_answered_with_the_nearest(meant, misspelt):
     with pytest.raises(ValueError, match=f"Did you mean '{meant}'"):
-        SiriusConfig(method=given_name)
+        SiriusConfig(method=misspelt)
 
 
 def test_a_method_like_no_other_is_answered_with_the_list_alone():
@@ -138,7 +140,7 @@ def test_replace_gives_another_config_and_validates_it():
     "build", [SiriusConfig().replace, lambda **fields: SiriusConfig.from_dict(fields)], ids=["replace", "from_dict"]
 )
 def test_unknown_fields_are_named_with_the_known_ones(build):
-    with pytest.raises(ValueError, match="no field 'densty', 'sparsity'.*'density'"):
+    with pytest.raises(ValueError, match=r"no field 'densty', 'sparsity'.*'density'"):
         build(sparsity=0.5, densty=0.3)
 
 
@@ -170,7 +172,8 @@ def test_the_file_is_plain_json_with_the_fields_by_name(tmp_path):
 def test_keywords_override_what_was_saved(tmp_path):
     config = SiriusConfig(density=0.3, calibration=make_calibration())
     config.save_pretrained(tmp_path)
-    assert SiriusConfig.from_pretrained(tmp_path, density=0.2, kernel_size=4) == config.replace(density=0.2, kernel_size=4)
+    changes = {"density": 0.2, "kernel_size": 4}
+    assert SiriusConfig.from_pretrained(tmp_path, **changes) == config.replace(**changes)
     griffin = SiriusConfig.from_pretrained(tmp_path, method="griffin", calibration=None)
     assert griffin == SiriusConfig(method="griffin", density=0.3)
     with pytest.raises(ValueError, match="density must be in"):
@@ -257,12 +260,11 @@ def hub(monkeypatch):
 
 
 def push(config, directory: Path, how: str) -> None:
+    options = {"repo_id": "me/sparse", "token": "secret", "private": True, "commit_message": "Half of it"}
     if how == "push_to_hub":
-        config.push_to_hub("me/sparse", token="secret", private=True, commit_message="Half of it")
+        config.push_to_hub(**options)
     else:
-        config.save_pretrained(
-            str(directory), push_to_hub=True, repo_id="me/sparse", token="secret", private=True, commit_message="Half of it"
-        )
+        config.save_pretrained(str(directory), push_to_hub=True, **options)
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])

@@ -107,7 +107,7 @@ def masked_logits(model, tokens, choose_mask):
 
 
 def griffin_neurons(neurons: torch.Tensor, num_kept: int) -> list[int]:
-    """GRIFFIN's formula, neuron by neuron: the norm over the tokens of |z_j| / ||z||. Returns the kept ones in order."""
+    """Returns the neurons with the largest norm over the tokens of |z_j| / ||z||, in order: GRIFFIN's formula."""
     totals = [0.0] * neurons.shape[1]
     for row in neurons.tolist():
         norm = sum(z * z for z in row) ** 0.5
@@ -129,7 +129,8 @@ def test_topk_keeps_exactly_the_largest_share_of_every_token(density, num_kept):
         largest = before.abs().argsort(descending=True)[:num_kept]
         expected = torch.zeros_like(before).index_copy(0, largest, before[largest])
         assert torch.equal(after, expected)
-    assert method.num_parameters_read(sites[0]) == sites[0].num_parameters_read(num_kept / NUM_NEURONS, gate_in_full=True)
+    expected = sites[0].num_parameters_read(num_kept / NUM_NEURONS, gate_in_full=True)
+    assert method.num_parameters_read(sites[0]) == expected
 
 
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.9])
@@ -140,9 +141,9 @@ def test_thresholds_of_the_prompt_keep_the_asked_share_of_it(kind, dtype, densit
     twin = make_sparse(model, density=density)
     prompt = make_prompt(64)
     with prefilled(twin, prompt) as method:
-        kept = [method.drop(i, values) != 0 for i, values in enumerate(watch(model, "activations", prompt))]
-    for of_layer in kept:
-        assert of_layer.double().mean().item() == pytest.approx(density, abs=0.02)
+        for i, values in enumerate(watch(model, "activations", prompt)):
+            asked = min(density, (values != 0).double().mean().item())  # a zero (GELU in bfloat16) is kept by nothing
+            assert (method.drop(i, values) != 0).double().mean().item() == pytest.approx(asked, abs=0.02)
 
 
 def test_neurons_that_are_zero_are_never_kept():
@@ -186,7 +187,8 @@ def test_a_prefill_in_chunks_chooses_the_same_neurons(name, padding):
     options = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 20, "output_logits": True}
     whole = twin.generate(prompt, return_dict_in_generate=True, **options)
     chunked = twin.generate(prompt, return_dict_in_generate=True, prefill_chunk_size=4, **options)
-    torch.testing.assert_close(torch.cat(chunked.logits), torch.cat(whole.logits), rtol=0, atol=1e-6)  # they are float32
+    # `generate` hands logits out in float32.
+    torch.testing.assert_close(torch.cat(chunked.logits), torch.cat(whole.logits), rtol=0, atol=1e-6)
 
 
 # What is computed
@@ -270,7 +272,7 @@ def test_outside_of_a_draft_the_twin_is_dense(name):
 
 
 def llama_parameters(kept_gate: float, kept: float, tied: bool, embedding_rows: int) -> float:
-    """Counts by hand the parameters of the tiny Llama that a step reads, given the neurons read of gate and of up and down."""
+    """Counts by hand what a step reads of the tiny Llama, given the neurons read of gate, and of up and down."""
     hidden, kv = 32, 16
     attention = 2 * hidden * hidden + 2 * hidden * kv
     layer = attention + 2 * hidden + hidden * (kept_gate + 2 * kept)

@@ -91,7 +91,7 @@ def test_short_cycles_count_but_do_not_move_aal():
 def test_before_any_cycle_measures_are_none_and_counts_zero():
     stats = GenerationStats(4)
     assert all(getattr(stats, name) == 0 for name in COUNTS)
-    assert all(getattr(stats, name) is None for name in ("acceptance_rate", "aal", "draft_density", "effective_density"))
+    assert stats.acceptance_rate is stats.aal is stats.draft_density is stats.effective_density is None
 
 
 @given(first=calls(), others=st.lists(st.floats(0.01, 1), min_size=1, max_size=3), data=st.data())

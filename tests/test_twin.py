@@ -21,11 +21,12 @@ OVERLAYS = {"generate", "_get_stopping_criteria", "_get_candidate_generator"}
 # What stands outside of the MLPs.
 SHARED = {
     "llama": ["lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.1.self_attn",
-              "model.layers.1.self_attn.q_proj", "model.layers.0.input_layernorm", "model.layers.1.post_attention_layernorm"],
+              "model.layers.1.self_attn.q_proj", "model.layers.0.input_layernorm"],
     "phi3": ["lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0.self_attn"],
-    "opt": ["lm_head", "model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.layers.0.self_attn",
-            "model.decoder.layers.1.final_layer_norm"],
-    "gpt2": ["lm_head", "transformer.wte", "transformer.wpe", "transformer.h.0.attn", "transformer.h.1.ln_2", "transformer.ln_f"],
+    "opt": ["lm_head", "model.decoder.embed_tokens", "model.decoder.embed_positions",
+            "model.decoder.layers.0.self_attn", "model.decoder.layers.1.final_layer_norm"],
+    "gpt2": ["lm_head", "transformer.wte", "transformer.wpe", "transformer.h.0.attn", "transformer.h.1.ln_2",
+             "transformer.ln_f"],
 }  # fmt: skip
 every_kind = pytest.mark.parametrize("family, name", [(f, n) for f in FAMILIES for n in ("cats-threshold", "griffin")])
 
@@ -252,7 +253,7 @@ def _patch_with_wrapper(module):
 @pytest.mark.parametrize("patch", [_patch_with_method, _patch_with_wrapper], ids=["a method", "a wrapper"])
 @pytest.mark.parametrize("path", ["", "model.layers.1.mlp"])
 def test_a_patched_forward_is_never_silently_dense(path, patch, name):
-    """Kernels and `model.forward = torch.compile(model.forward)` lay a forward of the *dense* module over the instance."""
+    """Kernels, and `model.forward = torch.compile(model.forward)`, lay the *dense* forward over the instance."""
     prompt, tokens = make_prompt(), make_prompt(5, seed=1)
     expected = sparse_logits(make_sparse(build_model(), density=0.2, **METHODS[name]), prompt, tokens)
     model = build_model()

@@ -90,7 +90,7 @@ class SparsityMethod(ABC):
         """Within the block, what the dense model's MLPs compute in this context goes to `observe`, if it is needed.
 
         Args:
-            attention_mask: long [1, length] of the sequence up to its newest token, or `None` without padding.
+            attention_mask: long [batch_size, num_new_tokens] of the prefill's tokens, or `None` without padding.
         """
         if not self.needs_prefill():
             return contextlib.nullcontext()

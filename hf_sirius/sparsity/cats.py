@@ -48,7 +48,7 @@ class Cats(SparsityMethod):
             neuron_mask = torch.zeros_like(magnitudes, dtype=torch.bool)
             neuron_mask.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
         else:
-            neuron_mask = magnitudes > self.thresholds[site_idx]
+            neuron_mask = magnitudes >= self.thresholds[site_idx]
         self._num_kept[site_idx] += neuron_mask.sum()
         self._num_tokens[site_idx] += neuron_mask[..., 0].numel()
         return activations * neuron_mask

@@ -42,6 +42,8 @@ class Griffin(SparsityMethod):
             num_kept = max(1, round(self.config.density * site.num_neurons))
             neuron_indices = statistic.topk(num_kept).indices.sort().values
             self.neuron_indices.append(neuron_indices)
+            if num_kept == site.num_neurons:
+                continue
             for name in (site.kind.gate, site.kind.up):
                 if name:
                     self._gathered[site.idx, name] = _gather_rows(
@@ -54,7 +56,10 @@ class Griffin(SparsityMethod):
 
     def project(self, projection: TwinProjection, hidden_states: torch.Tensor) -> torch.Tensor:
         """Applies the gathered rows (or columns, for down) of a projection."""
-        weight, bias = self._gathered[projection.site_idx, projection.name]
+        gathered = self._gathered.get((projection.site_idx, projection.name))
+        if gathered is None:  # every neuron is kept
+            return projection.dense(hidden_states)
+        weight, bias = gathered
         return nn.functional.linear(hidden_states, weight, bias)
 
     def num_parameters_read(self, site: MlpSite) -> float | None:
