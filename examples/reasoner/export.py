@@ -24,8 +24,9 @@ each MLP) that solves arithmetic word problems of up to 10 steps with a chain of
 contextual sparsity and its correction can be run, measured and tested with no hub access; it knows nothing but
 these problems.
 
-- **Made by** `examples/reasoner/train.py`: random initialisation, {num_steps:,} steps of AdamW on generated
-  problems (1 to 4 equations at first, then 4 to 10), float32, loss on the answers alone, on two CPU cores.
+- **Made by** `examples/reasoner/train.py`: random initialisation, AdamW on generated problems (1 to 4 equations for 900
+  steps, then 4 to 10), batches of 40, float32, loss on the answers alone, on two CPU cores, {num_steps:,} steps. (The
+  learning rate's schedule was laid out for 4,000 steps at first, from step 1,750 on for 3,400.)
 - **Data**: `examples/reasoner/problems.py`. Training and test problems differ by a hash of the question, whatever
   the seeds.
 - **Prompt**: `Question: ...\\nAnswer:`, as in lm-evaluation-harness' GSM8K task; the answer ends in `#### 42`.
