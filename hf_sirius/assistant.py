@@ -9,6 +9,7 @@ their signatures change.
 import functools
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationMixin, PreTrainedModel
@@ -20,7 +21,6 @@ from .mlp import find_mlps
 from .twin import SparseTwin, build_twin, check_batch_size
 
 
-_ABSENT = object()
 # dense model -> its twins
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet]" = weakref.WeakKeyDictionary()
 
@@ -83,44 +83,45 @@ def _attach(twin: SparseTwin) -> None:
     if model not in _attached:
         _attached[model] = weakref.WeakSet()
         for name, overlay in _OVERLAYS.items():
-            wrapped = functools.update_wrapper(functools.partial(overlay), getattr(type(model), name))
-            before = model.__dict__.get(name, _ABSENT)
-            # What stood there is kept on the overlay, to be freed with the model. (A deep copy of a model with twins
-            # comes with overlays already, which cover nothing.)
-            wrapped.before = _ABSENT if hasattr(getattr(before, "__func__", None), "before") else before
-            model.__dict__[name] = types.MethodType(wrapped, model)
+            covered = model.__dict__.get(name)
+            if _is_overlay(covered):
+                covered = None  # a deep copy of a model with twins comes with overlays, which cover nothing
+            # What is covered is kept on the overlay, to be freed with the model.
+            laid = functools.update_wrapper(functools.partial(overlay, covered), getattr(type(model), name))
+            model.__dict__[name] = types.MethodType(laid, model)
     _attached[model].add(twin)
 
 
 def detach(twin: SparseTwin) -> None:
     """Takes the bond between a twin and its dense model back; the last twin's end puts the instance back as it was."""
     model = twin.dense_model
-    if model not in _attached:
-        return
-    twins = _attached[model]
+    twins = _attached.get(model, weakref.WeakSet())
     twins.discard(twin)
-    if not twins:
+    if model in _attached and not twins:
         del _attached[model]
         for name in _OVERLAYS:
-            value = model.__dict__[name].__func__.before
-            if value is _ABSENT:
-                model.__dict__.pop(name, None)
-            else:
-                model.__dict__[name] = value
+            overlay = model.__dict__.get(name)
+            if not _is_overlay(overlay):
+                continue  # somebody has laid another method over ours since: it stays
+            del model.__dict__[name]
+            if (covered := overlay.__func__.args[0]) is not None:
+                model.__dict__[name] = covered
+
+
+def _is_overlay(method: Any) -> bool:
+    function = getattr(method, "__func__", None)
+    return isinstance(function, functools.partial) and function.func in _OVERLAYS.values()
 
 
 def _drafts_for(twin: Any, model: PreTrainedModel) -> bool:
     return isinstance(twin, SparseTwin) and model in _attached and twin in _attached[model]
 
 
-def _underlying(model: PreTrainedModel, name: str):
-    """Returns the bound method that an overlay covers."""
-    before = model.__dict__[name].__func__.before if model in _attached else _ABSENT
-    return types.MethodType(getattr(type(model), name), model) if before is _ABSENT else before
+# The overlays. `covered` is what stood in the instance's __dict__ before, if anything did.
 
 
-def _generate(model: PreTrainedModel, *args, **kwargs):
-    generate = _underlying(model, "generate")
+def _generate(covered: Callable | None, model: PreTrainedModel, *args, **kwargs):
+    generate = covered or types.MethodType(type(model).generate, model)
     twin = kwargs.get("assistant_model", args[6] if len(args) > 6 else None)
     if not _drafts_for(twin, model):
         return generate(*args, **kwargs)
@@ -130,8 +131,8 @@ def _generate(model: PreTrainedModel, *args, **kwargs):
         return generate(*args, **kwargs)
 
 
-def _get_stopping_criteria(model: PreTrainedModel, *args, **kwargs):
-    criteria = _underlying(model, "_get_stopping_criteria")(*args, **kwargs)
+def _get_stopping_criteria(covered: Callable | None, model: PreTrainedModel, *args, **kwargs):
+    criteria = (covered or types.MethodType(type(model)._get_stopping_criteria, model))(*args, **kwargs)
     call = Call.current()
     if call is not None and call.model is model:
         call.stopping_criteria = criteria
@@ -139,6 +140,7 @@ def _get_stopping_criteria(model: PreTrainedModel, *args, **kwargs):
 
 
 def _get_candidate_generator(
+    covered: Callable | None,
     model: PreTrainedModel,
     generation_config,
     input_ids,
@@ -149,7 +151,7 @@ def _get_candidate_generator(
     **kwargs,
 ):
     if not _drafts_for(assistant_model, model):
-        return _underlying(model, "_get_candidate_generator")(
+        return (covered or types.MethodType(type(model)._get_candidate_generator, model))(
             generation_config=generation_config, input_ids=input_ids, inputs_tensor=inputs_tensor,
             logits_processor=logits_processor, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs,
         )  # fmt: skip

@@ -124,7 +124,10 @@ class SiriusConfig(PushToHubMixin):
             self.calibration.save_pretrained(directory)
         else:
             (directory / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier save
-        text = json.dumps({"hf_sirius_version": __version__, **self.to_dict()}, indent=2)
+        stored = {"hf_sirius_version": __version__, **self.to_dict()}
+        if self.calibration is not None:
+            stored["calibration"] = CALIBRATION_NAME
+        text = json.dumps(stored, indent=2)
         (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         if push_to_hub:
             self._upload_modified_files(
@@ -157,12 +160,9 @@ class SiriusConfig(PushToHubMixin):
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not valid JSON ({error}): write it anew with save_pretrained") from error
         calibration = None
-        found = cached_file(
-            pretrained_name_or_path, CALIBRATION_NAME, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, **kwargs,
-        )  # fmt: skip
-        if found is not None:
-            calibration = Calibration.from_file(found)
+        if isinstance(values, dict) and values.get("calibration") == CALIBRATION_NAME:
+            del values["calibration"]
+            calibration = Calibration.from_file(cached_file(pretrained_name_or_path, CALIBRATION_NAME, **kwargs))
         try:
             config = cls.from_dict(values, calibration=calibration)
         except TypeError as error:

@@ -156,6 +156,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
             return
 
         def slice_inputs(module, args, inputs):
+            if Call.current() is not self.call:  # another thread's forward
+                return args, inputs
             for name in ("input_ids", "position_ids", "token_type_ids"):
                 value = inputs.get(name)
                 if value is not None and value.shape[-1] == length:

@@ -53,7 +53,6 @@ class SparseTwin:
 
     def new_call(self) -> Call:
         """Starts the state of one `generate` call; `stats` speaks of it from now on."""
-        # The containers are the twin's own, so their mode has to follow.
         self.stats = GenerationStats(self.sirius_config.kernel_size, total=self.stats.total)
         return Call(self.sirius_config, self.dense_model, self.sites, self.stats)
 

@@ -122,6 +122,7 @@ def main():
     parser.add_argument(
         "--short_steps", type=int, default=900, help="steps at the start on problems of 1 to 4 equations"
     )
+    parser.add_argument("--neuron_dropout", type=float, default=0.0, help="dropout rate on the MLPs' neurons")
     parser.add_argument("--batch_size", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup_steps", type=int, default=200)
@@ -137,6 +138,10 @@ def main():
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     logger.info("%d parameters, %d tokens in the vocabulary", model.num_parameters(), len(tokenizer))
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda module, neurons: torch.nn.functional.dropout(neurons[0], args.neuron_dropout, module.training)
+        )
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
