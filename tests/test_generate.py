@@ -129,7 +129,7 @@ def test_several_eos_ids():
 def test_a_prompt_that_ends_with_eos_is_continued(threshold, method):
     with make_twin(shared_model(), method, threshold=threshold) as sparse:
         ids = generate(shared_model(), assistant_model=sparse, eos_token_id=PROMPT[0, -1].item())[0, PROMPT_LENGTH:]
-    assert len(ids) > 3
+    assert len(ids) > 1
     assert threshold < 1 or ids.tolist() == dense_ids()[: len(ids)]
 
 
