@@ -134,7 +134,8 @@ def _generate(covered: Callable | None, model: PreTrainedModel, *args, **kwargs)
 def _get_stopping_criteria(covered: Callable | None, model: PreTrainedModel, *args, **kwargs):
     criteria = (covered or types.MethodType(type(model)._get_stopping_criteria, model))(*args, **kwargs)
     call = Call.current()
-    if call is not None and call.model is model:
+    # A later one is of a dense call within this call, such as a processor may make.
+    if call is not None and call.model is model and call.stopping_criteria is None:
         call.stopping_criteria = criteria
     return criteria
 
@@ -159,6 +160,12 @@ def _get_candidate_generator(
         raise ValueError(
             "assistant_ensemble_weight blends the draft's probabilities into the model's, while a sparse twin is "
             "verified by its likelihood threshold: leave assistant_ensemble_weight out and lower SiriusConfig.threshold"
+        )
+    if generation_config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale={generation_config.guidance_scale} runs the model over a KV-cache of its own, in which "
+            "drafts "
+            "cannot be undone: leave guidance_scale out, or generate without the twin"
         )
     return SiriusCandidateGenerator(assistant_model, Call.current(), generation_config, logits_processor)
 

@@ -31,7 +31,7 @@ class Call(contextlib.AbstractContextManager):
         self.model = model
         self.method = method_class(config.method)(config, sites)
         self.stats = stats
-        self.stopping_criteria = StoppingCriteriaList()
+        self.stopping_criteria: StoppingCriteriaList | None = None
         self.undo = contextlib.ExitStack()
         self._token: Token | None = None
 

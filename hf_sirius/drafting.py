@@ -39,16 +39,20 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.call = call
         self.config = twin.sirius_config
         self.do_sample = generation_config.do_sample
+        self.generation_config = generation_config  # the call's own copy
         self.max_length = generation_config.max_length
         self._mask_length = getattr(generation_config, "_mask_length", None)
         self.logits_processor = LogitsProcessorList(logits_processor)
+        # Criteria may read the scores so far, where the call keeps them. Then the dense model's decide.
+        keeps_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+        self._scores: tuple[torch.Tensor, ...] | None = () if keeps_scores else None
+        if keeps_scores:
+            logits_processor.append(self._stop_at_scores)
         self.hook = None
         if self.config.threshold < 1.0:
             self.hook = VerificationHook(self.config.threshold, self.config.temperature, self.do_sample)
             logits_processor.append(self.hook)
-        # Criteria may read the scores so far, where the call keeps them.
-        keeps_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-        self._scores: tuple[torch.Tensor, ...] | None = () if keeps_scores else None
+        self._candidate_ids: torch.Tensor | None = None
         self._drafted_ids: torch.Tensor | None = None
         self._prefill = contextlib.ExitStack()
         call.undo.push(self._prefill)
@@ -67,10 +71,18 @@ class SiriusCandidateGenerator(CandidateGenerator):
             long [1, length + num_drafted] and, if any was sampled, float32 [1, num_drafted, vocab_size].
         """
         if is_first_iteration:
+            _check_mask(input_ids, model_kwargs)
+            if _IS_5_17:
+                self.call.undo.callback(_stop_recording, model_kwargs["past_key_values"])
             self._prefill.enter_context(self.call.method.observing(mask_of_new_tokens(model_kwargs)))
             self._prefill.enter_context(self._reading_new_tokens_only(input_ids, model_kwargs))
+            # Later forwards before the first token, such as a processor may make, are none of the prefill's.
+            handle = self.call.model.register_forward_hook(self._end_prefill)
+            self._prefill.callback(handle.remove)
             return input_ids, None
         candidate_ids, scores = self._draft(input_ids, model_kwargs)
+        self._candidate_ids = candidate_ids
+        self._verified_scores = self._scores
         self._drafted_ids = candidate_ids[:, input_ids.shape[1] :]
         if self.hook is not None:
             self.hook.arm(candidate_ids, start=input_ids.shape[1])
@@ -88,21 +100,23 @@ class SiriusCandidateGenerator(CandidateGenerator):
             self.hook.restore(scores)
         if self._scores is not None:
             self._scores += tuple(scores[:, i] for i in range(num_matches + 1))
+        self.generation_config.max_length = self.max_length
         if self._drafted_ids is None:
             self._prefill.close()
             self.call.method.select()
             self._drafted_ids = input_ids[:, :0]
             return
         drafted_ids = tuple(self._drafted_ids[0].tolist())
-        is_full = len(drafted_ids) == self.config.kernel_size - 1
+        is_full = len(drafted_ids) == self.config.kernel_size - 1 and not self._is_cut
         self.call.stats.record_cycle(Cycle(drafted_ids, int(num_matches), input_ids[0, -1].item(), is_full))
 
     def _draft(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.LongTensor, list[torch.Tensor]]:
         """Returns input_ids with up to `kernel_size - 1` drafted tokens, and the processed logits of each, [1,
         vocab_size].
 
-        The draft ends just before a token at which the call would stop (EOS, the length, any criterion): that token is
-        then the dense model's own.
+        A greedy draft ends just before a token at which the call would stop (EOS, the length, any criterion): that
+        token is then the dense model's own. A sampled draft ends with it, as leaving out what was drawn would skew the
+        distribution.
         """
         # The last token before `max_length` is the dense model's.
         num_tokens = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
@@ -110,6 +124,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         cache = model_kwargs["past_key_values"]
         all_scores: list[torch.Tensor] = []
         num_steps = 0
+        self._is_cut = False
         try:
             with self.call.method.drafting(), _stepwise_windows(cache):
                 for _ in range(num_tokens):
@@ -125,10 +140,14 @@ class SiriusCandidateGenerator(CandidateGenerator):
                     else:
                         next_ids = scores.argmax(dim=-1, keepdim=True)
                     next_input_ids = torch.cat([input_ids, next_ids], dim=-1)
-                    if self._would_stop(next_input_ids, all_scores, scores):
+                    self._is_cut = self._would_stop(next_input_ids, all_scores, scores)
+                    if self._is_cut and not self.do_sample:
                         break
                     input_ids = next_input_ids
                     all_scores.append(scores)
+                    if self._is_cut:
+                        self._end_output_at(input_ids.shape[1])
+                        break
                     draft_kwargs = self.twin._update_model_kwargs_for_generation(outputs, draft_kwargs)
         finally:
             # A crop by 0 still brings sliding windows back to their size.
@@ -138,6 +157,27 @@ class SiriusCandidateGenerator(CandidateGenerator):
     def _would_stop(self, input_ids: torch.LongTensor, draft_scores: list[torch.Tensor], scores: torch.Tensor) -> bool:
         seen = None if self._scores is None else (*self._scores, *draft_scores, scores)
         return bool(self.call.stopping_criteria(input_ids, seen).all())
+
+    def _end_output_at(self, length: int) -> None:
+        """Has the stock loop drop what this verification adds beyond a length: it trims at the length, not at
+        criteria.
+        """
+        self.generation_config.max_length = min(self.generation_config.max_length, length)
+
+    def _stop_at_scores(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """A logits processor that ends the output at a candidate where the criteria are met by the dense model's
+        scores.
+        """
+        length = input_ids.shape[1] + 1
+        if self._candidate_ids is not None and length <= self._candidate_ids.shape[1]:
+            self._verified_scores = (*self._verified_scores, scores.clone())
+            if self.call.stopping_criteria(self._candidate_ids[:, :length], self._verified_scores).all():
+                self._end_output_at(length)
+        return scores
+
+    def _end_prefill(self, *_) -> None:
+        if Call.current() is self.call:
+            self._prefill.close()
 
     @contextlib.contextmanager
     def _reading_new_tokens_only(self, input_ids: torch.LongTensor, model_kwargs: dict):
@@ -171,6 +211,24 @@ class SiriusCandidateGenerator(CandidateGenerator):
             handle.remove()
 
 
+def _check_mask(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
+    """Sees to a mask of another length than input_ids, which the stock assisted loop would cut to that length.
+
+    Such is the case with inputs_embeds, and where only the new tokens of a turn are passed. Without padding the mask
+    says nothing, so it is dropped (as newer versions of `generate` do themselves); with padding this is an error.
+    """
+    attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]:
+        return
+    if not attention_mask.all():
+        raise ValueError(
+            f"a padded attention_mask of {attention_mask.shape[1]} tokens came with {input_ids.shape[1]} input_ids, "
+            "while assisted decoding takes them to be of one length: pass the input_ids of the whole sequence (instead of "
+            "inputs_embeds, or of the new tokens alone), or leave the padding out"
+        )
+    del model_kwargs["attention_mask"]
+
+
 @contextlib.contextmanager
 def _stepwise_windows(cache: Cache):
     """Lets sliding-window layers take several forwards in a row.
@@ -193,3 +251,10 @@ def _stepwise_windows(cache: Cache):
             layer.keys = torch.nn.functional.pad(keys, (0, 0, 0, num_written))
             layer.values = torch.nn.functional.pad(values, (0, 0, 0, num_written))
             layer.record_past = True
+
+
+def _stop_recording(cache: Cache) -> None:
+    """Leaves a cache that plain `generate` can go on with in transformers 5.17, see `_stepwise_windows`."""
+    for layer in cache.layers:
+        if layer.is_sliding:
+            layer.record_past = False

@@ -93,12 +93,12 @@ def test_drafts_of_these_tests_are_accepted_as_well_as_rejected():
 
 @every_method
 @pytest.mark.parametrize("family", SLIDING)
-@pytest.mark.parametrize("prompt_length", [1, 5, 7, 8, 9, 23])
+@pytest.mark.parametrize("prompt_length", [1, 7, 8, 23])
 def test_sliding_windows_on_both_sides_of_the_window(family, method, prompt_length):
     assert_same_output(shared_model(family), method, prompt=make_prompt(prompt_length), max_new_tokens=30)
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, *range(2 * KERNEL_SIZE - 1, 2 * KERNEL_SIZE + 4)])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, *range(2 * KERNEL_SIZE - 1, 2 * KERNEL_SIZE + 3)])
 @pytest.mark.parametrize("method", [METHODS["griffin"], METHODS["cats-topk"]], ids=["griffin", "cats-topk"])
 def test_lengths_around_the_ends_of_periods(method, max_new_tokens):
     assert len(assert_same_output(shared_model(), method, max_new_tokens=max_new_tokens)) == max_new_tokens
@@ -421,8 +421,7 @@ def test_returned_scores_below_threshold_one_are_not_lifted(method, threshold, d
     torch.testing.assert_close(torch.cat(output.scores), scores / kwargs.get("temperature", 1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("threshold", [1.0, 0.05])
-@pytest.mark.parametrize("stop", ["length", "eos", "criterion"])
+@pytest.mark.parametrize("stop, threshold", [("length", 1.0), ("length", 0.05), ("eos", 1.0), ("criterion", 0.05)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cache_is_left_as_a_dense_prefill_would(family, stop, threshold):
     model = shared_model(family)
@@ -504,14 +503,20 @@ def test_position_ids(family):
         assert ids != dense_ids("gpt2")
 
 
-@pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text"])
-def test_prompt_of_embeddings(family, is_padded):
+def test_prompt_of_embeddings(family):
     model = shared_model(family)
-    kwargs = pad_left() if is_padded else {"prompt": PROMPT}
-    embeddings = model.get_input_embeddings()(kwargs.pop("prompt")).detach()
-    new_ids = assert_same_output(model, prompt=None, inputs_embeds=embeddings, make_kwargs=lambda: dict(kwargs))
+    embeddings = model.get_input_embeddings()(PROMPT).detach()
+    new_ids = assert_same_output(model, prompt=None, inputs_embeds=embeddings)
     assert len(new_ids) == 24 - PROMPT_LENGTH, "only new tokens are returned"
+
+
+def test_padded_prompt_of_embeddings_is_refused():
+    """The stock assisted loop cuts the mask to the length of input_ids, of which there are none."""
+    model, kwargs = shared_model(), pad_left()
+    embeddings = model.get_input_embeddings()(kwargs.pop("prompt")).detach()
+    with make_twin(model) as sparse, pytest.raises(ValueError, match="padded attention_mask"):
+        generate(model, None, inputs_embeds=embeddings, assistant_model=sparse, **kwargs)
 
 
 # A second turn over the first one's KV-cache
@@ -645,7 +650,7 @@ def test_nothing_is_left_after_a_call(method):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["logits_processor", "stopping_criteria", "streamer"])
-@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 5])
 def test_nothing_is_left_after_an_exception(place, n, error):
     interrupt = Interrupt(error, n)
     wrap = {"logits_processor": LogitsProcessorList, "stopping_criteria": StoppingCriteriaList}
@@ -656,19 +661,18 @@ def test_nothing_is_left_after_an_exception(place, n, error):
         assert_still_works(shared_model(), sparse)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["prefill", "draft", "prefill of the twin alone", "decoding of the twin alone"])
 @every_method
-def test_nothing_is_left_after_an_exception_in_a_forward(method, place, error):
+def test_nothing_is_left_after_an_exception_in_a_forward(method, place):
     def interrupt(*args):
-        raise error("on purpose")
+        raise KeyboardInterrupt("on purpose")
 
     model = shared_model()
     with make_twin(model, method) as sparse:
         owner = model if "prefill" in place else sparse
         handle = owner.base_model.layers[-1].register_forward_pre_hook(interrupt)
         try:
-            with pytest.raises(error, match="on purpose"):
+            with pytest.raises(KeyboardInterrupt, match="on purpose"):
                 if "alone" in place:
                     generate(sparse)
                 else:
@@ -703,7 +707,7 @@ def test_two_threads_on_one_twin(method):
         barrier = threading.Barrier(2)
 
         def work(i):
-            for _ in range(4):
+            for _ in range(2):
                 barrier.wait()
                 results[i].append(generate(model, prompts[i], assistant_model=sparse).tolist())
             results[i].append([stats.as_dict() for stats in all_stats[threading.get_ident()]])
@@ -715,8 +719,8 @@ def test_two_threads_on_one_twin(method):
             thread.join()
     for i in range(2):
         *outputs, stats = results[i]
-        assert outputs == [expected[i]] * 4
-        assert stats == [expected_stats[i]] * 4
+        assert outputs == [expected[i]] * 2
+        assert stats == [expected_stats[i]] * 2
 
 
 class OnFirstCall(LogitsProcessor):

@@ -230,19 +230,19 @@ def p_value(counts: collections.Counter[Outcome], probabilities: dict[Outcome, f
 def test_sampling_at_threshold_one_keeps_the_dense_distribution(kwargs):
     model = sampled_model()
     with make_sampling_twin(model) as sparse:
-        counts = sample(model, 800, assistant_model=sparse, **kwargs)
+        counts = sample(model, 600, assistant_model=sparse, **kwargs)
         assert 0.1 < sparse.stats.total.acceptance_rate < 0.9, "the draft should be neither right nor useless"
     assert p_value(counts, exact_probabilities(model, **kwargs)) > 1e-3
 
 
 def sample_accepting_every_draft(model):
     with make_sampling_twin(model, threshold=0.0) as sparse:
-        return sample(model, 300, assistant_model=sparse, top_k=0)
+        return sample(model, 200, assistant_model=sparse, top_k=0)
 
 
 def sample_the_draft(model):
     with make_sampling_twin(model) as sparse:
-        return sample(sparse, 300, top_k=0)
+        return sample(sparse, 200, top_k=0)
 
 
 @pytest.mark.parametrize("wrong_sample", [sample_accepting_every_draft, sample_the_draft])

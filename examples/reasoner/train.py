@@ -2,12 +2,13 @@
 
     export MALLOC_MMAP_THRESHOLD_=10000000000 MALLOC_TRIM_THRESHOLD_=10000000000    # doubles the speed on glibc
     python examples/reasoner/train.py --output_dir runs/reasoner
-    python examples/reasoner/train.py --output_dir runs/reasoner --num_steps 4000 --learning_rate 5e-3 --neuron_dropout 0.3
+    python examples/reasoner/train.py --output_dir runs/reasoner --num_steps 4000 --neuron_dropout 0.3
     python examples/reasoner/export.py runs/reasoner        # writes hf_sirius/reasoner/
 
-It checkpoints every `--save_every` steps and goes on from the last checkpoint when started again: the second command adds
-steps with dropout on the MLPs' neurons, at the end of the schedule. Without them a model of this size is so brittle that
-half of its neurons, chosen by GRIFFIN, draft 13.5 tokens of 16 instead of 15.
+It checkpoints every `--save_every` steps and goes on from the last checkpoint when started again: the second command
+adds steps with dropout on the MLPs' neurons, at the end of the schedule (the weights that ship had a larger
+--learning_rate there, see their card). Without them a model of this size is so brittle that half of its neurons, chosen
+by GRIFFIN, draft 13.5 tokens of 16 instead of 15.
 """
 
 import argparse
