@@ -223,7 +223,7 @@ def _check_mask(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
     if not attention_mask.all():
         raise ValueError(
             f"a padded attention_mask of {attention_mask.shape[1]} tokens came with {input_ids.shape[1]} input_ids, "
-            "while assisted decoding takes them to be of one length: pass the input_ids of the whole sequence (instead of "
+            "while assisted decoding takes them to be of one length: pass the input_ids of the whole sequence (not "
             "inputs_embeds, or of the new tokens alone), or leave the padding out"
         )
     del model_kwargs["attention_mask"]
