@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .call import Call
 from .config import SiriusConfig, check_field_names
-from .drafting import SiriusCandidateGenerator
+from .drafting import IS_5_17, SettledCriteria, SiriusCandidateGenerator
 from .mlp import find_mlps
 from .twin import SparseTwin, build_twin, check_batch_size
 
@@ -137,6 +137,8 @@ def _get_stopping_criteria(covered: Callable | None, model: PreTrainedModel, *ar
     # A later one is of a dense call within this call, such as a processor may make.
     if call is not None and call.model is model and call.stopping_criteria is None:
         call.stopping_criteria = criteria
+        if IS_5_17:
+            return SettledCriteria(criteria, call)
     return criteria
 
 

@@ -23,6 +23,7 @@ class Call(contextlib.AbstractContextManager):
         method: the sparsity method, which holds the neurons (and their gathered weights) of this call.
         stats: the counts of this call.
         stopping_criteria: those of the call, once `generate` has prepared them.
+        is_verifying: whether a draft has been handed out and its verification is not over.
         undo: what the end of the call, be it an exception, has to close (hooks, contexts).
     """
 
@@ -32,6 +33,7 @@ class Call(contextlib.AbstractContextManager):
         self.method = method_class(config.method)(config, sites)
         self.stats = stats
         self.stopping_criteria: StoppingCriteriaList | None = None
+        self.is_verifying = False
         self.undo = contextlib.ExitStack()
         self._token: Token | None = None
 

@@ -5,7 +5,7 @@ import contextlib
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache, GenerationConfig, LogitsProcessorList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .call import Call
@@ -14,7 +14,25 @@ from .twin import SparseTwin, mask_of_new_tokens
 from .verification import VerificationHook
 
 
-_IS_5_17 = Version(transformers.__version__) < Version("5.18")
+IS_5_17 = Version(transformers.__version__) < Version("5.18")
+
+
+class SettledCriteria(StoppingCriteriaList):
+    """The criteria of a call, blind to candidates.
+
+    Works around transformers 5.17, whose loop asks the criteria about unverified candidates (without the scores) and
+    then keeps one token less. Mended in 5.23 at the latest; to go with the support for 5.17. Drafts end at criteria by
+    themselves.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, call: Call):
+        super().__init__(criteria)
+        self.call = call
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        if self.call.is_verifying:
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return super().__call__(input_ids, scores, **kwargs)
 
 
 class SiriusCandidateGenerator(CandidateGenerator):
@@ -70,9 +88,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
         Returns:
             long [1, length + num_drafted] and, if any was sampled, float32 [1, num_drafted, vocab_size].
         """
+        self.call.is_verifying = True
         if is_first_iteration:
             _check_mask(input_ids, model_kwargs)
-            if _IS_5_17:
+            if IS_5_17:
                 self.call.undo.callback(_stop_recording, model_kwargs["past_key_values"])
             self._prefill.enter_context(self.call.method.observing(mask_of_new_tokens(model_kwargs)))
             self._prefill.enter_context(self._reading_new_tokens_only(input_ids, model_kwargs))
@@ -100,6 +119,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
             self.hook.restore(scores)
         if self._scores is not None:
             self._scores += tuple(scores[:, i] for i in range(num_matches + 1))
+        self.call.is_verifying = False
         self.generation_config.max_length = self.max_length
         if self._drafted_ids is None:
             self._prefill.close()
@@ -237,7 +257,7 @@ def _stepwise_windows(cache: Cache):
     is made for. Mended in 5.18; to go with the support for 5.17. Here it does not record meanwhile, and its states are
     set aside and put back.
     """
-    layers = [layer for layer in cache.layers if layer.is_sliding and layer.record_past] if _IS_5_17 else []
+    layers = [layer for layer in cache.layers if layer.is_sliding and layer.record_past] if IS_5_17 else []
     # 5.17 leaves a tensor for a length, which its updates then change in place.
     states = [(layer.keys, layer.values, int(layer.cumulative_length)) for layer in layers]
     for layer in layers:
