@@ -111,7 +111,7 @@ def test_kernel_sizes(kernel_size):
     assert output[0, PROMPT_LENGTH:].tolist() == dense_ids()
 
 
-@pytest.mark.parametrize("place", range(8))
+@pytest.mark.parametrize("place", range(6))
 @pytest.mark.parametrize("method", [METHODS["griffin"], METHODS["cats-topk"]], ids=["griffin", "cats-topk"])
 def test_eos_anywhere_in_a_period(method, place):
     eos = dense_ids()[place]
@@ -288,7 +288,7 @@ def test_criterion_on_the_scores(seed, at):
     assert corrected.tolist() == dense.tolist()
 
 
-@pytest.mark.parametrize("place", [0, 1, 5, 6, 7, 8, 9, 10])
+@pytest.mark.parametrize("place", [0, 5, 6, 7, 8, 9])
 @pytest.mark.parametrize("num_words", [1, 2])
 def test_stop_strings(place, num_words):
     tokenizer = build_tokenizer()

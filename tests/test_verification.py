@@ -230,7 +230,7 @@ def p_value(counts: collections.Counter[Outcome], probabilities: dict[Outcome, f
 def test_sampling_at_threshold_one_keeps_the_dense_distribution(kwargs):
     model = sampled_model()
     with make_sampling_twin(model) as sparse:
-        counts = sample(model, 600, assistant_model=sparse, **kwargs)
+        counts = sample(model, 400, assistant_model=sparse, **kwargs)
         assert 0.1 < sparse.stats.total.acceptance_rate < 0.9, "the draft should be neither right nor useless"
     assert p_value(counts, exact_probabilities(model, **kwargs)) > 1e-3
 
