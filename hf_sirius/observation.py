@@ -41,9 +41,11 @@ def observing(
             return
         values = values.detach().flatten(0, -2)
         if attention_mask is not None:
-            start = num_seen[site.idx]  # a prefill may come in chunks
-            num_seen[site.idx] += values.shape[0] // attention_mask.shape[0]
-            token_mask = attention_mask[:, start : num_seen[site.idx]].flatten().bool()
+            # A prefill may come in chunks, and a looped model runs an MLP several times over the same tokens.
+            start = num_seen[site.idx] % attention_mask.shape[1]
+            num_tokens = values.shape[0] // attention_mask.shape[0]
+            num_seen[site.idx] += num_tokens
+            token_mask = attention_mask[:, start : start + num_tokens].flatten().bool()
             values = values[token_mask.to(values.device)]
         observe(site, values)
 

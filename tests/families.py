@@ -22,25 +22,35 @@ COMMON = {
 }
 GPT = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 256}
 WINDOW = {"sliding_window": 8}  # shorter than the prompt of the tests
+MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 
 # model type -> fields that differ; a field that is None here is left out of the config
 FAMILIES = {
     "apertus": {},
     "arcee": {},
     "biogpt": {},
-    "bloom": {},
+    "bloom": {"initializer_range": 0.1},  # more makes it repeat one token
     "codegen": {**GPT, "rotary_dim": 8},
     "cohere": {},
-    "cohere2": WINDOW,
+    "cohere2": MIXED,
     "cwm": WINDOW,
     "diffllama": {},
     "doge": {},
     "ernie4_5": {},
-    "exaone4": WINDOW,
+    "exaone4": MIXED,
     "falcon": {"head_dim": None},
     "gemma": {},
-    "gemma2": {**WINDOW, "query_pre_attn_scalar": 8},
-    "gemma3_text": {**WINDOW, "query_pre_attn_scalar": 8},
+    "gemma2": {**MIXED, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**MIXED, "query_pre_attn_scalar": 8},
+    "gemma4_text": {**MIXED, "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8},
     "glm": {},
     "glm4": {},
     "gpt2": GPT,
@@ -55,13 +65,17 @@ FAMILIES = {
     "gpt_neox_japanese": {},
     "gptj": {**GPT, "rotary_dim": 8},
     "granite": {},
+    "granite_swa": MIXED,
     "helium": {},
     "hunyuan_v1_dense": {},
+    "hrm_text": {},
     "hyperclovax": {},
     "internlm3": {},
+    "iquestcoder": {},
     "jais2": {},
     "llama": {},
-    "ministral": WINDOW,
+    "minicpm3": MLA,
+    "ministral": MIXED,
     "ministral3": {},
     "mistral": WINDOW,
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 256, "expansion_ratio": 2, "use_cache": True},
@@ -69,18 +83,19 @@ FAMILIES = {
     "nemotron": {},
     "olmo": {},
     "olmo2": {},
-    "olmo3": WINDOW,
+    "olmo3": MIXED,
     "opt": {"ffn_dim": 56, "word_embed_proj_dim": 32},
     "persimmon": {},
     "phi": {},
     "phi3": {},
-    "qwen2": {},
-    "qwen3": {},
+    "qwen2": {**MIXED, "use_sliding_window": True},
+    "qwen3": {**MIXED, "use_sliding_window": True},
     "seed_oss": {},
-    "smollm3": {},
+    "smollm3": {**MIXED, "use_sliding_window": True},
     "stablelm": {},
     "starcoder2": WINDOW,
-    "vaultgemma": {**WINDOW, "query_pre_attn_scalar": 8},
+    "vaultgemma": {**MIXED, "query_pre_attn_scalar": 8},
+    "youtu": MLA,
 }
 
 
@@ -91,8 +106,8 @@ def available_families() -> list[str]:
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> PreTrainedModel:
     """Returns a random model of a family, in eval mode; overrides go into its config."""
-    left_out = {name for name, value in FAMILIES[family].items() if value is None}
-    fields = {name: value for name, value in {**COMMON, **FAMILIES[family]}.items() if name not in left_out}
+    own = FAMILIES.get(family, {})
+    fields = {name: value for name, value in {**COMMON, **own}.items() if value is not None or name not in own}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields, **overrides))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**fields, **overrides}))
     return model.to(dtype).eval()

@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from families import tiny_model
 from tiny import METHODS, VOCAB_SIZE, build_model, make_prompt
 
 from hf_sirius import SiriusConfig, make_sparse
 from hf_sirius.mlp import find_mlps, neuron_weight
+from hf_sirius.observation import observing
 from hf_sirius.sparsity import method_class
 
 
@@ -212,6 +214,23 @@ def test_griffin_gathers_rows_and_columns_of_the_dense_weights(kind):
                 assert (bias is None) if part.bias is None else torch.equal(bias, part.bias[kept])
             weight, bias = method._gathered[site.idx, site.kind.down]
             assert torch.equal(weight, neuron_weight(site.down)[:, kept]) and bias is site.down.bias
+
+
+def test_griffin_refuses_a_norm_over_all_neurons():
+    model = tiny_model("bitnet")
+    with pytest.raises(ValueError, match=r"mlp\.ffn_sub_norm .*method='cats'"):
+        make_sparse(model, method="griffin")
+    make_sparse(model, method="cats").detach()
+
+
+def test_padding_of_a_looped_model_does_not_count():
+    """Its MLPs run several times over the same tokens."""
+    model = build_model()
+    site, values, seen = find_mlps(model)[0], torch.randn(1, 4, 32, dtype=torch.float64), []
+    with observing([site], "neurons", lambda _, neurons: seen.append(len(neurons)), torch.tensor([[0, 0, 1, 1]])):
+        for _ in range(3):
+            site.owner(values)
+    assert seen == [2, 2, 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)

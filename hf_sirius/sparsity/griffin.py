@@ -28,6 +28,15 @@ class Griffin(SparsityMethod):
     @classmethod
     def replacements(cls, site):
         names = [name for name in (site.kind.gate, site.kind.up, site.kind.down) if name]
+        hidden_size = neuron_weight(site.down).shape[0]
+        for name, child in site.owner.named_children():
+            if name in names or site.num_neurons == hidden_size:
+                continue
+            if any(p.shape == (site.num_neurons,) for p in child.parameters()):
+                raise ValueError(
+                    f"{site.name}.{name} works on all {site.num_neurons} neurons together, so a share of them cannot "
+                    "be gathered: use method='cats' for this model"
+                )
         return {name: TwinProjection(getattr(site.owner, name), site.idx, name) for name in names}
 
     def observe(self, site, values):
