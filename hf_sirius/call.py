@@ -3,6 +3,7 @@
 import contextlib
 from contextvars import ContextVar, Token
 
+from torch import nn
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from .config import SiriusConfig
@@ -27,10 +28,17 @@ class Call(contextlib.AbstractContextManager):
         undo: what the end of the call, be it an exception, has to close (hooks, contexts).
     """
 
-    def __init__(self, config: SiriusConfig, model: PreTrainedModel, sites: list[MlpSite], stats: GenerationStats):
+    def __init__(
+        self,
+        config: SiriusConfig,
+        model: PreTrainedModel,
+        sites: list[MlpSite],
+        projections: list[nn.Module],
+        stats: GenerationStats,
+    ):
         self.config = config
         self.model = model
-        self.method = method_class(config.method)(config, sites)
+        self.method = method_class(config.method)(config, sites, projections)
         self.stats = stats
         self.stopping_criteria: StoppingCriteriaList | None = None
         self.is_verifying = False

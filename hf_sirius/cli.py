@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import json
 import sys
+from pathlib import Path
 
 from . import __version__
 
@@ -47,7 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="generate with any causal language model and its sparse twin")
     _add(generate, "--model", required=True, help="id on the hub, or path ('reasoner' for the embedded one)")
     _add(generate, "--prompt", required=True, help="the text to continue; '-' reads standard input")
-    _add(generate, "--config", help="a SiriusConfig: directory or hub id; the options below win over it")
     _add(generate, "--max_new_tokens", type=_positive, default=256)
     _add(generate, "--do_sample", action="store_true", help="sample, with the model's own generation settings")
     _add(generate, "--seed", type=int, default=0, help="seed of the sampling (default: 0)")
@@ -58,6 +59,20 @@ def _parser() -> argparse.ArgumentParser:
     _add(generate, "--stream", action="store_true", help="print the text as it is verified")
     _add_config_options(generate.add_argument_group("sparsity and correction (SiriusConfig)"))
     generate.set_defaults(run=_generate)
+
+    bench = commands.add_parser("bench", help="time dense and corrected generation in alternation")
+    benchmarks = bench.add_subparsers(title="benchmarks", required=True)
+    decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
+    _add(decode, "--hidden_factor", type=_positive, default=11, help="times its hidden size (default: 11)")
+    _add(decode, "--neuron_factor", type=_positive, default=11, help="times its neurons (default: 11)")
+    _add(decode, "--num_problems", type=_positive, default=3, help="those with the longest answers (default: 3)")
+    _add(decode, "--num_repeats", type=_positive, default=3, help="how often all are timed (default: 3)")
+    _add(decode, "--max_new_tokens", type=_positive, default=256)
+    _add(decode, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    _add(decode, "--device", default="cpu", help="device of the model (default: cpu)")
+    _add(decode, "--json", help="file to write the figures to; by default they go to standard output")
+    _add_config_options(decode.add_argument_group("sparsity and correction (SiriusConfig)"))
+    decode.set_defaults(run=_bench_decode)
     return parser
 
 
@@ -69,9 +84,10 @@ def _add(parser, name: str, **kwargs) -> None:
 
 def _add_config_options(group) -> None:
     # The defaults are the config's own, so an option that is not given stays None. The config validates the values.
-    from .config import SELECTIONS, SiriusConfig
+    from .config import DRAFT_DTYPES, DRAFT_SCOPES, SELECTIONS, SiriusConfig
     from .sparsity import METHODS
 
+    _add(group, "--config", help="a SiriusConfig: directory or hub id; the other options win over it")
     helps = {
         "method": f"one of {', '.join(METHODS)}",
         "density": "share of the neurons of each MLP to keep, in (0, 1]",
@@ -80,6 +96,8 @@ def _add_config_options(group) -> None:
         "temperature": "temperature of that likelihood",
         "selection": f"for cats: one of {', '.join(SELECTIONS)}",
         "calibration": "for cats: a directory with a saved calibration",
+        "draft_dtype": f"for griffin: dtype of what the draft holds itself, one of {', '.join(DRAFT_DTYPES)}",
+        "draft_scope": f"what draft_dtype casts, one of {', '.join(DRAFT_SCOPES)}",
     }
     for field in dataclasses.fields(SiriusConfig):
         default = "" if field.default is None else f" (default: {field.default})"
@@ -149,6 +167,28 @@ def _generate(args) -> None:
             print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         if args.stats:
             print(twin.stats, file=sys.stderr)
+
+
+def _bench_decode(args) -> None:
+    config = _sirius_config(args)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"the directory of --json {args.json} does not exist: make it first")
+
+    import torch
+
+    from .benchmark import bench_decode
+
+    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "max_new_tokens", "device")
+    figures = bench_decode(config, dtype=getattr(torch, args.dtype), **{name: getattr(args, name) for name in names})
+    text = json.dumps(figures, indent=2)
+    if args.json:
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        print(
+            f"{figures['num_identical']} of {figures['num_problems']} answers identical; time of Sirius / dense: "
+            f"decode {figures['ratio_decode']:.2f}, whole generation {figures['ratio_whole']:.2f}"
+        )
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from .sparsity import check_method_name
 
 CONFIG_NAME = "sirius_config.json"
 SELECTIONS = ("threshold", "topk")
+DRAFT_DTYPES = ("bfloat16", "float16")
+DRAFT_SCOPES = ("mlp", "all")
 _DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",
     "user_agent",
@@ -45,6 +47,12 @@ class SiriusConfig(PushToHubMixin):
             else from the prompt), so that the share kept varies by token. `"topk"`: the largest share of each token.
         calibration ([`Calibration`], *optional*):
             For `"cats"` with thresholds: what [`calibrate`] measured on a corpus. Saved and loaded with the config.
+        draft_dtype (`str`, *optional*):
+            For `"griffin"`: dtype of the gathered neurons, `"bfloat16"` or `"float16"`; by default the model's. Fewer
+            bytes to read, at a slightly less faithful draft; the verification is the model's own all the same.
+        draft_scope (`str`, defaults to `"mlp"`):
+            What `draft_dtype` casts. `"mlp"`: the gathered neurons. `"all"`: the attention's projections and the head
+            as well, of which the call then holds copies.
     """
 
     method: str = "cats"
@@ -54,6 +62,8 @@ class SiriusConfig(PushToHubMixin):
     temperature: float = 0.6
     selection: str = "threshold"
     calibration: Calibration | None = None
+    draft_dtype: str | None = None
+    draft_scope: str = "mlp"
 
     def __post_init__(self):
         check_method_name(self.method)
@@ -78,6 +88,22 @@ class SiriusConfig(PushToHubMixin):
         if self.method != "cats" and (self.selection != "threshold" or self.calibration is not None):
             raise ValueError(
                 f"selection and calibration belong to method='cats', but the method is {self.method!r}: leave them out"
+            )
+        if self.draft_dtype not in (None, *DRAFT_DTYPES):
+            raise ValueError(
+                f"draft_dtype must be None (the model's) or one of {list(DRAFT_DTYPES)}, got {self.draft_dtype!r}"
+            )
+        if self.draft_scope not in DRAFT_SCOPES:
+            raise ValueError(f"draft_scope must be one of {list(DRAFT_SCOPES)}, got {self.draft_scope!r}")
+        if self.draft_scope != "mlp" and self.draft_dtype is None:
+            raise ValueError(
+                f"draft_scope={self.draft_scope!r} says what draft_dtype casts, but draft_dtype is None: set it to one "
+                f"of {list(DRAFT_DTYPES)}, or leave draft_scope out"
+            )
+        if self.draft_dtype is not None and self.method != "griffin":
+            raise ValueError(
+                f"draft_dtype is the dtype of gathered neurons, but method={self.method!r} gathers none: use "
+                "method='griffin', or leave draft_dtype out"
             )
         if self.selection == "topk" and self.calibration is not None:
             raise ValueError(

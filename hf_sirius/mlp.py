@@ -95,6 +95,19 @@ def neuron_weight(projection: nn.Module) -> torch.Tensor:
     return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
 
 
+def find_other_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
+    """Returns the linear layers of the decoder outside its MLPs, and the head: (owner, attribute name) of each."""
+    in_mlps = {part for site in sites for part in (site.gate, site.up, site.down)}
+    decoder = set(model.get_decoder().modules()) if hasattr(model, "get_decoder") else set(model.modules())
+    head = model.get_output_embeddings()
+    return [
+        (owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, PROJECTIONS) and child not in in_mlps and (owner in decoder or child is head)
+    ]
+
+
 def _match(owner: nn.Module) -> tuple[MlpKind, str] | None:
     activation = next((name for name in ACTIVATIONS if callable(getattr(owner, name, None))), None)
     if activation is None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from .call import Call
 from .config import SiriusConfig
-from .mlp import MlpSite
+from .mlp import MlpSite, find_other_projections
 from .sparsity import method_class
+from .sparsity.base import TwinProjection
 from .stats import GenerationStats
 
 
@@ -32,6 +33,7 @@ class SparseTwin:
     sirius_config: SiriusConfig
     stats: GenerationStats
     sites: list[MlpSite]
+    projections: list[nn.Module]  # those outside the MLPs that the draft casts
 
     @property
     def dense_model(self) -> PreTrainedModel:
@@ -54,7 +56,7 @@ class SparseTwin:
     def new_call(self) -> Call:
         """Starts the state of one `generate` call; `stats` speaks of it from now on."""
         self.stats = GenerationStats(self.sirius_config.kernel_size, total=self.stats.total)
-        return Call(self.sirius_config, self.dense_model, self.sites, self.stats)
+        return Call(self.sirius_config, self.dense_model, self.sites, self.projections, self.stats)
 
     def __call__(self, *args, **kwargs):
         # The copied containers have a mode of their own, which has to follow the originals' train() and eval().
@@ -109,19 +111,23 @@ def check_batch_size(prompt: torch.Tensor | None) -> None:
 
 
 def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite]) -> "SparseTwin":
-    """Builds the twin of a model: copies of the containers on the way to the MLPs, and the model's own modules for all
-    the rest.
+    """Builds the twin of a model: copies of the containers on the way to the MLPs (and to other projections that the
+    draft casts), and the model's own modules for all the rest.
 
     Nothing of the dense model changes. The copies share their dicts of parameters and buffers with the originals.
     """
     replacements = {id(site.owner): method_class(config.method).replacements(site) for site in sites}
+    others = find_other_projections(model, sites) if config.draft_scope == "all" else []
+    for owner, name in others:
+        replacements.setdefault(id(owner), {})[name] = TwinProjection(getattr(owner, name))
+    owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}
 
-    def leads_to_mlp(module: nn.Module) -> bool:
+    def leads_to_replacement(module: nn.Module) -> bool:
         return any(id(submodule) in replacements for submodule in module.modules())
 
     def copy(module: nn.Module) -> nn.Module:
-        if id(module) in copies or not leads_to_mlp(module):
+        if id(module) in copies or not leads_to_replacement(module):
             return copies.get(id(module), module)
         copies[id(module)] = twin = _shallow_copy(module)
         twin._modules = {name: child and copy(child) for name, child in module._modules.items()}
@@ -135,10 +141,11 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     # Not submodules of the twin.
     twin.__dict__["_dense_model"] = model
     pairs = [(copies[id(module)], module) for module in model.modules() if id(module) in copies]
-    pairs += [(replacement, site.owner) for site in sites for replacement in replacements[id(site.owner)].values()]
+    pairs += [(new, owners[owner_id]) for owner_id, parts in replacements.items() for new in parts.values()]
     twin.__dict__["_copies"] = pairs
     twin.sirius_config = config
     twin.sites = sites
+    twin.__dict__["projections"] = [getattr(owner, name) for owner, name in others]
     twin.stats = GenerationStats(config.kernel_size, total=GenerationStats(config.kernel_size))
     return twin
 

@@ -1,9 +1,11 @@
 """The command line, run as a user runs it."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from hf_sirius import SiriusConfig, reasoner_problems
 from hf_sirius.cli import main
@@ -79,6 +81,27 @@ def test_demo_shows_the_table_and_one_coloured_answer(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for expected in ("dense", "griffin 50%, sparse alone", "griffin 50% + Sirius", "effective density", "with Sirius:"):
         assert expected in printed
+
+
+def test_bench_decode_writes_its_figures(tmp_path, capsys):
+    options = ["--hidden_factor", "1", "--neuron_factor", "1", "--num_problems", "1", "--num_repeats", "1"]
+    file = tmp_path / "decode.json"
+    sirius = ["--method", "griffin", "--threshold", "1.0", "--draft_dtype", "bfloat16"]
+    assert main(["bench", "decode", *options, *sirius, "--max_new_tokens", "20", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert "1 of 1 answers identical" in capsys.readouterr().out
+    assert figures["config"]["draft_dtype"] == "bfloat16" and figures["machine"]["torch"] == torch.__version__
+    for name in ("dense", "sirius"):
+        run = figures[name]
+        assert run["num_tokens"] == 20
+        decoding = 19 * run["decode_seconds_per_token"]
+        assert run["seconds"] == pytest.approx(run["seconds_to_first_token"] + decoding)
+    assert figures["ratio_whole"] == pytest.approx(figures["sirius"]["seconds"] / figures["dense"]["seconds"])
+
+
+def test_bench_tells_of_a_missing_directory_before_it_runs(tmp_path, capsys):
+    assert main(["bench", "decode", "--json", str(tmp_path / "nowhere" / "figures.json")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_installed_script_tells_its_version():

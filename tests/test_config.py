@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from hf_sirius import Calibration, SiriusConfig
 from hf_sirius.calibration import CALIBRATION_NAME
-from hf_sirius.config import CONFIG_NAME
+from hf_sirius.config import CONFIG_NAME, DRAFT_DTYPES, DRAFT_SCOPES
 
 
 FIELDS = [field.name for field in dataclasses.fields(SiriusConfig)]
@@ -48,6 +48,9 @@ def valid_configs(draw):
         fields["selection"] = "topk"
     if kind == "cats calibrated":
         fields["calibration"] = make_calibration(num_mlps=draw(st.integers(1, 3)), seed=draw(st.integers(0, 9)))
+    if kind == "griffin":
+        fields["draft_dtype"] = draw(st.sampled_from([None, *DRAFT_DTYPES]))
+        fields["draft_scope"] = draw(st.sampled_from(DRAFT_SCOPES)) if fields["draft_dtype"] else "mlp"
     return SiriusConfig(method=kind.split()[0], **fields)
 
 
@@ -114,8 +117,20 @@ def test_a_calibration_must_be_one(value):
         ({"method": "griffin", "selection": "topk"}, "method='cats'.*'griffin'"),
         ({"method": "griffin", "calibration": make_calibration()}, "method='cats'.*'griffin'"),
         ({"selection": "topk", "calibration": make_calibration()}, "selection='topk' needs no thresholds"),
+        ({"draft_dtype": "bfloat16"}, "method='cats' gathers none: use method='griffin'"),
+        ({"method": "griffin", "draft_dtype": "float23"}, "one of .*'bfloat16'.*got 'float23'"),
+        ({"method": "griffin", "draft_scope": "all"}, "draft_dtype is None: set it to one of"),
+        ({"draft_scope": "attention"}, "draft_scope must be one of .*got 'attention'"),
     ],
-    ids=["griffin topk", "griffin calibrated", "topk calibrated"],
+    ids=[
+        "griffin topk",
+        "griffin calibrated",
+        "topk calibrated",
+        "cats cast",
+        "no dtype",
+        "scope of nothing",
+        "no scope",
+    ],
 )
 def test_settings_that_contradict_each_other_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):

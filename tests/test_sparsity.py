@@ -1,18 +1,22 @@
 """CATS and GRIFFIN: which neurons they keep, and that the twin then computes what a masked dense model computes."""
 
 import contextlib
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from families import tiny_model
 from tiny import METHODS, VOCAB_SIZE, build_model, make_prompt
+from transformers.pytorch_utils import Conv1D
 
 from hf_sirius import SiriusConfig, make_sparse
 from hf_sirius.mlp import find_mlps, neuron_weight
 from hf_sirius.observation import observing
 from hf_sirius.sparsity import method_class
+from hf_sirius.sparsity.griffin import Griffin
 
 
 NUM_NEURONS = 64
@@ -206,14 +210,66 @@ def test_griffin_gathers_rows_and_columns_of_the_dense_weights(kind):
             for part in (site.gate, site.up):
                 if part is None:
                     continue
-                name = site.kind.gate if part is site.gate else site.kind.up
-                weight, bias = method._gathered[site.idx, name]
+                weight, bias = method._gathered[part]
                 halves = neuron_weight(part).split(NUM_NEURONS)
                 assert len(halves) == (2 if kind == "fused" else 1)
                 assert torch.equal(weight, torch.cat([half[kept] for half in halves]))
                 assert (bias is None) if part.bias is None else torch.equal(bias, part.bias[kept])
-            weight, bias = method._gathered[site.idx, site.kind.down]
+            weight, bias = method._gathered[site.down]
             assert torch.equal(weight, neuron_weight(site.down)[:, kept]) and bias is site.down.bias
+
+
+@pytest.mark.parametrize("density", [0.25, 1.0])
+@pytest.mark.parametrize("draft_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_griffin_casts_what_it_gathers(kind, draft_dtype, density):
+    model, prompt, tokens = build_kind(kind), make_prompt(), make_prompt(6, seed=1)
+    plain = draft_logits(make_sparse(model, method="griffin", density=density), prompt, tokens)
+    twin = make_sparse(model, method="griffin", density=density, draft_dtype=draft_dtype)
+    with prefilled(twin, prompt) as method:
+        gathered = [part for parts in method._gathered.values() for part in parts if part is not None]
+        assert {part.dtype for part in gathered} == {getattr(torch, draft_dtype)}
+        with method.drafting():
+            logits = twin(tokens).logits
+    error = (logits - plain).norm() / plain.norm()
+    assert logits.dtype == plain.dtype and 0 < error < 0.05
+    output = model.generate(prompt, assistant_model=make_sparse(model, twin.sirius_config, threshold=1.0))
+    assert torch.equal(output, model.generate(prompt))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_cast_as_a_whole(kind):
+    model, prompt, tokens = build_kind(kind), make_prompt(), make_prompt(6, seed=1)
+    fields = {"method": "griffin", "density": 0.5, "threshold": 1.0}
+    plain = draft_logits(make_sparse(model, **fields), prompt, tokens)
+    twin = make_sparse(model, **fields, draft_dtype="bfloat16", draft_scope="all")
+    linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    with prefilled(twin, prompt) as method:
+        assert set(method._gathered) == set(linear), "every projection, and the head"
+        with method.drafting():
+            logits = twin(tokens).logits
+    assert 0 < (logits - plain).norm() / plain.norm() < 0.1
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(twin(tokens).logits, model(tokens).logits), "dense outside of a draft"
+    output = model.generate(prompt, assistant_model=twin, max_new_tokens=20)
+    assert twin.stats.num_accepted > 0
+    assert torch.equal(output, model.generate(prompt, max_new_tokens=20))
+
+
+def test_cast_weights_are_freed_with_the_call(monkeypatch):
+    held = []
+    select = Griffin.select
+
+    def noting(method):
+        select(method)
+        held.extend(weakref.ref(weight) for weight, _ in method._gathered.values())
+
+    monkeypatch.setattr(Griffin, "select", noting)
+    model = build_model()
+    with make_sparse(model, method="griffin", draft_dtype="bfloat16", draft_scope="all") as twin:
+        model.generate(make_prompt(), assistant_model=twin, max_new_tokens=8)
+        gc.collect()
+        assert held and all(ref() is None for ref in held)
 
 
 def test_griffin_refuses_a_norm_over_all_neurons():

@@ -107,7 +107,7 @@ def test_all_but_the_mlps_are_the_same_modules(family, name):
 
 def test_repr_names_what_was_replaced():
     shown = repr(make_sparse(build_model(), method="griffin"))
-    assert shown.startswith("LlamaForCausalLM(") and "TwinProjection(down_proj of MLP 1)" in shown
+    assert shown.startswith("LlamaForCausalLM(") and "(down_proj): TwinProjection(of Linear(in_features=64" in shown
 
 
 def test_saving_it_saves_the_dense_model(tmp_path):

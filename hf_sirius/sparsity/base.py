@@ -7,7 +7,7 @@ compute densely. So two calls on one twin, in two threads, do not mix.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import ClassVar
 
@@ -34,13 +34,15 @@ class SparsityMethod(ABC):
     Args:
         config: the settings of the twin.
         sites: the MLPs of the dense model.
+        projections: its other linear layers, if the draft computes these in another way as well.
     """
 
     observed: ClassVar[Observed]  # what `observe` is given
 
-    def __init__(self, config: SiriusConfig, sites: list[MlpSite]):
+    def __init__(self, config: SiriusConfig, sites: list[MlpSite], projections: Sequence[nn.Module] = ()):
         self.config = config
         self.sites = sites
+        self.projections = projections
 
     @classmethod
     @abstractmethod
@@ -113,21 +115,19 @@ class TwinProjection(nn.Module):
     model's names, and whatever is moved, cast or loaded there is here at once.
     """
 
-    def __init__(self, dense: nn.Module, site_idx: int, name: str):
+    def __init__(self, dense: nn.Module):
         super().__init__()
         self.__dict__["dense"] = dense  # not a submodule: its parameters are already ours
         self._parameters, self._buffers, self._modules = dense._parameters, dense._buffers, dense._modules
-        self.site_idx = site_idx
-        self.name = name
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         method = drafting_method()
         if method is None:
             return self.dense(hidden_states)
-        return method.project(self, hidden_states)
+        return method.project(self.dense, hidden_states)
 
     def extra_repr(self) -> str:
-        return f"{self.name} of MLP {self.site_idx}"
+        return f"of {self.dense}"
 
 
 class TwinActivation(nn.Module):

@@ -19,11 +19,12 @@ class Griffin(SparsityMethod):
 
     observed = "neurons"
 
-    def __init__(self, config, sites):
-        super().__init__(config, sites)
+    def __init__(self, config, sites, projections=()):
+        super().__init__(config, sites, projections)
         self._statistics: list[torch.Tensor | None] = [None] * len(sites)
         self.neuron_indices: list[torch.Tensor] = []
-        self._gathered: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._dtype = getattr(torch, config.draft_dtype) if config.draft_dtype else None
+        self._gathered: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     @classmethod
     def replacements(cls, site):
@@ -37,7 +38,7 @@ class Griffin(SparsityMethod):
                     f"{site.name}.{name} works on all {site.num_neurons} neurons together, so a share of them cannot "
                     "be gathered: use method='cats' for this model"
                 )
-        return {name: TwinProjection(getattr(site.owner, name), site.idx, name) for name in names}
+        return {name: TwinProjection(getattr(site.owner, name)) for name in names}
 
     def observe(self, site, values):
         shares = nn.functional.normalize(values.float() if values.dtype != torch.float64 else values, dim=-1)
@@ -51,31 +52,37 @@ class Griffin(SparsityMethod):
             num_kept = max(1, round(self.config.density * site.num_neurons))
             neuron_indices = statistic.topk(num_kept).indices.sort().values
             self.neuron_indices.append(neuron_indices)
-            if num_kept == site.num_neurons:
+            if num_kept == site.num_neurons and self._dtype is None:
                 continue
-            for name in (site.kind.gate, site.kind.up):
-                if name:
-                    self._gathered[site.idx, name] = _gather_rows(
-                        getattr(site.owner, name), neuron_indices, site.num_neurons
-                    )
+            for part in (site.gate, site.up):
+                if part is not None:
+                    rows = _gather_rows(part, neuron_indices, site.num_neurons)
+                    self._gathered[part] = _cast(rows, self._dtype)
             down = site.down
             columns = neuron_indices.to(down.weight.device)
-            self._gathered[site.idx, site.kind.down] = (neuron_weight(down).index_select(1, columns), down.bias)
+            gathered = (neuron_weight(down).index_select(1, columns), down.bias)
+            self._gathered[down] = _cast(gathered, self._dtype)
+        for projection in self.projections:
+            self._gathered[projection] = _cast((neuron_weight(projection), projection.bias), self._dtype)
         self._statistics = []
 
-    def project(self, projection: TwinProjection, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Applies the gathered rows (or columns, for down) of a projection."""
-        gathered = self._gathered.get((projection.site_idx, projection.name))
+    def project(self, projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Applies the gathered rows (or columns, for down) of a projection of the dense model."""
+        gathered = self._gathered.get(projection)
         if gathered is None:  # every neuron is kept
-            return projection.dense(hidden_states)
+            return projection(hidden_states)
         weight, bias = gathered
-        return nn.functional.linear(hidden_states, weight, bias)
+        return nn.functional.linear(hidden_states.to(weight.dtype), weight, bias).to(hidden_states.dtype)
 
     def num_parameters_read(self, site: MlpSite) -> float | None:
         if not self.neuron_indices:
             return None
         share = len(self.neuron_indices[site.idx]) / site.num_neurons
         return site.num_parameters_read(share, gate_in_full=False)
+
+
+def _cast(gathered: tuple[torch.Tensor, torch.Tensor | None], dtype: torch.dtype | None):
+    return tuple(part if part is None or dtype is None else part.to(dtype) for part in gathered)
 
 
 def _gather_rows(
