@@ -68,6 +68,11 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
             f"{type(model).__name__} has parameters on the meta device (not loaded, or offloaded by accelerate): load "
             "the whole model into memory first, with from_pretrained and without a device_map that offloads"
         )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{type(model).__name__} is quantized ({type(model.config.quantization_config).__name__}), which hf_sirius "
+            "cannot make sparse: load it without quantization_config (griffin's draft can be cast with draft_dtype)"
+        )
     sites = find_mlps(model)
     if config.calibration is not None:
         config.calibration.check_model(sites)
@@ -169,7 +174,13 @@ def _get_candidate_generator(
             "drafts "
             "cannot be undone: leave guidance_scale out, or generate without the twin"
         )
-    return SiriusCandidateGenerator(assistant_model, Call.current(), generation_config, logits_processor)
+    if (call := Call.current()) is None or call.model is not model:
+        raise ValueError(
+            "generate was looked up before make_sparse laid its own over it, as in model.generate(..., "
+            "assistant_model=make_sparse(model)): make the twin first, on a line of its own, and call model.generate "
+            "then"
+        )
+    return SiriusCandidateGenerator(assistant_model, call, generation_config, logits_processor)
 
 
 _OVERLAYS = {

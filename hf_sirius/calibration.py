@@ -191,6 +191,8 @@ def calibrate(
         raise TypeError("texts must be an iterable of texts, got a single encoding: pass [encoding]")
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of texts, got a single string: pass [text], or its lines")
+    if hasattr(model, "dense_model"):
+        raise ValueError("calibrate measures the dense model, got its sparse twin: pass twin.dense_model")
     sites = find_mlps(model)
     histograms = [MagnitudeHistogram() for _ in sites]
     modes = {module: module.training for module in model.modules()}
@@ -234,7 +236,11 @@ def _input_ids(text, tokenizer) -> torch.Tensor:
             raise TypeError("texts holds strings, so a tokenizer is needed; without one, pass items with input_ids")
         return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].long()
     try:
-        input_ids = text["input_ids"]
-    except (TypeError, KeyError, IndexError) as error:
-        raise TypeError(f"an item of texts must be a string or hold input_ids, got {type(text).__name__}") from error
-    return torch.as_tensor(input_ids).long().reshape(1, -1)
+        input_ids = torch.as_tensor(text["input_ids"] if isinstance(text, Mapping) else text)
+        if input_ids.ndim == 0:
+            raise TypeError("a single number")
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"an item of texts must be a string, token ids, or a mapping with input_ids, got {type(text).__name__}"
+        ) from error
+    return input_ids.long().reshape(1, -1)

@@ -129,6 +129,8 @@ def _sirius_config(args):
     if "calibration" in fields:
         fields["calibration"] = Calibration.from_pretrained(fields["calibration"])
     config = SiriusConfig.from_pretrained(args.config) if args.config else SiriusConfig()
+    if fields.get("method", "cats") != "cats":
+        fields = {"selection": "threshold", "calibration": None, **fields}  # those of the config are cats' own
     return config.replace(**fields)
 
 

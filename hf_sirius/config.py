@@ -87,7 +87,8 @@ class SiriusConfig(PushToHubMixin):
             )
         if self.method != "cats" and (self.selection != "threshold" or self.calibration is not None):
             raise ValueError(
-                f"selection and calibration belong to method='cats', but the method is {self.method!r}: leave them out"
+                f"selection and calibration belong to method='cats', but the method is {self.method!r}: leave them "
+                "out, or, to change the method of a config, pass selection='threshold' and calibration=None with it"
             )
         if self.draft_dtype not in (None, *DRAFT_DTYPES):
             raise ValueError(

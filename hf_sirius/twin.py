@@ -58,11 +58,20 @@ class SparseTwin:
         self.stats = GenerationStats(self.sirius_config.kernel_size, total=self.stats.total)
         return Call(self.sirius_config, self.dense_model, self.sites, self.projections, self.stats)
 
+    def train(self, mode: bool = True):
+        """Sets the mode of the dense model, whose modules are the twin's as well."""
+        self.dense_model.train(mode)
+        self._follow_mode()
+        return self
+
+    def _follow_mode(self) -> None:
+        for copy, original in self.__dict__["_copies"]:
+            copy.training = original.training
+
     def __call__(self, *args, **kwargs):
         # The copied containers have a mode of their own, which has to follow the originals' train() and eval().
         if self.training != self.dense_model.training:
-            for copy, original in self.__dict__["_copies"]:
-                copy.training = original.training
+            self._follow_mode()
         return super().__call__(*args, **kwargs)
 
     def generate(self, *args, **kwargs):
@@ -70,11 +79,16 @@ class SparseTwin:
         generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         if getattr(generation_config, "is_assistant", False):
             raise ValueError(
-                "this sparse twin is not attached to the model that it was given to. It drafts for the "
-                f"{type(self.dense_model).__name__} "
-                "that it was made from, until detach(): pass it to that model's generate, or call make_sparse on this "
-                "model."
+                "this sparse twin is not attached to the model that it was given to: it was detached, or it is a copy, "
+                f"or it was made from another {type(self.dense_model).__name__}. Call make_sparse on this model."
             )
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            settings = generation_config or self.generation_config
+            if kwargs.get(name, getattr(settings, name, None)) is not None:
+                raise ValueError(
+                    f"{name} was given to a sparse twin's generate, which is the model without correction and takes "
+                    "no assistant: call generate of its dense_model, or leave it out"
+                )
         prompt = next(
             (kwargs[name] for name in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(name) is not None), None
         )

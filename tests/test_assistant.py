@@ -17,6 +17,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
     GenerationMixin,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -378,3 +380,36 @@ def test_the_stock_loop_asks_the_generator_as_expected():
     assert list(inspect.signature(CandidateGenerator.update_candidate_strategy).parameters) == [
         "self", "input_ids", "scores", "num_matches",
     ], advice  # fmt: skip
+
+
+@pytest.mark.parametrize("look_up", [lambda model: model.generate, lambda model: type(model).generate.__get__(model)])
+def test_generate_looked_up_before_the_twin_is_told(look_up):
+    model = build_model()
+    generate = look_up(model)
+    sparse = make_sparse(model)
+    with pytest.raises(ValueError, match="make the twin first"):
+        generate(make_prompt(), assistant_model=sparse, max_new_tokens=4)
+    model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=4)
+
+
+def test_a_quantized_model_is_refused():
+    model = build_model()
+    model.is_quantized = True
+    model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ValueError, match=r"quantized \(BitsAndBytesConfig\).*without quantization_config"):
+        make_sparse(model)
+
+
+@pytest.mark.parametrize("how", ["keyword", "generation_config", "model"])
+def test_a_twin_alone_takes_no_assistant(how):
+    model = build_model()
+    sparse = make_sparse(model)
+    kwargs = {}
+    if how == "keyword":
+        kwargs["prompt_lookup_num_tokens"] = 3
+    elif how == "model":
+        model.generation_config.prompt_lookup_num_tokens = 3
+    else:
+        kwargs["generation_config"] = GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=4)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens was given to a sparse twin"):
+        sparse.generate(make_prompt(), **kwargs)

@@ -331,3 +331,17 @@ def test_a_first_row_of_zeros_is_known_again():
     find_mlps(model)[0].gate.weight.data[0] = 0  # a pruned neuron
     with make_sparse(model, calibration=measure(model)):
         pass
+
+
+def test_token_ids_come_in_any_form():
+    model, ids = build_model(), make_prompt(20)
+    forms = [ids, ids[0], ids[0].tolist(), {"input_ids": ids}, {"input_ids": ids[0].tolist()}]
+    tables = [calibrate(model, None, [form], progress=False).thresholds(0.3) for form in forms]
+    assert all(table == tables[0] for table in tables)
+    with pytest.raises(TypeError, match="must be a string, token ids, or a mapping with input_ids, got NoneType"):
+        calibrate(model, None, [None], progress=False)
+
+
+def test_the_twin_is_refused():
+    with pytest.raises(ValueError, match=r"pass twin\.dense_model"):
+        calibrate(make_sparse(build_model()), None, [make_prompt()])

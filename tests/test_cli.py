@@ -43,6 +43,11 @@ def test_a_saved_config_is_used_and_options_win_over_it(tmp_path, capsys):
     assert "kernel_size=4" in capsys.readouterr().err
 
 
+def test_a_method_on_the_command_line_wins_over_a_config_of_another(tmp_path, capsys):
+    SiriusConfig(selection="topk", threshold=1.0).save_pretrained(tmp_path)
+    assert main([*GENERATE, "--config", str(tmp_path), "--method", "griffin", "--max_new_tokens", "5"]) == 0
+
+
 def test_chat_template_and_sampling(capsys):
     question = reasoner_problems()[0]["question"]
     options = ["generate", "--model", "reasoner", "--chat", "--do_sample", "--seed", "3", "--prompt", question]

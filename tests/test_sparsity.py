@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import tiny_model
 from tiny import METHODS, VOCAB_SIZE, build_model, make_prompt
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from hf_sirius import SiriusConfig, make_sparse
@@ -152,8 +153,9 @@ def test_thresholds_of_the_prompt_keep_the_asked_share_of_it(kind, dtype, densit
             assert (method.drop(i, values) != 0).double().mean().item() == pytest.approx(asked, abs=0.02)
 
 
-def test_neurons_that_are_zero_are_never_kept():
-    model = build_kind("plain")  # ReLU
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_neurons_that_are_zero_are_never_kept(dtype):
+    model = build_kind("plain", dtype=dtype)  # ReLU
     prompt = make_prompt(32)
     zeros = [(values == 0).double().mean().item() for values in watch(model, "activations", prompt)]
     assert min(zeros) > 0.3
@@ -365,6 +367,21 @@ def test_draft_density_against_a_count_by_hand(name, kept_gate, tied):
     assert everything == model.num_parameters()
     read = llama_parameters(kept_gate, 16, tied, embedding_rows=1)
     assert twin.stats.draft_density == pytest.approx(read / everything)
+
+
+def test_a_vision_tower_does_not_count():
+    text = build_model("gemma3_text", tie_word_embeddings=True)
+    tower = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tower |= {"image_size": 28, "patch_size": 14}
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text.config, vision_config=tower, mm_tokens_per_image=4, tie_word_embeddings=True)
+    ).double()
+    densities = []
+    for dense in (text, model):
+        with prefilled(make_sparse(dense, method="griffin", density=0.25), make_prompt()) as method:
+            densities.append(method.draft_density(dense))
+    assert sum(p.numel() for p in model.parameters()) > 2 * sum(p.numel() for p in text.parameters())
+    assert densities[0] == pytest.approx(densities[1]) and densities[0] < 0.7
 
 
 def test_of_a_table_of_positions_one_row_is_read():

@@ -277,3 +277,11 @@ def test_two_twins_of_one_model_share_no_containers():
     assert not (set(first.modules()) - shared) & (set(second.modules()) - shared)
     activations = [twin.model.layers[0].mlp.act_fn for twin in (first, second)]
     assert isinstance(activations[0], TwinActivation) and activations[1] is model.model.layers[0].mlp.act_fn
+
+
+def test_the_mode_is_one_of_both():
+    model = build_model()
+    twin = make_sparse(model, method="griffin")
+    for mode in (True, False):
+        assert twin.train(mode) is twin
+        assert {module.training for module in [*model.modules(), *twin.modules()]} == {mode}

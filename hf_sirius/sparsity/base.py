@@ -68,19 +68,21 @@ class SparsityMethod(ABC):
     def draft_density(self, model: PreTrainedModel) -> float | None:
         """Returns the parameters that a draft step read / all parameters, or `None` before the first step.
 
-        Of an embedding one row is read, unless the head is tied to it: the head is read whole.
+        Of an embedding one row is read, unless the head is tied to it: the head is read whole. What no draft step
+        passes, such as a vision tower, does not count.
         """
         mlps_read = [self.num_parameters_read(site) for site in self.sites]
         if None in mlps_read:
             return None
         head = model.get_output_embeddings()
-        head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
+        head_parameters = {id(p): p.numel() for p in head.parameters()} if head is not None else {}
+        decoder = model.get_decoder()
         unread = sum(
             module.weight.numel() - module.weight.shape[-1]
-            for module in model.modules()
+            for module in decoder.modules()
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
-        num_parameters = sum(p.numel() for p in model.parameters())
+        num_parameters = sum(({id(p): p.numel() for p in decoder.parameters()} | head_parameters).values())
         mlps = sum(site.num_parameters() for site in self.sites)
         return (num_parameters - unread - mlps + sum(mlps_read)) / num_parameters
 

@@ -48,7 +48,9 @@ class Cats(SparsityMethod):
             neuron_mask = torch.zeros_like(magnitudes, dtype=torch.bool)
             neuron_mask.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
         else:
-            neuron_mask = magnitudes >= self.thresholds[site_idx]
+            # A threshold among the zeros is the least float32 above them, which float16 does not have.
+            dtype = torch.promote_types(magnitudes.dtype, torch.float32)
+            neuron_mask = magnitudes.to(dtype) >= self.thresholds[site_idx]
         self._num_kept[site_idx] += neuron_mask.sum()
         self._num_tokens[site_idx] += neuron_mask[..., 0].numel()
         return activations * neuron_mask
