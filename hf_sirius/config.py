@@ -134,7 +134,8 @@ class SiriusConfig(PushToHubMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `sirius_config.json` (and the thresholds, if calibrated) to a directory, created if need be.
 
-        With `push_to_hub=True` the files go to the hub as well; `kwargs` are those of `push_to_hub` (`repo_id`, ...).
+        With `push_to_hub=True` the files go to the hub as well; `kwargs` are `repo_id`, `commit_message`, and what
+        `huggingface_hub.create_repo` takes (`private`, `token`, ...).
         """
         from . import __version__
 
