@@ -24,7 +24,7 @@ def widen(model: LlamaForCausalLM, hidden_factor: int, neuron_factor: int) -> Ll
     divided by the number of times that its terms repeat. RMSNorm does not notice.
 
     Args:
-        model: a Llama whose head is not tied to its embedding, or is tied (then the copy has a head of its own).
+        model: a Llama; if its head is tied to the embedding, the larger model has a head of its own.
         hidden_factor, neuron_factor: at least 1.
     """
     if hidden_factor < 1 or neuron_factor < 1:
@@ -84,6 +84,7 @@ def _timed(generate, model, inputs: dict, max_new_tokens: int) -> tuple[torch.Te
         "seconds_to_first_token": clock.times[1] - start,
         "decode_seconds_per_token": (end - clock.times[1]) / max(1, clock.num_tokens - 1),
         "seconds": end - start,
+        "seconds_per_token": (end - start) / clock.num_tokens,  # answers may differ in length below threshold=1.0
     }
 
 
@@ -127,11 +128,7 @@ def bench_decode(
         stats = sparse.stats.total.as_dict()
 
     def ratio(key: str) -> float:
-        # Answers may differ in length below threshold=1.0, so whole generations are compared per token.
-        per_token = {name: [run[key] / run["num_tokens"] for run in runs[name]] for name in runs}
-        if key == "decode_seconds_per_token":
-            per_token = {name: [run[key] for run in runs[name]] for name in runs}
-        return statistics.median(s / d for s, d in zip(per_token["sirius"], per_token["dense"], strict=True))
+        return statistics.median(s[key] / d[key] for s, d in zip(runs["sirius"], runs["dense"], strict=True))
 
     return {
         "machine": describe_machine(device),
@@ -139,7 +136,7 @@ def bench_decode(
         "config": config.to_dict(),
         **{name: {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]} for name in runs},
         "ratio_decode": ratio("decode_seconds_per_token"),
-        "ratio_whole": ratio("seconds"),
+        "ratio_whole": ratio("seconds_per_token"),
         "num_identical": num_identical,
         "num_problems": len(prompts),
         "stats": stats,

@@ -191,7 +191,9 @@ def calibrate(
         raise TypeError("texts must be an iterable of texts, got a single encoding: pass [encoding]")
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of texts, got a single string: pass [text], or its lines")
-    if hasattr(model, "dense_model"):
+    from .twin import SparseTwin  # which imports the config, and that this module
+
+    if isinstance(model, SparseTwin):
         raise ValueError("calibrate measures the dense model, got its sparse twin: pass twin.dense_model")
     sites = find_mlps(model)
     histograms = [MagnitudeHistogram() for _ in sites]

@@ -98,7 +98,7 @@ def neuron_weight(projection: nn.Module) -> torch.Tensor:
 def find_other_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
     """Returns the linear layers of the decoder outside its MLPs, and the head: (owner, attribute name) of each."""
     in_mlps = {part for site in sites for part in (site.gate, site.up, site.down)}
-    decoder = set(model.get_decoder().modules()) if hasattr(model, "get_decoder") else set(model.modules())
+    decoder = set(model.get_decoder().modules())
     head = model.get_output_embeddings()
     return [
         (owner, name)

@@ -82,8 +82,8 @@ class SparseTwin:
                 "this sparse twin is not attached to the model that it was given to: it was detached, or it is a copy, "
                 f"or it was made from another {type(self.dense_model).__name__}. Call make_sparse on this model."
             )
+        settings = generation_config or self.generation_config
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            settings = generation_config or self.generation_config
             if kwargs.get(name, getattr(settings, name, None)) is not None:
                 raise ValueError(
                     f"{name} was given to a sparse twin's generate, which is the model without correction and takes "
@@ -159,7 +159,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     twin.__dict__["_copies"] = pairs
     twin.sirius_config = config
     twin.sites = sites
-    twin.__dict__["projections"] = [getattr(owner, name) for owner, name in others]
+    twin.projections = [getattr(owner, name) for owner, name in others]
     twin.stats = GenerationStats(config.kernel_size, total=GenerationStats(config.kernel_size))
     return twin
 

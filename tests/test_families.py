@@ -15,10 +15,11 @@ def test_output_equals_dense_greedy_in_float64(family):
     prompt = torch.randint(3, model.config.get_text_config().vocab_size, (1, 11), generator=generator)
     options = {"max_new_tokens": 24, "do_sample": False}
     dense = model.generate(prompt, **options)
-    for method in ("cats", "griffin"):
-        with make_sparse(model, method=method, density=0.5, kernel_size=6, threshold=1.0) as sparse:
+    cast = {"method": "griffin", "draft_dtype": "bfloat16", "draft_scope": "all"}
+    for fields in ({"method": "cats"}, {"method": "griffin"}, cast):
+        with make_sparse(model, **fields, density=0.5, kernel_size=6, threshold=1.0) as sparse:
             assert len(sparse.sites) == len(find_mlps(model)) > 0
-            assert torch.equal(model.generate(prompt, **options, assistant_model=sparse), dense), method
+            assert torch.equal(model.generate(prompt, **options, assistant_model=sparse), dense), fields
             assert sparse.stats.num_drafted > 0
             assert 0 < sparse.stats.draft_density < 1
     assert torch.equal(model.generate(prompt, **options), dense)
