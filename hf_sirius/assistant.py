@@ -13,13 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
 
 from .call import Call
 from .config import SiriusConfig, check_field_names
 from .drafting import IS_5_17, SettledCriteria, SiriusCandidateGenerator
 from .mlp import find_mlps
+from .offload import check_offload, execution_device, is_offloaded
+from .quantization import check_draft_dtype
 from .twin import SparseTwin, build_twin, check_batch_size
 
+
+# Tokens per cycle: the paper's, and where a verification has to stream the weights.
+KERNEL_SIZE, OFFLOADED_KERNEL_SIZE = 16, 32
 
 # dense model -> its twins
 _attached: "weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet]" = weakref.WeakKeyDictionary()
@@ -42,8 +48,10 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
 
     Raises:
         `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value
-        that is not allowed, a model without an MLP of a known kind, one on the meta device, a twin, or a calibration
-        of another model.
+        that is not allowed, a model without an MLP of a known kind, one without its weights, one quantized other than
+        by bitsandbytes, a twin, a calibration of another model, a `draft_memory` too small, or a `draft_dtype` that
+        the device cannot run; `ImportError` for a package that a `draft_dtype` needs; `FileNotFoundError` if offloaded
+        weights are gone.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
@@ -63,16 +71,22 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model; hf_sirius takes decoder-only language models"
         )
-    if any(p.is_meta for p in model.parameters()):
+    offloaded = is_offloaded(model)
+    if not offloaded and any(p.is_meta for p in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} has parameters on the meta device (not loaded, or offloaded by accelerate): load "
-            "the whole model into memory first, with from_pretrained and without a device_map that offloads"
+            f"{type(model).__name__} has parameters on the meta device: load its weights first, with from_pretrained"
         )
-    if getattr(model, "is_quantized", False):
+    _check_quantization(model, offloaded)
+    if offloaded and config.method != "griffin":
         raise ValueError(
-            f"{type(model).__name__} is quantized ({type(model.config.quantization_config).__name__}), which hf_sirius "
-            "cannot make sparse: load it without quantization_config (griffin's draft can be cast with draft_dtype)"
+            f"{type(model).__name__} is offloaded by accelerate: a draft of method={config.method!r} would have to "
+            "stream it for every token. Use method='griffin', whose neurons stay resident"
         )
+    if offloaded:
+        check_offload(model)
+    check_draft_dtype(config.draft_dtype, execution_device(model))
+    if config.kernel_size is None:
+        config = config.replace(kernel_size=OFFLOADED_KERNEL_SIZE if offloaded else KERNEL_SIZE)
     sites = find_mlps(model)
     if config.calibration is not None:
         config.calibration.check_model(sites)
@@ -81,6 +95,23 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         twin.__dict__.pop(name, None)  # bound to the dense model
     _attach(twin)
     return twin
+
+
+def _check_quantization(model: PreTrainedModel, offloaded: bool) -> None:
+    if not getattr(model, "is_quantized", False):
+        return
+    quantization = getattr(model.config, "quantization_config", None)
+    if getattr(model, "quantization_method", None) != QuantizationMethod.BITS_AND_BYTES:
+        raise ValueError(
+            f"{type(model).__name__} is quantized ({type(quantization).__name__}), of which hf_sirius cannot take "
+            "neurons: load it with BitsAndBytesConfig (8 or 4 bits), or without quantization and with a draft_dtype of "
+            "griffin's"
+        )
+    if offloaded:
+        raise ValueError(
+            f"{type(model).__name__} is quantized by bitsandbytes and offloaded as well, which is not supported: "
+            "offload the unquantized model, with draft_dtype='int8' or 'nf4' for a small draft"
+        )
 
 
 def _attach(twin: SparseTwin) -> None:

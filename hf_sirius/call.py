@@ -1,16 +1,19 @@
 """The state of one `generate` call: its choice of neurons, its counts, and all that has to be undone when it ends."""
 
 import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING
 
-from torch import nn
-from transformers import PreTrainedModel, StoppingCriteriaList
+import torch
+from transformers import StoppingCriteriaList
 
-from .config import SiriusConfig
-from .mlp import MlpSite
+from .offload import check_offload, running, taking
 from .sparsity import method_class
-from .stats import GenerationStats
 
+
+if TYPE_CHECKING:
+    from .twin import SparseTwin
 
 _current: ContextVar["Call | None"] = ContextVar("hf_sirius_call", default=None)
 
@@ -28,18 +31,12 @@ class Call(contextlib.AbstractContextManager):
         undo: what the end of the call, be it an exception, has to close (hooks, contexts).
     """
 
-    def __init__(
-        self,
-        config: SiriusConfig,
-        model: PreTrainedModel,
-        sites: list[MlpSite],
-        projections: list[nn.Module],
-        stats: GenerationStats,
-    ):
-        self.config = config
-        self.model = model
-        self.method = method_class(config.method)(config, sites, projections)
-        self.stats = stats
+    def __init__(self, twin: "SparseTwin"):
+        self.twin = twin
+        self.config = twin.sirius_config
+        self.model = twin.dense_model
+        self.method = method_class(self.config.method)(self.config, twin.sites, twin.others)
+        self.stats = twin.stats
         self.stopping_criteria: StoppingCriteriaList | None = None
         self.is_verifying = False
         self.undo = contextlib.ExitStack()
@@ -51,6 +48,9 @@ class Call(contextlib.AbstractContextManager):
         return _current.get()
 
     def __enter__(self) -> "Call":
+        if self.twin.is_offloaded:
+            check_offload(self.model)
+            self.undo.enter_context(running(self.model))
         self._token = _current.set(self)
         return self
 
@@ -59,3 +59,20 @@ class Call(contextlib.AbstractContextManager):
         self.undo.close()
         if (draft_density := self.method.draft_density(self.model)) is not None:
             self.stats.record_draft_density(draft_density)
+        self.method.held.clear()
+
+    @contextlib.contextmanager
+    def observing(self, attention_mask: torch.Tensor | None, takes_weights: bool = True) -> Iterator[None]:
+        """Within the block, the method watches the dense model's forwards in this context, and takes the weights that
+        the draft needs as they are streamed past.
+
+        Args:
+            attention_mask: long [batch_size, num_new_tokens] of the tokens that will be read, or `None` without
+                padding.
+            takes_weights: whether weights are taken, where the model is offloaded.
+        """
+        with contextlib.ExitStack() as watched:
+            watched.enter_context(self.method.observing(attention_mask))
+            if self.twin.is_offloaded and takes_weights:
+                watched.enter_context(taking(self.method, self.twin.sites, self.twin.others))
+            yield

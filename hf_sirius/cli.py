@@ -91,17 +91,20 @@ def _add_config_options(group) -> None:
     helps = {
         "method": f"one of {', '.join(METHODS)}",
         "density": "share of the neurons of each MLP to keep, in (0, 1]",
-        "kernel_size": "tokens per cycle, at least 2",
+        "kernel_size": "tokens per cycle, at least 2 (default: 16, or 32 for an offloaded model)",
         "threshold": "likelihood at which a drafted token is kept, in [0, 1]; 1 gives the dense output",
         "temperature": "temperature of that likelihood",
         "selection": f"for cats: one of {', '.join(SELECTIONS)}",
         "calibration": "for cats: a directory with a saved calibration",
         "draft_dtype": f"for griffin: dtype of what the draft holds itself, one of {', '.join(DRAFT_DTYPES)}",
         "draft_scope": f"what draft_dtype casts, one of {', '.join(DRAFT_SCOPES)}",
+        "draft_memory": "for griffin: the most bytes of a draft's own weights, such as 6GiB",
+        "draft_confidence": "a draft ends after a token less likely than this to itself, in [0, 1)",
+        "reselect_every": "for griffin: choose the neurons anew after every so many cycles",
     }
     for field in dataclasses.fields(SiriusConfig):
         default = "" if field.default is None else f" (default: {field.default})"
-        kind = type(field.default) if field.default is not None else str
+        kind = type(field.default) if field.default is not None else int if field.type == int | None else str
         _add(group, f"--{field.name}", type=kind, default=None, help=helps[field.name] + default)
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import convert_file_size_to_int
 from transformers.utils import PushToHubMixin, cached_file
 from transformers.utils.hub import hf_api
 
@@ -16,7 +17,7 @@ from .sparsity import check_method_name
 
 CONFIG_NAME = "sirius_config.json"
 SELECTIONS = ("threshold", "topk")
-DRAFT_DTYPES = ("bfloat16", "float16")
+DRAFT_DTYPES = ("bfloat16", "float16", "int8", "nf4")
 DRAFT_SCOPES = ("mlp", "all")
 _DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",
@@ -35,8 +36,9 @@ class SiriusConfig(PushToHubMixin):
             `"griffin"`: once per prompt, from the prefill's activations (coarse-grained; CSparse in the paper).
         density (`float`, defaults to 0.5):
             Share of the neurons of each MLP that a draft step keeps, in (0, 1].
-        kernel_size (`int`, defaults to 16):
-            Tokens per cycle: `kernel_size - 1` drafted ones and one of the full model. At least 2.
+        kernel_size (`int`, *optional*):
+            Tokens per cycle: `kernel_size - 1` drafted ones and one of the full model. At least 2; by default 16, or 32
+            for a model that accelerate offloads, where a verification costs more. The twin's own config tells which.
         threshold (`float`, defaults to 0.1):
             A drafted token is kept if it is the full model's argmax or its likelihood is at least this, in [0, 1].
             1.0 gives the full model's output: token for token when greedy, the same distribution when sampling.
@@ -48,35 +50,53 @@ class SiriusConfig(PushToHubMixin):
         calibration ([`Calibration`], *optional*):
             For `"cats"` with thresholds: what [`calibrate`] measured on a corpus. Saved and loaded with the config.
         draft_dtype (`str`, *optional*):
-            For `"griffin"`: dtype of the gathered neurons, `"bfloat16"` or `"float16"`; by default the model's. Fewer
-            bytes to read, at a slightly less faithful draft; the verification is the model's own all the same.
+            For `"griffin"`: dtype of the gathered neurons, `"bfloat16"`, `"float16"`, `"int8"` or `"nf4"` (the last two
+            by bitsandbytes, `pip install hf_sirius[bnb]`); by default the model's own format. Fewer bytes to read, at a
+            less faithful draft; the verification is the model's own all the same.
         draft_scope (`str`, defaults to `"mlp"`):
             What `draft_dtype` casts. `"mlp"`: the gathered neurons. `"all"`: the attention's projections and the head
             as well, of which the call then holds copies.
+        draft_memory (`int` or `str`, *optional*):
+            For `"griffin"`: the most bytes that a draft's own weights may take, such as `6 * 2**30` or `"6GiB"`. Of an
+            offloaded model, modules outside the MLPs stay resident as far as this allows; by default all do.
+        draft_confidence (`float`, defaults to 0.0):
+            A draft ends after a token that the twin itself finds less likely than this, in [0, 1), so that a hopeless
+            tail is not drafted. 0 drafts `kernel_size - 1` tokens always.
+        reselect_every (`int`, *optional*):
+            For `"griffin"`: choose the neurons anew after every so many cycles, from the activations of the prompt and
+            of all verifications so far. By default the prompt alone decides.
     """
 
     method: str = "cats"
     density: float = 0.5
-    kernel_size: int = 16
+    kernel_size: int | None = None
     threshold: float = 0.1
     temperature: float = 0.6
     selection: str = "threshold"
     calibration: Calibration | None = None
     draft_dtype: str | None = None
     draft_scope: str = "mlp"
+    draft_memory: int | str | None = None
+    draft_confidence: float = 0.0
+    reselect_every: int | None = None
 
     def __post_init__(self):
         check_method_name(self.method)
         _check_number("density", self.density, "in (0, 1], the share of neurons to keep", lambda x: 0 < x <= 1)
         _check_number("threshold", self.threshold, "in [0, 1], a likelihood", lambda x: 0 <= x <= 1)
         _check_number("temperature", self.temperature, "greater than 0", lambda x: x > 0)
-        if not isinstance(self.kernel_size, int) or isinstance(self.kernel_size, bool):
-            raise TypeError(f"kernel_size must be an int, got {self.kernel_size!r}")
-        if self.kernel_size < 2:
+        _check_number("draft_confidence", self.draft_confidence, "in [0, 1), a likelihood", lambda x: 0 <= x < 1)
+        _check_int("kernel_size", self.kernel_size)
+        if self.kernel_size is not None and self.kernel_size < 2:
             raise ValueError(
                 "kernel_size must be at least 2 (one drafted token and one of the full model), got "
                 f"{self.kernel_size}. "
                 "Without drafts there is nothing to correct: call model.generate without an assistant instead."
+            )
+        _check_int("reselect_every", self.reselect_every)
+        if self.reselect_every is not None and self.reselect_every < 1:
+            raise ValueError(
+                f"reselect_every must be at least 1 (cycles), got {self.reselect_every}; None never chooses anew"
             )
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {list(SELECTIONS)}, got {self.selection!r}")
@@ -101,11 +121,14 @@ class SiriusConfig(PushToHubMixin):
                 f"draft_scope={self.draft_scope!r} says what draft_dtype casts, but draft_dtype is None: set it to one "
                 f"of {list(DRAFT_DTYPES)}, or leave draft_scope out"
             )
-        if self.draft_dtype is not None and self.method != "griffin":
-            raise ValueError(
-                f"draft_dtype is the dtype of gathered neurons, but method={self.method!r} gathers none: use "
-                "method='griffin', or leave draft_dtype out"
-            )
+        for name in ("draft_dtype", "draft_memory", "reselect_every"):
+            if self.method != "griffin" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is about gathered neurons, but method={self.method!r} gathers none: use method='griffin', "
+                    f"or leave {name} out"
+                )
+        if self.draft_memory is not None:
+            _check_memory(self.draft_memory)
         if self.selection == "topk" and self.calibration is not None:
             raise ValueError(
                 "selection='topk' needs no thresholds: leave calibration out, or use selection='threshold'"
@@ -204,6 +227,23 @@ def check_field_names(fields: dict[str, Any]) -> None:
     unknown = sorted(set(fields) - set(allowed))
     if unknown:
         raise ValueError(f"SiriusConfig has no field {', '.join(map(repr, unknown))}; its fields are {allowed}")
+
+
+def _check_int(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be an int or None, got {value!r}")
+
+
+def _check_memory(value: Any) -> None:
+    allowed = "draft_memory must be a number of bytes, as an int or like '6GiB'"
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"{allowed}, got {value!r}")
+    try:
+        num_bytes = convert_file_size_to_int(value)
+    except ValueError as error:
+        raise ValueError(f"{allowed} or '500MB', got {value!r}") from error
+    if num_bytes < 1:
+        raise ValueError(f"{allowed}, greater than 0, got {value!r}")
 
 
 def _check_number(name: str, value: Any, allowed: str, is_allowed) -> None:

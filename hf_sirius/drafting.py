@@ -72,8 +72,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
             logits_processor.append(self.hook)
         self._candidate_ids: torch.Tensor | None = None
         self._drafted_ids: torch.Tensor | None = None
-        self._prefill = contextlib.ExitStack()
-        call.undo.push(self._prefill)
+        self._observed = contextlib.ExitStack()
+        call.undo.push(self._observed)
 
     def get_candidates(
         self, input_ids: torch.LongTensor, model_kwargs: dict, is_first_iteration: bool, **kwargs
@@ -93,13 +93,12 @@ class SiriusCandidateGenerator(CandidateGenerator):
             _check_mask(input_ids, model_kwargs)
             if IS_5_17:
                 self.call.undo.callback(_stop_recording, model_kwargs["past_key_values"])
-            self._prefill.enter_context(self.call.method.observing(mask_of_new_tokens(model_kwargs)))
-            self._prefill.enter_context(self._reading_new_tokens_only(input_ids, model_kwargs))
-            # Later forwards before the first token, such as a processor may make, are none of the prefill's.
-            handle = self.call.model.register_forward_hook(self._end_prefill)
-            self._prefill.callback(handle.remove)
+            self._observe_next_forward(mask_of_new_tokens(model_kwargs))
+            self._observed.enter_context(self._reading_new_tokens_only(input_ids, model_kwargs))
             return input_ids, None
         candidate_ids, scores = self._draft(input_ids, model_kwargs)
+        if self.config.reselect_every is not None:
+            self._observe_next_forward(None, takes_weights=self._reselects())
         self._candidate_ids = candidate_ids
         self._verified_scores = self._scores
         self._drafted_ids = candidate_ids[:, input_ids.shape[1] :]
@@ -119,16 +118,17 @@ class SiriusCandidateGenerator(CandidateGenerator):
             self.hook.restore(scores)
         if self._scores is not None:
             self._scores += tuple(scores[:, i] for i in range(num_matches + 1))
+        self._observed.close()
         self.call.is_verifying = False
         self.generation_config.max_length = self.max_length
         if self._drafted_ids is None:
-            self._prefill.close()
             self.call.method.select()
             self._drafted_ids = input_ids[:, :0]
             return
+        if self._reselects():
+            self.call.method.select()
         drafted_ids = tuple(self._drafted_ids[0].tolist())
-        is_full = len(drafted_ids) == self.config.kernel_size - 1 and not self._is_cut
-        self.call.stats.record_cycle(Cycle(drafted_ids, int(num_matches), input_ids[0, -1].item(), is_full))
+        self.call.stats.record_cycle(Cycle(drafted_ids, int(num_matches), input_ids[0, -1].item(), not self._is_cut))
 
     def _draft(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.LongTensor, list[torch.Tensor]]:
         """Returns input_ids with up to `kernel_size - 1` drafted tokens, and the processed logits of each, [1,
@@ -144,7 +144,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         cache = model_kwargs["past_key_values"]
         all_scores: list[torch.Tensor] = []
         num_steps = 0
-        self._is_cut = False
+        confidence = self.config.draft_confidence
+        self._is_cut = num_tokens < self.config.kernel_size - 1
         try:
             with self.call.method.drafting(), _stepwise_windows(cache):
                 for _ in range(num_tokens):
@@ -160,13 +161,17 @@ class SiriusCandidateGenerator(CandidateGenerator):
                     else:
                         next_ids = scores.argmax(dim=-1, keepdim=True)
                     next_input_ids = torch.cat([input_ids, next_ids], dim=-1)
-                    self._is_cut = self._would_stop(next_input_ids, all_scores, scores)
-                    if self._is_cut and not self.do_sample:
+                    stops = self._would_stop(next_input_ids, all_scores, scores)
+                    self._is_cut |= stops
+                    if stops and not self.do_sample:
                         break
                     input_ids = next_input_ids
                     all_scores.append(scores)
-                    if self._is_cut:
+                    if stops:
                         self._end_output_at(input_ids.shape[1])
+                        break
+                    # Ends with the doubtful token, as leaving out what was drawn would skew the distribution.
+                    if confidence and scores.softmax(dim=-1).gather(-1, next_ids).item() < confidence:
                         break
                     draft_kwargs = self.twin._update_model_kwargs_for_generation(outputs, draft_kwargs)
         finally:
@@ -195,9 +200,20 @@ class SiriusCandidateGenerator(CandidateGenerator):
                 self._end_output_at(length)
         return scores
 
-    def _end_prefill(self, *_) -> None:
+    def _observe_next_forward(self, attention_mask: torch.Tensor | None, takes_weights: bool = True) -> None:
+        self._observed.enter_context(self.call.observing(attention_mask, takes_weights))
+        # Later forwards, such as a processor may make, are none of the loop's.
+        handle = self.call.model.register_forward_hook(self._end_observed)
+        self._observed.callback(handle.remove)
+
+    def _end_observed(self, *_) -> None:
         if Call.current() is self.call:
-            self._prefill.close()
+            self._observed.close()
+
+    def _reselects(self) -> bool:
+        """Whether the neurons are chosen anew after the running cycle."""
+        every = self.config.reselect_every
+        return every is not None and (self.call.stats.num_cycles + 1) % every == 0
 
     @contextlib.contextmanager
     def _reading_new_tokens_only(self, input_ids: torch.LongTensor, model_kwargs: dict):

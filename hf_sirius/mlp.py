@@ -76,18 +76,36 @@ class MlpSite:
     def down(self) -> nn.Module:
         return getattr(self.owner, self.kind.down)
 
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """Its projections: gate, up if there is one, and down."""
+        return tuple(part for part in (self.gate, self.up, self.down) if part is not None)
+
     def num_parameters(self) -> int:
         """Parameters of the projections, biases included."""
-        return sum(p.numel() for part in (self.gate, self.up, self.down) if part is not None for p in part.parameters())
+        return sum(_num_parameters(part) for part in self.parts)
 
     def num_parameters_read(self, share: float, gate_in_full: bool) -> float:
         """Parameters that a step reads with this share of the neurons; to find them it may need the whole gate."""
-        gate = sum(p.numel() for p in self.gate.parameters())
-        up = sum(p.numel() for p in self.up.parameters()) if self.up is not None else 0
+        gate = _num_parameters(self.gate)
+        up = _num_parameters(self.up) if self.up is not None else 0
         if self.kind.num_fused == 2:
             gate, up = gate / 2, gate / 2
         down_bias = self.down.bias.numel() if self.down.bias is not None else 0
-        return gate * (1.0 if gate_in_full else share) + share * (up + self.down.weight.numel()) + down_bias
+        down_weight = _num_parameters(self.down) - down_bias
+        return gate * (1.0 if gate_in_full else share) + share * (up + down_weight) + down_bias
+
+
+def projection_shape(projection: nn.Module) -> tuple[int, int]:
+    """Returns (out_features, in_features), which the weight of a 4-bit layer does not tell."""
+    if isinstance(projection, Conv1D):
+        return projection.nf, projection.nx
+    return projection.out_features, projection.in_features
+
+
+def _num_parameters(projection: nn.Module) -> int:
+    out_features, in_features = projection_shape(projection)
+    return out_features * in_features + (projection.bias.numel() if projection.bias is not None else 0)
 
 
 def neuron_weight(projection: nn.Module) -> torch.Tensor:
@@ -97,7 +115,7 @@ def neuron_weight(projection: nn.Module) -> torch.Tensor:
 
 def find_other_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
     """Returns the linear layers of the decoder outside its MLPs, and the head: (owner, attribute name) of each."""
-    in_mlps = {part for site in sites for part in (site.gate, site.up, site.down)}
+    in_mlps = {part for site in sites for part in site.parts}
     decoder = set(model.get_decoder().modules())
     head = model.get_output_embeddings()
     return [
@@ -146,12 +164,11 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
                 raise ValueError(
                     f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs "
                     "of "
-                    f"{', '.join(p.__name__ for p in PROJECTIONS)} sparse. Load the model without quantization or "
-                    "adapters "
-                    "(or merge the adapter first)."
+                    f"{', '.join(p.__name__ for p in PROJECTIONS)} sparse. Load the model without adapters (or merge "
+                    "them first), and without quantization or with bitsandbytes (BitsAndBytesConfig)."
                 )
-        num_neurons = neuron_weight(getattr(module, kind.down)).shape[1]
-        if neuron_weight(getattr(module, kind.gate)).shape[0] != kind.num_fused * num_neurons:
+        num_neurons = projection_shape(getattr(module, kind.down))[1]
+        if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:
             continue
         sites.append(MlpSite(len(sites), name, module, kind, activation, num_neurons))
     if not sites:

@@ -12,9 +12,9 @@ class Cycle:
         drafted_ids: the drafted tokens, in order.
         num_accepted: how many of them, from the first on, the full model kept.
         bonus_id: the full model's own token, which follows the accepted ones.
-        is_full: whether the draft had its `kernel_size - 1` tokens. A shorter one was cut by EOS, a stopping criterion
-        or
-            the length; its advance says nothing about the draft's quality.
+        is_full: whether the draft ended by itself, after `kernel_size - 1` tokens or in doubt (`draft_confidence`), and
+            was not cut by EOS, a stopping criterion or the length. Where it was, its advance says nothing about the
+            draft's quality.
     """
 
     drafted_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class GenerationStats:
     def _clear(self) -> None:
         self.cycles: list[Cycle] = []
         self.num_cycles = self.num_short_cycles = self.num_drafted = self.num_accepted = 0
-        self._full_advance = 0
+        self._full_advance = self._full_drafted = 0
         self._num_densities = 0
         self._density_sum = 0.0
 
@@ -67,6 +67,7 @@ class GenerationStats:
                 stats.num_drafted += len(cycle.drafted_ids)
                 stats.num_accepted += cycle.num_accepted
                 stats._full_advance += cycle.advance_length * cycle.is_full
+                stats._full_drafted += len(cycle.drafted_ids) * cycle.is_full
 
     def record_draft_density(self, draft_density: float) -> None:
         """Notes the share of all parameters that the call's draft steps read, on average."""
@@ -99,10 +100,13 @@ class GenerationStats:
 
     @property
     def effective_density(self) -> float | None:
-        """Parameters read per token / all parameters: ((n - 1) * draft_density + 1) / AAL (paper, section 4)."""
-        if self.aal is None or self.draft_density is None:
+        """Parameters read per token / all parameters: ((n - 1) * draft_density + 1) / AAL (paper, section 4), with the
+        mean of what was drafted for n - 1 where `draft_confidence` ends drafts early.
+        """
+        num_full = self.num_cycles - self.num_short_cycles
+        if not num_full or self.draft_density is None:
             return None
-        return ((self.kernel_size - 1) * self.draft_density + 1) / self.aal
+        return (self._full_drafted * self.draft_density + num_full) / self._full_advance
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers; a measure without data is `None`."""

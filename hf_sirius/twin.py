@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from .call import Call
 from .config import SiriusConfig
-from .mlp import MlpSite, find_other_projections
+from .mlp import MlpSite
+from .offload import find_held, is_offloaded
 from .sparsity import method_class
-from .sparsity.base import TwinProjection
+from .sparsity.base import TwinModule
 from .stats import GenerationStats
 
 
@@ -33,7 +34,8 @@ class SparseTwin:
     sirius_config: SiriusConfig
     stats: GenerationStats
     sites: list[MlpSite]
-    projections: list[nn.Module]  # those outside the MLPs that the draft casts
+    others: list[nn.Module]  # those outside the MLPs of which a draft holds copies
+    is_offloaded: bool  # whether accelerate streams weights of the dense model
 
     @property
     def dense_model(self) -> PreTrainedModel:
@@ -56,7 +58,7 @@ class SparseTwin:
     def new_call(self) -> Call:
         """Starts the state of one `generate` call; `stats` speaks of it from now on."""
         self.stats = GenerationStats(self.sirius_config.kernel_size, total=self.stats.total)
-        return Call(self.sirius_config, self.dense_model, self.sites, self.projections, self.stats)
+        return Call(self)
 
     def train(self, mode: bool = True):
         """Sets the mode of the dense model, whose modules are the twin's as well."""
@@ -65,8 +67,8 @@ class SparseTwin:
         return self
 
     def _follow_mode(self) -> None:
-        for copy, original in self.__dict__["_copies"]:
-            copy.training = original.training
+        for copied, original in self.__dict__["_copies"]:
+            copied.training = original.training
 
     def __call__(self, *args, **kwargs):
         # The copied containers have a mode of their own, which has to follow the originals' train() and eval().
@@ -99,7 +101,7 @@ class SparseTwin:
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         # The dense model's prefill is the one place where neurons are observed, with and without correction.
         call = Call.current()
-        with call.method.observing(mask_of_new_tokens(model_kwargs)):
+        with call.observing(mask_of_new_tokens(model_kwargs)):
             outputs = self.dense_model._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         call.method.select()
         call.undo.enter_context(call.method.drafting())
@@ -131,26 +133,26 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     Nothing of the dense model changes. The copies share their dicts of parameters and buffers with the originals.
     """
     replacements = {id(site.owner): method_class(config.method).replacements(site) for site in sites}
-    others = find_other_projections(model, sites) if config.draft_scope == "all" else []
+    others = find_held(model, sites, config)
     for owner, name in others:
-        replacements.setdefault(id(owner), {})[name] = TwinProjection(getattr(owner, name))
+        replacements.setdefault(id(owner), {})[name] = TwinModule(getattr(owner, name))
     owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}
 
     def leads_to_replacement(module: nn.Module) -> bool:
         return any(id(submodule) in replacements for submodule in module.modules())
 
-    def copy(module: nn.Module) -> nn.Module:
+    def copied(module: nn.Module) -> nn.Module:
         if id(module) in copies or not leads_to_replacement(module):
             return copies.get(id(module), module)
         copies[id(module)] = twin = _shallow_copy(module)
-        twin._modules = {name: child and copy(child) for name, child in module._modules.items()}
+        twin._modules = {name: child and copied(child) for name, child in module._modules.items()}
         for name, replacement in replacements.get(id(module), {}).items():
             twin.__dict__.pop(name, None)  # an activation may be a plain function
             twin._modules[name] = replacement
         return twin
 
-    twin = copy(model)
+    twin = copied(model)
     twin.__class__ = _twin_class(type(model))
     # Not submodules of the twin.
     twin.__dict__["_dense_model"] = model
@@ -159,7 +161,8 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     twin.__dict__["_copies"] = pairs
     twin.sirius_config = config
     twin.sites = sites
-    twin.projections = [getattr(owner, name) for owner, name in others]
+    twin.others = [getattr(owner, name) for owner, name in others]
+    twin.is_offloaded = is_offloaded(model)
     twin.stats = GenerationStats(config.kernel_size, total=GenerationStats(config.kernel_size))
     return twin
 
@@ -186,7 +189,9 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 
         twin.__dict__.pop("forward", None)
         twin.__dict__.pop("_old_forward", None)
+        hook.init_hook = lambda module: module  # the weights are where they should be already
         add_hook_to_module(twin, hook)
+        del hook.init_hook
     elif (forward := twin.__dict__.get("forward")) is not None:
         if getattr(forward, "__self__", None) is not module:
             raise ValueError(

@@ -39,7 +39,8 @@ def valid_configs(draw):
     """Any config that `SiriusConfig` takes, calibrated ones among them."""
     fields = {
         "density": draw(st.floats(0, 1, exclude_min=True)),
-        "kernel_size": draw(st.integers(2, 10_000)),
+        "kernel_size": draw(st.one_of(st.none(), st.integers(2, 10_000))),
+        "draft_confidence": draw(st.floats(0, 1, exclude_max=True)),
         "threshold": draw(st.one_of(st.floats(0, 1), st.sampled_from([0, 1]))),
         "temperature": draw(st.floats(0, 1e300, exclude_min=True)),
     }
@@ -51,6 +52,8 @@ def valid_configs(draw):
     if kind == "griffin":
         fields["draft_dtype"] = draw(st.sampled_from([None, *DRAFT_DTYPES]))
         fields["draft_scope"] = draw(st.sampled_from(DRAFT_SCOPES)) if fields["draft_dtype"] else "mlp"
+        fields["draft_memory"] = draw(st.one_of(st.none(), st.integers(1), st.sampled_from(["6GiB", "500MB"])))
+        fields["reselect_every"] = draw(st.one_of(st.none(), st.integers(1)))
     return SiriusConfig(method=kind.split()[0], **fields)
 
 
@@ -75,7 +78,14 @@ BAD_VALUES = [
     *(("temperature", value, ValueError, "greater than 0") for value in [0, 0.0, -0.6, *NOT_FINITE]),
     *(("temperature", value, TypeError, "greater than 0") for value in NOT_A_NUMBER),
     *(("kernel_size", value, ValueError, "at least 2") for value in [1, 0, -16]),
-    *(("kernel_size", value, TypeError, "int") for value in [16.0, math.nan, math.inf, *NOT_A_NUMBER]),
+    *(
+        ("kernel_size", value, TypeError, "int")
+        for value in [16.0, math.nan, math.inf, *NOT_A_NUMBER]
+        if value is not None
+    ),
+    *(("reselect_every", value, ValueError, "at least 1") for value in [0, -1]),
+    ("reselect_every", 1.5, TypeError, "int"),
+    *(("draft_confidence", value, ValueError, r"in [0, 1)") for value in [-0.1, 1.0, math.nan]),
     *(("selection", value, ValueError, "['threshold', 'topk']") for value in ["top-k", "", None, 3]),
     *(("method", value, ValueError, "['cats', 'griffin']") for value in ["grifin", ""]),
     *(("method", value, TypeError, "['cats', 'griffin']") for value in [None, 3, ["cats"]]),
@@ -117,7 +127,11 @@ def test_a_calibration_must_be_one(value):
         ({"method": "griffin", "selection": "topk"}, "method='cats'.*'griffin'"),
         ({"method": "griffin", "calibration": make_calibration()}, "method='cats'.*'griffin'"),
         ({"selection": "topk", "calibration": make_calibration()}, "selection='topk' needs no thresholds"),
-        ({"draft_dtype": "bfloat16"}, "method='cats' gathers none: use method='griffin'"),
+        ({"draft_dtype": "bfloat16"}, "draft_dtype .*method='cats' gathers none: use method='griffin'"),
+        ({"draft_memory": 10**9}, "draft_memory .*method='cats' gathers none: use method='griffin'"),
+        ({"reselect_every": 2}, "reselect_every .*method='cats' gathers none: use method='griffin'"),
+        ({"method": "griffin", "draft_memory": "6 elephants"}, "like '6GiB' or '500MB', got '6 elephants'"),
+        ({"method": "griffin", "draft_memory": 0}, "greater than 0, got 0"),
         ({"method": "griffin", "draft_dtype": "float23"}, "one of .*'bfloat16'.*got 'float23'"),
         ({"method": "griffin", "draft_scope": "all"}, "draft_dtype is None: set it to one of"),
         ({"draft_scope": "attention"}, "draft_scope must be one of .*got 'attention'"),
@@ -127,6 +141,10 @@ def test_a_calibration_must_be_one(value):
         "griffin calibrated",
         "topk calibrated",
         "cats cast",
+        "cats budget",
+        "cats reselected",
+        "no budget",
+        "empty budget",
         "no dtype",
         "scope of nothing",
         "no scope",
@@ -146,7 +164,7 @@ def test_the_ends_of_the_ranges_are_allowed(fields):
 def test_replace_gives_another_config_and_validates_it():
     config = SiriusConfig(density=0.4)
     changed = config.replace(kernel_size=8)
-    assert (changed.density, changed.kernel_size, config.kernel_size) == (0.4, 8, 16)
+    assert (changed.density, changed.kernel_size, config.kernel_size) == (0.4, 8, None)
     with pytest.raises(ValueError, match="density must be in"):
         config.replace(density=0)
 

@@ -212,13 +212,14 @@ def test_griffin_gathers_rows_and_columns_of_the_dense_weights(kind):
             for part in (site.gate, site.up):
                 if part is None:
                     continue
-                weight, bias = method._gathered[part]
+                weight, bias = method.held[part].linear.weight, method.held[part].linear.bias
                 halves = neuron_weight(part).split(NUM_NEURONS)
                 assert len(halves) == (2 if kind == "fused" else 1)
                 assert torch.equal(weight, torch.cat([half[kept] for half in halves]))
                 assert (bias is None) if part.bias is None else torch.equal(bias, part.bias[kept])
-            weight, bias = method._gathered[site.down]
-            assert torch.equal(weight, neuron_weight(site.down)[:, kept]) and bias is site.down.bias
+            weight, bias = method.held[site.down].linear.weight, method.held[site.down].linear.bias
+            assert torch.equal(weight, neuron_weight(site.down)[:, kept])
+            assert (bias is None) if site.down.bias is None else torch.equal(bias, site.down.bias)
 
 
 @pytest.mark.parametrize("density", [0.25, 1.0])
@@ -229,7 +230,7 @@ def test_griffin_casts_what_it_gathers(kind, draft_dtype, density):
     plain = draft_logits(make_sparse(model, method="griffin", density=density), prompt, tokens)
     twin = make_sparse(model, method="griffin", density=density, draft_dtype=draft_dtype)
     with prefilled(twin, prompt) as method:
-        gathered = [part for parts in method._gathered.values() for part in parts if part is not None]
+        gathered = [parameter for held in method.held.values() for parameter in held.parameters()]
         assert {part.dtype for part in gathered} == {getattr(torch, draft_dtype)}
         with method.drafting():
             logits = twin(tokens).logits
@@ -247,7 +248,7 @@ def test_a_draft_cast_as_a_whole(kind):
     twin = make_sparse(model, **fields, draft_dtype="bfloat16", draft_scope="all")
     linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
     with prefilled(twin, prompt) as method:
-        assert set(method._gathered) == set(linear), "every projection, and the head"
+        assert set(method.held) == set(linear), "every projection, and the head"
         with method.drafting():
             logits = twin(tokens).logits
     assert 0 < (logits - plain).norm() / plain.norm() < 0.1
@@ -264,7 +265,7 @@ def test_cast_weights_are_freed_with_the_call(monkeypatch):
 
     def noting(method):
         select(method)
-        held.extend(weakref.ref(weight) for weight, _ in method._gathered.values())
+        held.extend(weakref.ref(part.linear.weight) for part in method.held.values())
 
     monkeypatch.setattr(Griffin, "select", noting)
     model = build_model()

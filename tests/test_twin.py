@@ -11,7 +11,7 @@ from tiny import METHODS, build_model, make_prompt
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_sirius import make_sparse
-from hf_sirius.sparsity.base import TwinActivation, TwinProjection
+from hf_sirius.sparsity.base import TwinActivation, TwinModule
 from hf_sirius.twin import SparseTwin
 
 
@@ -101,13 +101,13 @@ def test_all_but_the_mlps_are_the_same_modules(family, name):
     for path in SHARED[family]:
         assert twin.get_submodule(path) is model.get_submodule(path), path
     own = [module for path, module in twin.named_modules() if module not in set(model.modules())]
-    stand_ins = [module for module in own if isinstance(module, (TwinProjection, TwinActivation))]
+    stand_ins = [module for module in own if isinstance(module, (TwinModule, TwinActivation))]
     assert stand_ins and not any(list(module.parameters(recurse=False)) for module in own if module not in stand_ins)
 
 
 def test_repr_names_what_was_replaced():
     shown = repr(make_sparse(build_model(), method="griffin"))
-    assert shown.startswith("LlamaForCausalLM(") and "(down_proj): TwinProjection(of Linear(in_features=64" in shown
+    assert shown.startswith("LlamaForCausalLM(") and "(down_proj): TwinModule(of Linear(in_features=64" in shown
 
 
 def test_saving_it_saves_the_dense_model(tmp_path):

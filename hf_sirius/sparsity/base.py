@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..config import SiriusConfig
 from ..mlp import MlpSite
 from ..observation import Observed, observing
+from ..quantization import num_elements
 
 
 _drafting: ContextVar["SparsityMethod | None"] = ContextVar("hf_sirius_drafting", default=None)
@@ -34,15 +35,19 @@ class SparsityMethod(ABC):
     Args:
         config: the settings of the twin.
         sites: the MLPs of the dense model.
-        projections: its other linear layers, if the draft computes these in another way as well.
+        others: its modules outside the MLPs of which the draft has copies of its own.
+
+    Attributes:
+        held: what the draft has in place of modules of the dense model. It is freed with the call.
     """
 
     observed: ClassVar[Observed]  # what `observe` is given
 
-    def __init__(self, config: SiriusConfig, sites: list[MlpSite], projections: Sequence[nn.Module] = ()):
+    def __init__(self, config: SiriusConfig, sites: list[MlpSite], others: Sequence[nn.Module] = ()):
         self.config = config
         self.sites = sites
-        self.projections = projections
+        self.others = others
+        self.held: dict[nn.Module, nn.Module] = {}
 
     @classmethod
     @abstractmethod
@@ -75,14 +80,14 @@ class SparsityMethod(ABC):
         if None in mlps_read:
             return None
         head = model.get_output_embeddings()
-        head_parameters = {id(p): p.numel() for p in head.parameters()} if head is not None else {}
+        head_parameters = {id(p): num_elements(p) for p in head.parameters()} if head is not None else {}
         decoder = model.get_decoder()
         unread = sum(
             module.weight.numel() - module.weight.shape[-1]
             for module in decoder.modules()
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
-        num_parameters = sum(({id(p): p.numel() for p in decoder.parameters()} | head_parameters).values())
+        num_parameters = sum(({id(p): num_elements(p) for p in decoder.parameters()} | head_parameters).values())
         mlps = sum(site.num_parameters() for site in self.sites)
         return (num_parameters - unread - mlps + sum(mlps_read)) / num_parameters
 
@@ -110,8 +115,8 @@ class SparsityMethod(ABC):
             _drafting.reset(token)
 
 
-class TwinProjection(nn.Module):
-    """Stands in for a projection in the twin: the same parameters, a forward that the drafting method may take over.
+class TwinModule(nn.Module):
+    """Stands in for a module in the twin: the same parameters, and for drafts maybe a copy that the call holds.
 
     It shares the very dicts of parameters and buffers with the dense module, so the twin's state dict has the dense
     model's names, and whatever is moved, cast or loaded there is here at once.
@@ -122,11 +127,16 @@ class TwinProjection(nn.Module):
         self.__dict__["dense"] = dense  # not a submodule: its parameters are already ours
         self._parameters, self._buffers, self._modules = dense._parameters, dense._buffers, dense._modules
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.dense, name)  # such as the eps of a norm
+
+    def forward(self, *args, **kwargs):
         method = drafting_method()
-        if method is None:
-            return self.dense(hidden_states)
-        return method.project(self.dense, hidden_states)
+        module = self.dense if method is None else method.held.get(self.dense, self.dense)
+        return module(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"of {self.dense}"

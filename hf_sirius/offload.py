@@ -1,0 +1,239 @@
+"""Drafts for a model whose weights accelerate streams from CPU memory or disk: what stays resident, and how it gets
+there.
+
+The draft's copies are taken while the prefill streams the weights past, layer by layer, so no extra pass is needed. The
+verification goes through accelerate's own hooks, once per cycle.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import convert_file_size_to_int
+from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import SiriusConfig
+from .mlp import PROJECTIONS, MlpSite, find_other_projections, projection_shape
+from .quantization import gathering_dtype, num_bytes, num_kept_neurons
+from .sparsity.base import SparsityMethod
+
+
+def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """Returns accelerate's hook that loads this module's weights for each forward, if it has one."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+        if isinstance(part, AlignDevicesHook) and part.offload:
+            return part
+    return None
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate streams any weight of this model."""
+    return any(streaming_hook(module) is not None for module in model.modules())
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Returns the device that the model's first forward runs on, which `model.device` hides where it is offloaded."""
+    for module in model.modules():
+        if (hook := streaming_hook(module)) is not None:
+            return torch.device(hook.execution_device)
+    return model.device
+
+
+def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig) -> list[tuple[nn.Module, str]]:
+    """Returns the modules outside the MLPs of which drafts hold copies: (owner, attribute name) of each.
+
+    These are the projections that `draft_scope` casts, and of an offloaded model all else that a draft step passes, as
+    far as `draft_memory` allows: norms and the like first, then projections in the model's order. What does not fit is
+    streamed for each draft step.
+
+    Raises:
+        `ValueError` if `draft_memory` is too small for any draft, with the number that it would need.
+    """
+    projections = find_other_projections(model, sites)
+    to_cast = projections if config.draft_scope == "all" else []
+    streamed = _streamed_modules(model, sites, {id(getattr(*place)) for place in projections})
+    first = _first_owner(model)
+    resident = [(owner, name) for owner, name in to_cast if streaming_hook(getattr(owner, name)) is None]
+    needed = sum(_neuron_bytes(site, config) for site in sites)
+    needed += sum(_copy_bytes(getattr(*place), config) for place in resident)
+    if streaming_hook(first) is not None:
+        needed += _copy_bytes(first, config)
+    budget = None if config.draft_memory is None else convert_file_size_to_int(config.draft_memory)
+    if budget is not None and budget < needed:
+        raise ValueError(
+            f"draft_memory={config.draft_memory!r} is too small for any draft of this model: the gathered neurons "
+            f"(and what else every draft holds) need {needed} bytes, {needed / 2**20:.1f} MiB. Allow at least that, "
+            "lower the density, or choose a smaller draft_dtype"
+        )
+    for owner, name in streamed:
+        size = _copy_bytes(getattr(owner, name), config)
+        if getattr(owner, name) is first:
+            continue
+        if budget is None or needed + size <= budget:
+            resident.append((owner, name))
+            needed += size
+    return resident
+
+
+def _streamed_modules(model, sites: list[MlpSite], projection_ids: set[int]) -> list[tuple[nn.Module, str]]:
+    in_mlps = {part for site in sites for part in site.parts}
+    decoder = set(model.get_decoder().modules())
+    head = model.get_output_embeddings()
+    places = [
+        (owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if streaming_hook(child) is not None and child not in in_mlps and (child in decoder or child is head)
+    ]
+    for module in model.modules():
+        if (hook := streaming_hook(module)) is not None and hook.place_submodules and any(module.children()):
+            raise ValueError(
+                f"accelerate loads a {type(module).__name__} as a whole (preload_module_classes), so no part of it can "
+                "stay resident: offload the model without preload_module_classes"
+            )
+    return sorted(places, key=lambda place: id(getattr(*place)) in projection_ids)
+
+
+def _first_owner(model: nn.Module) -> nn.Module:
+    name, _ = next(model.named_parameters())
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _copy_bytes(module: nn.Module, config: SiriusConfig) -> int:
+    if isinstance(module, PROJECTIONS) and config.draft_scope == "all":
+        return num_bytes(*projection_shape(module), module.bias is not None, config.draft_dtype, module.weight.dtype)
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _neuron_bytes(site: MlpSite, config: SiriusConfig) -> int:
+    num_kept = num_kept_neurons(config.density, site.num_neurons, config.draft_dtype)
+    total = 0
+    for part in site.parts:
+        out_features, in_features = projection_shape(part)
+        if part is site.down:
+            in_features = num_kept
+        else:
+            out_features = out_features // site.num_neurons * num_kept
+        total += num_bytes(out_features, in_features, part.bias is not None, config.draft_dtype, part.weight.dtype)
+    return total
+
+
+def check_offload(model: nn.Module) -> None:
+    """Raises `FileNotFoundError` or `ValueError` if weights that accelerate would read from disk are not there."""
+    for module in model.modules():
+        if (hook := streaming_hook(module)) is None:
+            continue
+        weights = hook.weights_map
+        for name in module._parameters:
+            key, source = name, weights
+            while isinstance(source, PrefixedDataset):
+                key, source = source.prefix + key, source.dataset
+            if not isinstance(source, OffloadedWeightsLoader) or key in source.state_dict or key not in source.index:
+                continue
+            info = source.index[key]
+            file = info.get("safetensors_file") or os.path.join(source.save_folder, f"{key}.dat")
+            if not os.path.isfile(file):
+                raise FileNotFoundError(
+                    f"{file} is gone, from which accelerate was to read the offloaded weight {key!r}: load and offload "
+                    "the model anew, and keep its offload folder while it is used"
+                )
+            parameter = module._parameters[name]
+            if "safetensors_file" not in info and os.path.getsize(file) < parameter.numel() * parameter.element_size():
+                raise ValueError(
+                    f"{file} is cut short (was the disk full?): free space and offload the model anew into an empty "
+                    "folder"
+                )
+
+
+@contextlib.contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Within the block, the first parameter of an offloaded model stays loaded; after it no weight is.
+
+    Stock assisted decoding sends the candidates to `model.device`, the first parameter's. A forward that was
+    interrupted leaves the weights of one module behind.
+    """
+    owner = _first_owner(model)
+    hook = streaming_hook(owner)
+    try:
+        if hook is not None:
+            hook.pre_forward(owner)
+            hook.offload = False
+        yield
+    finally:
+        if hook is not None:
+            hook.offload = True
+        for module in model.modules():
+            left = streaming_hook(module)
+            if left is not None and any(p is not None and not p.is_meta for p in module._parameters.values()):
+                left.post_forward(module, None)
+
+
+@contextlib.contextmanager
+def taking(method: SparsityMethod, sites: list[MlpSite], others: list[nn.Module]) -> Iterator[None]:
+    """Within the block, the draft takes its copies from the weights that accelerate loads for the dense forwards."""
+    gathered_as = gathering_dtype(method.config.draft_dtype)
+    waiting: dict[nn.Module, nn.Module] = {}
+
+    def keep(part: nn.Module, loaded: nn.Module) -> None:
+        # Until the MLP's neurons are known, which is when its down projection runs.
+        for name, parameter in loaded._parameters.items():
+            if parameter is not None and gathered_as is not None and gathered_as.itemsize < parameter.itemsize:
+                loaded._parameters[name] = nn.Parameter(parameter.detach().to(gathered_as), requires_grad=False)
+        waiting[part] = loaded
+
+    def choose(site: MlpSite) -> None:
+        method.choose(site)
+        for part in site.parts:
+            if (loaded := waiting.pop(part, None)) is not None:
+                method.gather(site, part, loaded)
+
+    with contextlib.ExitStack() as undo:
+        for module in others:
+            if streaming_hook(module) is not None and module not in method.held:
+                undo.enter_context(_on_load(module, lambda loaded, module=module: method.hold(module, loaded)))
+        for site in sites:
+            for part in site.parts:
+                if part is not site.down and streaming_hook(part) is not None:
+                    undo.enter_context(_on_load(part, lambda loaded, part=part: keep(part, loaded)))
+            # After the observer's own hook, and before down's weights are loaded.
+            handle = site.down.register_forward_pre_hook(lambda *_, site=site: choose(site))
+            undo.callback(handle.remove)
+            if streaming_hook(site.down) is not None:
+                undo.enter_context(
+                    _on_load(site.down, lambda loaded, site=site: method.gather(site, site.down, loaded))
+                )
+        yield
+
+
+@contextlib.contextmanager
+def _on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Within the block, hands a copy of the module to `take` whenever accelerate has loaded its weights."""
+    hook = module._hf_hook
+    load = hook.pre_forward
+
+    def pre_forward(module, *args, **kwargs):
+        inputs = load(module, *args, **kwargs)
+        take(_loaded_copy(module))
+        return inputs
+
+    hook.pre_forward = pre_forward
+    try:
+        yield
+    finally:
+        del hook.pre_forward
+
+
+def _loaded_copy(module: nn.Module) -> nn.Module:
+    """Returns the same module over its present weights, which accelerate's hook does not take away again."""
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    for name in ("_hf_hook", "forward", "_old_forward"):
+        copy.__dict__.pop(name, None)
+    copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+    return copy

@@ -1,0 +1,246 @@
+"""The dtypes of a draft: projections cast, quantized or cut down to some neurons, also out of quantized models.
+
+The quantized ones are bitsandbytes' own linear classes. Nothing here imports bitsandbytes unless it is used.
+"""
+
+import copy
+import importlib.util
+import math
+
+import torch
+from torch import nn
+
+from .mlp import neuron_weight
+
+
+# What holds for both of bitsandbytes' formats here: blocks of 64 values along a row, rows in tiles of 32 on CPUs.
+_NF4_BLOCK = 64
+_NF4_ROWS = 32
+# The dtype in which weights are gathered before they are quantized.
+_GATHERED_AS = {"int8": torch.float16, "nf4": torch.bfloat16}
+_CHUNK = 2**20  # elements that are gathered at a time: small enough for the cache, and for malloc to reuse
+
+
+class DraftLinear(nn.Module):
+    """A projection that the draft holds by itself: takes and returns hidden states of the model's dtype.
+
+    Args:
+        linear: the projection, maybe padded with zeros.
+        input_dtype: what `linear` takes.
+        out_features: how many of its outputs are real.
+    """
+
+    def __init__(self, linear: nn.Module, input_dtype: torch.dtype, out_features: int):
+        super().__init__()
+        self.linear = linear
+        self.input_dtype = input_dtype
+        self.out_features = out_features
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        padding = self.linear.in_features - hidden_states.shape[-1]
+        inputs = hidden_states.to(self.input_dtype)
+        outputs = self.linear(nn.functional.pad(inputs, (0, padding)) if padding else inputs)
+        return outputs[..., : self.out_features].to(hidden_states.dtype)
+
+
+def draft_linear(
+    projection: nn.Module,
+    draft_dtype: str | None,
+    rows: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> DraftLinear:
+    """Returns a projection with some of its rows or columns, cast or quantized.
+
+    Args:
+        projection: an `nn.Linear`, a `Conv1D`, or one of bitsandbytes' 8-bit or 4-bit linear layers.
+        draft_dtype: of `SiriusConfig`; `None` keeps the projection's own format.
+        rows: long [num_rows], the outputs to keep, all by default.
+        columns: long [num_columns], the inputs to keep, all by default.
+        compute_dtype: the model's dtype, in which 4-bit layers compute; by default that of the weight.
+    """
+    bias = projection.bias
+    if bias is not None:
+        bias = bias.detach() if rows is None else bias.detach().index_select(0, rows.to(bias.device))
+    if is_8bit(projection) and draft_dtype in (None, "int8"):
+        values, scales = _int8_state(projection)
+        values = values if rows is None else values.index_select(0, rows.to(values.device))
+        values = values if columns is None else values.index_select(1, columns.to(values.device))
+        scales = scales if rows is None else scales.index_select(0, rows.to(scales.device))
+        return _int8_linear(values.contiguous(), scales, bias, projection.state.threshold)
+    quantized_as = draft_dtype
+    if draft_dtype is None and is_4bit(projection):
+        quantized_as = projection.weight.quant_state.quant_type
+    source = dense_weight(projection)
+    if quantized_as in (None, "bfloat16", "float16"):
+        dtype = getattr(torch, quantized_as) if quantized_as else source.dtype
+        linear = _linear(_select(source, rows, columns, dtype), bias if bias is None else bias.to(dtype))
+        return DraftLinear(linear, dtype, linear.out_features)
+    weight = _select(source, rows, columns, _GATHERED_AS.get(quantized_as, torch.bfloat16))
+    if quantized_as == "int8":
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        values, scales, _ = int8_vectorwise_quant(weight)
+        return _int8_linear(values, scales, bias, threshold=0.0)
+    if compute_dtype is None or not compute_dtype.is_floating_point:
+        compute_dtype = source.dtype
+    if compute_dtype == torch.float64:
+        compute_dtype = torch.float32
+    return _4bit_linear(weight, bias, quantized_as, compute_dtype)
+
+
+def num_bytes(out_features: int, in_features: int, has_bias: bool, draft_dtype: str | None, dtype: torch.dtype) -> int:
+    """Returns the bytes of a `draft_linear` of this size, where `dtype` is the model's."""
+    weight_bytes = out_features * in_features
+    if draft_dtype == "int8":
+        return weight_bytes + 4 * out_features + has_bias * out_features * dtype.itemsize
+    if draft_dtype == "nf4":
+        rows, columns = _padded(out_features, _NF4_ROWS), _padded(in_features, _NF4_BLOCK)
+        return rows * columns // 2 + rows * columns // _NF4_BLOCK * 4 + has_bias * rows * dtype.itemsize
+    itemsize = getattr(torch, draft_dtype).itemsize if draft_dtype else dtype.itemsize
+    return (weight_bytes + has_bias * out_features) * itemsize
+
+
+def gathering_dtype(draft_dtype: str | None) -> torch.dtype | None:
+    """Returns the dtype in which the weights of a draft are gathered, or `None` for the model's."""
+    return _GATHERED_AS.get(draft_dtype) or (getattr(torch, draft_dtype) if draft_dtype else None)
+
+
+def num_kept_neurons(density: float, num_neurons: int, draft_dtype: str | None) -> int:
+    """Returns how many neurons of an MLP a gathered draft keeps: whole blocks where they are packed in blocks."""
+    num_kept = max(1, round(density * num_neurons))
+    if draft_dtype == "nf4":
+        num_kept = min(_padded(num_kept, _NF4_BLOCK), num_neurons)
+    return num_kept
+
+
+def check_draft_dtype(draft_dtype: str | None, device: torch.device) -> None:
+    """Raises `ImportError` where a package is missing, and `ValueError` where the device cannot run this dtype."""
+    if draft_dtype is None:
+        return
+    if draft_dtype in _GATHERED_AS and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"draft_dtype={draft_dtype!r} needs bitsandbytes: pip install hf_sirius[bnb], or use 'bfloat16'"
+        )
+    try:
+        projection = nn.Linear(_NF4_BLOCK, _NF4_ROWS, device=device)
+        with torch.no_grad():
+            draft_linear(projection, draft_dtype)(torch.ones(1, _NF4_BLOCK, device=device))
+    except Exception as error:
+        raise ValueError(
+            f"draft_dtype={draft_dtype!r} does not run on {device} ({type(error).__name__}: {error}): use another one, "
+            "or None for the model's own dtype"
+        ) from error
+
+
+def num_elements(parameter: torch.Tensor) -> int:
+    """Returns how many numbers a parameter stands for; two of a 4-bit one share a byte."""
+    quant_state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quant_state is None else math.prod(quant_state.shape)
+
+
+def is_8bit(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.") and hasattr(module, "state")
+
+
+def is_4bit(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.") and hasattr(module.weight, "quant_type")
+
+
+def dense_weight(projection: nn.Module) -> torch.Tensor:
+    """Returns the weight of a projection as float [out_features, in_features], dequantized if need be."""
+    if is_8bit(projection):
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(*_int8_state(projection))
+    if is_4bit(projection):
+        from bitsandbytes import functional
+
+        packed, state = projection.weight.data, projection.weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            # Its forward has packed it anew for AVX-512; the dense module is to stay as it is.
+            packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+        return functional.dequantize_4bit(packed, state)
+    return neuron_weight(projection).detach()
+
+
+def _int8_state(projection: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (values, scales), int8 [out_features, in_features] and float32 [out_features]; the first forward moves
+    them.
+    """
+    if projection.state.CB is not None:
+        return projection.state.CB, projection.state.SCB
+    return projection.weight.data, projection.weight.SCB
+
+
+def _select(
+    weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    if rows is None and columns is None:
+        return weight.to(dtype, copy=True)
+    # In pieces: one large temporary in the model's dtype would cost more in page faults than the gathering itself.
+    if columns is not None:
+        selected = torch.empty(weight.shape[0], len(columns), dtype=dtype, device=weight.device)
+        size = max(1, _CHUNK // len(columns))
+        columns = columns.to(weight.device)
+        for piece, source in zip(selected.split(size), weight.split(size), strict=True):
+            piece.copy_(source.index_select(1, columns))
+        return selected
+    selected = torch.empty(len(rows), weight.shape[1], dtype=dtype, device=weight.device)
+    size = max(1, _CHUNK // weight.shape[1])
+    for piece, chosen in zip(selected.split(size), rows.to(weight.device).split(size), strict=True):
+        piece.copy_(weight.index_select(0, chosen))
+    return selected
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear.weight = _frozen(weight)
+    if bias is not None:
+        linear.bias = _frozen(bias)
+    return linear
+
+
+def _int8_linear(
+    values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> DraftLinear:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    out_features, in_features = values.shape
+    linear = Linear8bitLt(
+        in_features, out_features, bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
+    )
+    linear.weight = Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
+    if bias is not None:
+        linear.bias = _frozen(bias.to(torch.float16))
+    # bitsandbytes casts to float16 by itself, and says so each time.
+    return DraftLinear(linear.eval(), torch.float16, out_features)
+
+
+def _4bit_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, quant_type: str, compute_dtype: torch.dtype
+) -> DraftLinear:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    out_features, in_features = weight.shape
+    # bitsandbytes packs without regard to rows, and its CPU kernel takes whole tiles.
+    rows = _padded(out_features, _NF4_ROWS) - out_features
+    weight = nn.functional.pad(weight, (0, _padded(in_features, _NF4_BLOCK) - in_features, 0, rows))
+    linear = Linear4bit(
+        weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=compute_dtype,
+        compress_statistics=False, quant_type=quant_type, device="meta",
+    )  # fmt: skip
+    packed = Params4bit(weight, quant_type=quant_type, compress_statistics=False, module=linear)
+    linear.weight = packed.to(weight.device)  # which quantizes
+    if bias is not None:
+        linear.bias = _frozen(nn.functional.pad(bias.to(compute_dtype), (0, rows)))
+    return DraftLinear(linear.eval(), compute_dtype, out_features)
