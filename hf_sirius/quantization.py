@@ -13,9 +13,9 @@ from torch import nn
 from .mlp import neuron_weight
 
 
-# What holds for both of bitsandbytes' formats here: blocks of 64 values along a row, rows in tiles of 32 on CPUs.
-_NF4_BLOCK = 64
-_NF4_ROWS = 32
+_NF4_BLOCK = 64  # values that share a scale, along a row
+_NF4_ROWS = 32  # bitsandbytes' CPU kernel takes tiles of so many
+_INT8_COLUMNS = 8  # integer products want their rows in whole words
 # The dtype in which weights are gathered before they are quantized.
 _GATHERED_AS = {"int8": torch.float16, "nf4": torch.bfloat16}
 _CHUNK = 2**20  # elements that are gathered at a time: small enough for the cache, and for malloc to reuse
@@ -67,7 +67,7 @@ def draft_linear(
         values = values if rows is None else values.index_select(0, rows.to(values.device))
         values = values if columns is None else values.index_select(1, columns.to(values.device))
         scales = scales if rows is None else scales.index_select(0, rows.to(scales.device))
-        return _int8_linear(values.contiguous(), scales, bias, projection.state.threshold)
+        return _int8_linear(values, scales, bias, projection.state.threshold)
     quantized_as = draft_dtype
     if draft_dtype is None and is_4bit(projection):
         quantized_as = projection.weight.quant_state.quant_type
@@ -91,14 +91,15 @@ def draft_linear(
 
 def num_bytes(out_features: int, in_features: int, has_bias: bool, draft_dtype: str | None, dtype: torch.dtype) -> int:
     """Returns the bytes of a `draft_linear` of this size, where `dtype` is the model's."""
-    weight_bytes = out_features * in_features
     if draft_dtype == "int8":
-        return weight_bytes + 4 * out_features + has_bias * out_features * dtype.itemsize
+        row_bytes = _padded(in_features, _INT8_COLUMNS) + 4 + has_bias * torch.float16.itemsize
+        return out_features * row_bytes
     if draft_dtype == "nf4":
         rows, columns = _padded(out_features, _NF4_ROWS), _padded(in_features, _NF4_BLOCK)
-        return rows * columns // 2 + rows * columns // _NF4_BLOCK * 4 + has_bias * rows * dtype.itemsize
+        bias_itemsize = min(dtype.itemsize, torch.float32.itemsize)
+        return rows * columns // 2 + rows * columns // _NF4_BLOCK * 4 + has_bias * rows * bias_itemsize
     itemsize = getattr(torch, draft_dtype).itemsize if draft_dtype else dtype.itemsize
-    return (weight_bytes + has_bias * out_features) * itemsize
+    return out_features * (in_features + has_bias) * itemsize
 
 
 def gathering_dtype(draft_dtype: str | None) -> torch.dtype | None:
@@ -158,8 +159,11 @@ def dense_weight(projection: nn.Module) -> torch.Tensor:
 
         packed, state = projection.weight.data, projection.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
-            # Its forward has packed it anew for AVX-512; the dense module is to stay as it is.
+            # Its forward has packed it anew for AVX-512. The dense module is to stay as it is, and the way back leaves
+            # the scales as they were packed: [blocks of a row, rows].
+            absmax = state.absmax.T.flatten().float()
             packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+            state.absmax, state.nested = absmax, False
         return functional.dequantize_4bit(packed, state)
     return neuron_weight(projection).detach()
 
@@ -215,6 +219,7 @@ def _int8_linear(
 ) -> DraftLinear:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
+    values = nn.functional.pad(values, (0, _padded(values.shape[1], _INT8_COLUMNS) - values.shape[1]))
     out_features, in_features = values.shape
     linear = Linear8bitLt(
         in_features, out_features, bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
