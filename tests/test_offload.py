@@ -1,0 +1,320 @@
+"""Models whose weights accelerate streams: the output, what is read when, what stays resident, and what is left."""
+
+import gc
+import re
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from families import available_families, tiny_model
+from tiny import build_model, make_prompt
+from transformers import AutoModelForCausalLM, LogitsProcessor
+
+from hf_sirius import make_sparse
+from hf_sirius.config import DRAFT_DTYPES
+from hf_sirius.offload import is_offloaded, streaming_hook
+
+
+FIELDS = {"method": "griffin", "density": 0.5, "threshold": 1.0, "kernel_size": 5}
+
+
+def offload_to_disk(model, folder):
+    return disk_offload(model, str(folder))
+
+
+def offload_to_cpu(model, folder):
+    return cpu_offload(model)
+
+
+def offload_one_block(model, folder):
+    """Layer 1 and the head on disk, all else in memory, as a device_map says it."""
+    names = [name for name, module in model.named_modules() if not list(module.children()) or "layers" in name]
+    device_map = {name: "cpu" for name in names if not re.search(r"layers\.\d+\.", name)}
+    device_map |= {name: "disk" for name in device_map if "layers.1" in name or name == "lm_head"}
+    return dispatch_model(model, device_map, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+OFFLOADS = {"disk": offload_to_disk, "cpu": offload_to_cpu, "one block": offload_one_block}
+
+
+@pytest.fixture(params=OFFLOADS)
+def offload(request, tmp_path):
+    return lambda model: OFFLOADS[request.param](model, tmp_path / "offload")
+
+
+def devices(model) -> dict[str, torch.device]:
+    return {name: parameter.device for name, parameter in model.named_parameters()}
+
+
+def hook_states(model) -> list[dict]:
+    return [
+        {name: value for name, value in vars(hook).items() if name != "tied_pointers_to_remove"}
+        for module in model.modules()
+        if (hook := streaming_hook(module)) is not None
+    ]
+
+
+def tensor_bytes(module: torch.nn.Module) -> int:
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Counter:
+    """Counts how often accelerate loads each module."""
+
+    def __init__(self, model):
+        self.num_loads: dict[str, int] = {}
+        for name, module in model.named_modules():
+            if (hook := streaming_hook(module)) is not None:
+                self._count(name, hook)
+
+    def _count(self, name, hook):
+        load = type(hook).pre_forward
+
+        class Counting(type(hook)):
+            def pre_forward(hook, module, *args, **kwargs):
+                self.num_loads[name] = self.num_loads.get(name, 0) + hook.offload
+                return load(hook, module, *args, **kwargs)
+
+        hook.__class__ = Counting
+
+
+# The output
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"draft_dtype": "bfloat16", "draft_scope": "all"}, {"reselect_every": 2}], ids=str
+)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "mistral", "gemma2"])
+def test_an_offloaded_model_drafts_as_it_does_in_memory(family, fields, offload):
+    prompt = make_prompt()
+    model = build_model(family)
+    dense = model.generate(prompt, max_new_tokens=24)
+    with make_sparse(model, **FIELDS, **fields) as sparse:
+        assert torch.equal(model.generate(prompt, assistant_model=sparse, max_new_tokens=24), dense)
+        cycles, draft_density = sparse.stats.cycles, sparse.stats.draft_density
+        alone = sparse.generate(prompt, max_new_tokens=24)
+    offload(model)
+    before = devices(model), hook_states(model)
+    with make_sparse(model, **FIELDS, **fields) as sparse:
+        assert sparse.is_offloaded
+        assert torch.equal(model.generate(prompt, assistant_model=sparse, max_new_tokens=24), dense)
+        assert sparse.stats.cycles == cycles and sparse.stats.draft_density == draft_density
+        assert (devices(model), hook_states(model)) == before
+        assert torch.equal(sparse.generate(prompt, max_new_tokens=24), alone)
+    assert (devices(model), hook_states(model)) == before
+    assert torch.equal(model.generate(prompt, max_new_tokens=24), dense)
+
+
+@pytest.mark.parametrize("family", available_families())
+def test_every_family(family):
+    model, prompt = cpu_offload(tiny_model(family)), make_prompt(9)
+    dense = model.generate(prompt, max_new_tokens=12)
+    with make_sparse(model, **FIELDS) as sparse:
+        assert torch.equal(model.generate(prompt, assistant_model=sparse, max_new_tokens=12), dense)
+        assert sparse.stats.num_drafted
+
+
+def test_a_device_map_of_from_pretrained(tmp_path):
+    model, prompt = build_model(), make_prompt()
+    dense = model.generate(prompt, max_new_tokens=20)
+    model.save_pretrained(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
+    device_map |= {"lm_head": "disk", "model.rotary_emb": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float64, device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    assert is_offloaded(loaded)
+    with make_sparse(loaded, **FIELDS) as sparse:
+        assert torch.equal(loaded.generate(prompt, assistant_model=sparse, max_new_tokens=20), dense)
+        assert sparse.stats.num_accepted
+
+
+@pytest.mark.parametrize("draft_dtype", [None, *DRAFT_DTYPES])
+def test_sampling_and_dtypes(draft_dtype, offload):
+    model = offload(build_model())
+    with make_sparse(model, method="griffin", density=0.5, draft_dtype=draft_dtype) as sparse:
+        output = model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=20, do_sample=True)
+        assert output.shape == (1, 31) and sparse.stats.num_drafted
+
+
+def test_the_default_period_is_longer(tmp_path):
+    model = build_model()
+    assert make_sparse(model, method="griffin").sirius_config.kernel_size == 16
+    assert make_sparse(model, method="griffin", kernel_size=7).sirius_config.kernel_size == 7
+    offload_to_disk(model, tmp_path)
+    assert make_sparse(model, method="griffin").sirius_config.kernel_size == 32
+    assert make_sparse(model, method="griffin", kernel_size=7).sirius_config.kernel_size == 7
+
+
+# What is read
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+def test_drafts_read_nothing(family, tmp_path):
+    model = offload_to_disk(build_model(family), tmp_path)
+    with make_sparse(model, **FIELDS) as sparse:
+        counter = Counter(model)
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=24)
+        num_forwards = 1 + sparse.stats.num_cycles
+        embedding = next(name for name in counter.num_loads if "embed_tokens" in name or name.endswith("wte"))
+        assert counter.num_loads.pop(embedding) == 1, "loaded once, and kept for the call"
+        assert set(counter.num_loads.values()) == {num_forwards}
+
+
+def test_a_small_budget_streams_the_rest(tmp_path):
+    model = offload_to_disk(build_model(), tmp_path)
+    dense = model.generate(make_prompt(), max_new_tokens=20)
+    with pytest.raises(ValueError, match="draft_memory=1 is too small for any draft") as error:
+        make_sparse(model, **FIELDS, draft_memory=1)
+    needed = int(re.search(r"need (\d+) bytes", str(error.value))[1])
+    with pytest.raises(ValueError, match=f"need {needed} bytes"):
+        make_sparse(model, **FIELDS, draft_memory=needed - 1)
+    num_resident = []
+    for budget in (needed, needed + 10_000, needed + 30_000, None):
+        with make_sparse(model, **FIELDS, draft_memory=budget) as sparse:
+            assert torch.equal(model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=20), dense)
+            num_resident.append(len(sparse.others))
+    assert num_resident[0] == 0 and num_resident == sorted(set(num_resident)), "more with each larger budget"
+
+
+@pytest.mark.parametrize("draft_scope", ["mlp", "all"])
+@pytest.mark.parametrize("draft_dtype", DRAFT_DTYPES)
+@pytest.mark.parametrize("kind", ["in memory", "on disk"])
+def test_what_a_draft_holds_is_what_the_budget_counts(kind, draft_dtype, draft_scope, tmp_path):
+    from test_quantization import held_bytes
+
+    from hf_sirius.quantization import DraftLinear
+
+    model = build_model("opt", dtype=torch.float32, intermediate_size=96)
+    if kind == "on disk":
+        offload_to_disk(model, tmp_path)
+    fields = {**FIELDS, "draft_dtype": draft_dtype, "draft_scope": draft_scope}
+    with make_sparse(model, **fields) as sparse, sparse.new_call() as call:
+        with call.observing(None):
+            model(make_prompt())
+        call.method.select()
+        held = set(call.method.held.values())
+        num_bytes = sum(held_bytes(part) if isinstance(part, DraftLinear) else tensor_bytes(part) for part in held)
+        if kind == "on disk":
+            num_bytes += tensor_bytes(model.get_input_embeddings())
+    with make_sparse(model, **fields, draft_memory=num_bytes) as exact:
+        assert exact.others == sparse.others
+    if kind == "in memory":
+        with pytest.raises(ValueError, match=f"need {num_bytes} bytes"):
+            make_sparse(model, **fields, draft_memory=num_bytes - 1)
+    else:
+        with make_sparse(model, **fields, draft_memory=num_bytes - 1) as smaller:
+            assert len(smaller.others) == len(sparse.others) - 1
+
+
+# What is left
+
+
+def test_copies_are_freed_with_the_call(offload):
+    model, held = offload(build_model()), []
+
+    class Note(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            from hf_sirius.call import Call
+
+            for module in Call.current().method.held.values():
+                held.extend(weakref.ref(parameter) for parameter in module.parameters())
+            return scores
+
+    with make_sparse(model, **FIELDS) as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12, logits_processor=[Note()])
+        gc.collect()
+        resident = {id(parameter) for parameter in model.parameters()}
+        assert held and all(ref() is None or id(ref()) in resident for ref in held)
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C is: no `Exception`."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Interrupted, KeyboardInterrupt])
+@pytest.mark.parametrize("after", [1, 2, 5], ids=["in the prefill", "after one layer", "in a verification"])
+@pytest.mark.parametrize("part", ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"])
+def test_an_interrupted_pass_leaves_the_model_usable(part, after, error, offload):
+    model = offload(build_model())
+    dense = model.generate(make_prompt(), max_new_tokens=20)
+    before = devices(model), hook_states(model)
+    forwards = []
+    streamed = model.get_submodule(part)
+
+    def interrupt(*args, **kwargs):
+        forwards.append(1)
+        if len(forwards) == after:
+            raise error("in the middle of a streamed pass")
+        return torch.nn.Linear.forward(streamed, *args, **kwargs)
+
+    with make_sparse(model, **FIELDS) as sparse:
+        forward = streamed._old_forward
+        streamed._old_forward = interrupt
+        with pytest.raises(error, match="in the middle"):
+            model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=20)
+        streamed._old_forward = forward
+        assert (devices(model), hook_states(model)) == before
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+        assert torch.equal(model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=20), dense)
+    assert torch.equal(model.generate(make_prompt(), max_new_tokens=20), dense)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_can_be_brought_back(tied):
+    model = build_model(tie_word_embeddings=tied)
+    dense, state = model(make_prompt()).logits, {k: v.clone() for k, v in model.state_dict().items()}
+    cpu_offload(model)
+    with make_sparse(model, **FIELDS) as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12)
+    remove_hook_from_submodules(model)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(make_prompt()).logits, dense)
+
+
+# What cannot be
+
+
+def test_refuses_what_would_be_streamed_for_every_token(tmp_path):
+    model = offload_to_disk(build_model(), tmp_path)
+    with pytest.raises(ValueError, match=r"offloaded by accelerate.*'cats'.*Use method='griffin'"):
+        make_sparse(model, method="cats")
+    assert "generate" not in model.__dict__
+
+
+def test_refuses_blocks_loaded_as_a_whole():
+    model = cpu_offload(build_model(), preload_module_classes=["LlamaMLP"])
+    with pytest.raises(ValueError, match=r"LlamaMLP as a whole .*without preload_module_classes"):
+        make_sparse(model, **FIELDS)
+
+
+@pytest.mark.parametrize("when", ["before make_sparse", "before the call"])
+def test_an_offload_folder_that_has_vanished(when, tmp_path):
+    model = offload_to_disk(build_model(), tmp_path)
+    file = tmp_path / "model.layers.1.mlp.up_proj.weight.dat"
+    if when == "before make_sparse":
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=r"up_proj\.weight\.dat is gone.*offload the model anew"):
+            make_sparse(model, **FIELDS)
+        return
+    with make_sparse(model, **FIELDS) as sparse:
+        kept = file.read_bytes()
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=r"up_proj\.weight\.dat is gone"):
+            model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=8)
+        file.write_bytes(kept)
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=8)
+        assert sparse.stats.num_drafted
+
+
+def test_an_offload_folder_on_a_disk_that_was_full(tmp_path):
+    model = offload_to_disk(build_model(), tmp_path)
+    file = Path(tmp_path / "model.layers.1.mlp.up_proj.weight.dat")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"up_proj\.weight\.dat is cut short \(was the disk full\?\)"):
+        make_sparse(model, **FIELDS)
