@@ -1,20 +1,28 @@
 """Timing: dense and corrected generation in alternation, in one process, as medians and ratios."""
 
+import contextlib
+import gc
 import os
 import platform
+import shutil
 import statistics
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from accelerate import disk_offload
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .assistant import make_sparse
 from .config import SiriusConfig
 from .evaluation import generator, problem_prompt
+from .offload import execution_device, streaming_hook
 from .reasoner import reasoner_path, reasoner_problems
+from .twin import SparseTwin
 
 
 def widen(model: LlamaForCausalLM, hidden_factor: int, neuron_factor: int) -> LlamaForCausalLM:
@@ -67,17 +75,68 @@ class _Clock(BaseStreamer):
         self.times.append(time.perf_counter())
 
 
-def _synchronize(model) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+class _StreamedBytes:
+    """Counts the bytes that accelerate takes from CPU memory or the offload folder (whose pages may be cached)."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.num_bytes = 0
+        for module in model.modules():
+            if (hook := streaming_hook(module)) is not None:
+                hook.weights_map = _CountedWeights(hook.weights_map, self)
 
 
-def _timed(generate, model, inputs: dict, max_new_tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
-    clock = _Clock()
-    _synchronize(model)
+class _CountedWeights(Mapping):
+    def __init__(self, weights: Mapping, counter: _StreamedBytes):
+        self.weights = weights
+        self.counter = counter
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.weights[name]
+        self.counter.num_bytes += weight.nbytes
+        return weight
+
+    def __iter__(self):
+        return iter(self.weights)
+
+    def __len__(self):
+        return len(self.weights)
+
+
+class _PeakMemory:
+    """Measures the growth of memory over a block: of the device, or of this process on a CPU (Linux alone)."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def start(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif os.path.exists("/proc/self/clear_refs"):
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # the peak counts from here
+            self._before = _process_memory("VmRSS")
+
+    def growth(self) -> int | None:
+        """Returns the most bytes by which memory grew since `start`, or `None` where that is not known."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        return _process_memory("VmHWM") - self._before if os.path.exists("/proc/self/clear_refs") else None
+
+
+def _process_memory(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _timed(generate, device: torch.device, inputs: dict, max_new_tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
+    clock, memory = _Clock(), _PeakMemory(device)
+    memory.start()
+    _synchronize(device)
     start = time.perf_counter()
     output = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
-    _synchronize(model)
+    _synchronize(device)
     end = time.perf_counter()
     return output, {
         "num_tokens": clock.num_tokens,
@@ -85,67 +144,193 @@ def _timed(generate, model, inputs: dict, max_new_tokens: int) -> tuple[torch.Te
         "decode_seconds_per_token": (end - clock.times[1]) / max(1, clock.num_tokens - 1),
         "seconds": end - start,
         "seconds_per_token": (end - start) / clock.num_tokens,  # answers may differ in length below threshold=1.0
+        "peak_memory_growth": memory.growth(),
     }
 
 
-def bench_decode(
-    config: SiriusConfig,
-    hidden_factor: int = 11,
-    neuron_factor: int = 11,
-    num_problems: int = 3,
-    num_repeats: int = 3,
-    max_new_tokens: int = 256,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _alternate(
+    model: PreTrainedModel,
+    sparse: SparseTwin,
+    prompts: list,
+    num_repeats: int,
+    max_new_tokens: int,
+    streamed: _StreamedBytes | None = None,
 ) -> dict[str, Any]:
-    """Times the widened reasoner, dense and with a twin, in memory, on the problems with the longest answers.
-
-    Both write every answer in turn, `num_repeats` times. `decode` counts from the first token on, which for the twin
-    includes the gathering of its neurons; `whole` counts the prefill as well.
-
-    Returns:
-        dict: `machine`, `model`, `config`; `dense` and `sirius` with medians in seconds; `ratio_decode` and
-        `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of `num_problems`; `stats`.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
-    narrow = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32)
-    model = widen(narrow, hidden_factor, neuron_factor).to(device, dtype)
-    prompts = _longest_problems(tokenizer, num_problems)
-    runs: dict[str, list[dict]] = {"dense": [], "sirius": []}
+    """Has the model write every answer dense and corrected in turn; returns medians, and medians of pairs' ratios."""
+    device = execution_device(model)
+    generators = {"dense": generator(model), "sirius": generator(model, sparse)}
+    runs: dict[str, list[dict]] = {name: [] for name in generators}
     num_identical = 0
-    with make_sparse(model, config) as sparse:
-        generators = {"dense": generator(model), "sirius": generator(model, sparse)}
-        generators["sirius"](**prompts[0].to(device), max_new_tokens=8, do_sample=False)  # warm-up
-        sparse.stats.reset()
-        for repeat in range(num_repeats):
-            for prompt in prompts:
-                outputs = {}
-                for name, generate in generators.items():
-                    outputs[name], run = _timed(generate, model, prompt.to(device), max_new_tokens)
-                    runs[name].append(run)
-                if repeat == 0:
-                    num_identical += torch.equal(outputs["dense"], outputs["sirius"])
-        stats = sparse.stats.total.as_dict()
+    sparse.stats.reset()
+    for repeat in range(num_repeats):
+        for prompt in prompts:
+            outputs = {}
+            for name, generate in generators.items():
+                bytes_before = streamed.num_bytes if streamed else 0
+                outputs[name], run = _timed(generate, device, prompt.to(device), max_new_tokens)
+                if streamed:
+                    run["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run["num_tokens"]
+                runs[name].append(run)
+            if repeat == 0:
+                num_identical += torch.equal(outputs["dense"], outputs["sirius"])
+
+    def median(name: str, key: str) -> float | None:
+        values = [run[key] for run in runs[name]]
+        return None if None in values else statistics.median(values)
 
     def ratio(key: str) -> float:
         return statistics.median(s[key] / d[key] for s, d in zip(runs["sirius"], runs["dense"], strict=True))
 
     return {
-        "machine": describe_machine(device),
-        "model": {"num_parameters": sum(p.numel() for p in model.parameters()), "dtype": str(dtype)},
-        "config": config.to_dict(),
-        **{name: {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]} for name in runs},
+        **{name: {key: median(name, key) for key in runs[name][0]} for name in runs},
         "ratio_decode": ratio("decode_seconds_per_token"),
         "ratio_whole": ratio("seconds_per_token"),
         "num_identical": num_identical,
         "num_problems": len(prompts),
-        "stats": stats,
+        "stats": sparse.stats.total.as_dict(),
     }
 
 
-def _longest_problems(tokenizer: PreTrainedTokenizerBase, num_problems: int) -> list:
-    problems = sorted(reasoner_problems(), key=lambda p: -len(tokenizer(p["answer"])["input_ids"]))
-    return [tokenizer(problem_prompt(p["question"]), return_tensors="pt") for p in problems[:num_problems]]
+def _wide_reasoner(hidden_factor: int, neuron_factor: int, dtype: torch.dtype) -> PreTrainedModel:
+    narrow = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32)
+    return widen(narrow, hidden_factor, neuron_factor).to(dtype)
+
+
+def _describe(model: PreTrainedModel, sparse: SparseTwin, device: torch.device) -> dict[str, Any]:
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "machine": describe_machine(str(device)),
+        "model": {
+            "num_parameters": num_parameters,
+            "num_bytes": num_parameters * model.dtype.itemsize,
+            "dtype": str(model.dtype),
+        },
+        "config": sparse.sirius_config.to_dict(),
+    }
+
+
+def bench_decode(
+    config: SiriusConfig,
+    hidden_factor: int = 9,
+    neuron_factor: int = 16,
+    num_problems: int = 3,
+    num_repeats: int = 3,
+    max_new_tokens: int = 120,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Times the widened reasoner, dense and with a twin, in memory, on long problems.
+
+    Both write every answer in turn, `num_repeats` times. `decode` counts from the first token on, which for the twin
+    includes the gathering of its neurons; `whole` counts the prefill as well.
+
+    Returns:
+        dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_decode` and
+        `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of `num_problems`; `stats`;
+        `selection`, what choosing and gathering the neurons takes beside a dense prefill of 64 tokens.
+    """
+    prompts = _long_prompts(num_problems)
+    model = _wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
+    with make_sparse(model, config) as sparse:
+        model.generate(**prompts[0].to(device), assistant_model=sparse, max_new_tokens=8, do_sample=False)  # warm-up
+        figures = _alternate(model, sparse, prompts, num_repeats, max_new_tokens)
+        selection = _time_selection(model, sparse, max(5, num_repeats))
+        return {**_describe(model, sparse, model.device), **figures, "selection": selection}
+
+
+@torch.no_grad()
+def _time_selection(model: PreTrainedModel, sparse: SparseTwin, num_repeats: int) -> dict[str, float]:
+    """Returns the median seconds of a dense prefill of 64 tokens and of what a call adds to it, and their ratio."""
+    prompt = torch.randint(4, model.config.vocab_size, (1, 64), device=model.device)
+    seconds: dict[str, list[float]] = {"prefill": [], "selection": []}
+    for _ in range(num_repeats):
+        _synchronize(model.device)
+        start = time.perf_counter()
+        model(prompt)
+        _synchronize(model.device)
+        middle = time.perf_counter()
+        with sparse.new_call() as call:
+            with call.observing(None):
+                model(prompt)
+            call.method.select()
+            _synchronize(model.device)
+            end = time.perf_counter()
+        seconds["prefill"].append(middle - start)
+        seconds["selection"].append((end - middle) - (middle - start))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {**medians, "ratio": medians["selection"] / medians["prefill"]}
+
+
+def bench_offload(
+    config: SiriusConfig,
+    folder: str | os.PathLike | None = None,
+    hidden_factor: int = 9,
+    neuron_factor: int = 16,
+    num_problems: int = 1,
+    num_repeats: int = 3,
+    lengths: Sequence[int] = (40, 100, 300),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Times the widened reasoner under `accelerate.disk_offload`, dense and with a resident draft.
+
+    Args:
+        config: the settings; `draft_memory` bounds what stays resident.
+        folder: where the weights go, an empty directory; by default a temporary one.
+        lengths: of the outputs, in tokens, each measured by itself.
+
+    Returns:
+        dict as `bench_decode`'s, with the figures of each length under `lengths`. `peak_memory_growth` is the most
+        bytes by which the process (or the GPU) grew during a generation; `bytes_streamed_per_token` what accelerate
+        took from the offload folder.
+
+    Raises:
+        `OSError` if the disk has no room for the weights, `ValueError` if the folder is not empty.
+    """
+    with contextlib.ExitStack() as cleanup:
+        if folder is None:
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hf_sirius_offload_"))
+        prompts = _long_prompts(num_problems)
+        model = _wide_reasoner(hidden_factor, neuron_factor, dtype)
+        offload_to_folder(model, folder, device)
+        gc.collect()
+        streamed = _StreamedBytes(model)
+        with make_sparse(model, config) as sparse:
+            model.generate(
+                **prompts[0].to(device), assistant_model=sparse, max_new_tokens=8, do_sample=False
+            )  # warm-up
+            description = _describe(model, sparse, torch.device(device))
+            by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, streamed) for n in lengths}
+    return {**description, "lengths": by_length}
+
+
+def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device: str) -> None:
+    """Offloads a model to an empty folder. Raises `ValueError` if it is not empty, `OSError` if the disk is too full.
+
+    accelerate reuses what it finds in a folder, and writes through a memory map, which ends the process on a full disk.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if os.listdir(folder):
+        raise ValueError(f"the offload folder {str(folder)!r} is not empty: name another one, or empty it")
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the offload folder {str(folder)!r} has {free / 2**30:.1f} GiB free, but the weights take "
+            f"{needed / 2**30:.1f} GiB: free some space, or name a folder on another disk"
+        )
+    disk_offload(model, folder, execution_device=torch.device(device))
+
+
+def _long_prompts(num_problems: int) -> list:
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    problems = reasoner_problems("long")[:num_problems]
+    return [tokenizer(problem_prompt(problem["question"]), return_tensors="pt") for problem in problems]
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:

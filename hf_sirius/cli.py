@@ -63,16 +63,22 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time dense and corrected generation in alternation")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True)
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
-    _add(decode, "--hidden_factor", type=_positive, default=11, help="times its hidden size (default: 11)")
-    _add(decode, "--neuron_factor", type=_positive, default=11, help="times its neurons (default: 11)")
-    _add(decode, "--num_problems", type=_positive, default=3, help="those with the longest answers (default: 3)")
-    _add(decode, "--num_repeats", type=_positive, default=3, help="how often all are timed (default: 3)")
-    _add(decode, "--max_new_tokens", type=_positive, default=256)
-    _add(decode, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    _add(decode, "--device", default="cpu", help="device of the model (default: cpu)")
-    _add(decode, "--json", help="file to write the figures to; by default they go to standard output")
-    _add_config_options(decode.add_argument_group("sparsity and correction (SiriusConfig)"))
+    _add(decode, "--max_new_tokens", type=_positive, default=120, help="length of the outputs (default: 120)")
     decode.set_defaults(run=_bench_decode)
+    offload = benchmarks.add_parser("offload", help="the same model with its weights on disk, and a resident draft")
+    _add(offload, "--lengths", type=_positive, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
+    _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")
+    offload.set_defaults(run=_bench_offload)
+    for parser_, num_problems in ((decode, 3), (offload, 1)):
+        _add(parser_, "--hidden_factor", type=_positive, default=9, help="times its hidden size (default: 9)")
+        _add(parser_, "--neuron_factor", type=_positive, default=16, help="times its neurons (default: 16)")
+        help_ = f"long ones to answer (default: {num_problems})"
+        _add(parser_, "--num_problems", type=_positive, default=num_problems, help=help_)
+        _add(parser_, "--num_repeats", type=_positive, default=3, help="how often all are timed (default: 3)")
+        _add(parser_, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+        _add(parser_, "--device", default="cpu", help="device that computes (default: cpu)")
+        _add(parser_, "--json", help="file to write the figures to; by default they go to standard output")
+        _add_config_options(parser_.add_argument_group("sparsity and correction (SiriusConfig)"))
     return parser
 
 
@@ -175,25 +181,55 @@ def _generate(args) -> None:
 
 
 def _bench_decode(args) -> None:
+    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "max_new_tokens", "device")
+    _bench(args, "bench_decode", names, lambda figures: [_ratios(figures)])
+
+
+def _bench_offload(args) -> None:
+    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "lengths", "device", "folder")
+
+    def summary(figures: dict) -> list[str]:
+        total = figures["model"]["num_bytes"]
+        lines = []
+        for length, run in figures["lengths"].items():
+            peaks = [run[name]["peak_memory_growth"] for name in ("sirius", "dense")]
+            shares = (
+                "unknown" if None in peaks else f"{peaks[0] / total:.0%} of the weights (dense {peaks[1] / total:.0%})"
+            )
+            streamed = [run[name]["bytes_streamed_per_token"] / 2**20 for name in ("sirius", "dense")]
+            lines.append(
+                f"{length} tokens: {_ratios(run)}; peak memory {shares}; streamed per token {streamed[0]:.0f} MiB "
+                f"(dense {streamed[1]:.0f} MiB)"
+            )
+        return lines
+
+    _bench(args, "bench_offload", names, summary)
+
+
+def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
     config = _sirius_config(args)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"the directory of --json {args.json} does not exist: make it first")
 
     import torch
 
-    from .benchmark import bench_decode
+    from . import benchmark
 
-    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "max_new_tokens", "device")
-    figures = bench_decode(config, dtype=getattr(torch, args.dtype), **{name: getattr(args, name) for name in names})
+    bench = getattr(benchmark, function_name)
+    figures = bench(config, dtype=getattr(torch, args.dtype), **{name: getattr(args, name) for name in names})
     text = json.dumps(figures, indent=2)
     if args.json:
         Path(args.json).write_text(text + "\n", encoding="utf-8")
-        print(
-            f"{figures['num_identical']} of {figures['num_problems']} answers identical; time of Sirius / dense: "
-            f"decode {figures['ratio_decode']:.2f}, whole generation {figures['ratio_whole']:.2f}"
-        )
+        print("\n".join(summary(figures)))
     else:
         print(text)
+
+
+def _ratios(figures: dict) -> str:
+    return (
+        f"{figures['num_identical']} of {figures['num_problems']} answers identical; time of Sirius / dense: "
+        f"decode {figures['ratio_decode']:.3f}, whole generation {figures['ratio_whole']:.3f}"
+    )
 
 
 if __name__ == "__main__":

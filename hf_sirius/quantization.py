@@ -3,9 +3,12 @@
 The quantized ones are bitsandbytes' own linear classes. Nothing here imports bitsandbytes unless it is used.
 """
 
+import contextlib
 import copy
 import importlib.util
 import math
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -18,7 +21,7 @@ _NF4_ROWS = 32  # bitsandbytes' CPU kernel takes tiles of so many
 _INT8_COLUMNS = 8  # integer products want their rows in whole words
 # The dtype in which weights are gathered before they are quantized.
 _GATHERED_AS = {"int8": torch.float16, "nf4": torch.bfloat16}
-_CHUNK = 2**20  # elements that are gathered at a time: small enough for the cache, and for malloc to reuse
+_CHUNK = 2**20  # elements that are gathered at a time
 
 
 class DraftLinear(nn.Module):
@@ -41,6 +44,36 @@ class DraftLinear(nn.Module):
         inputs = hidden_states.to(self.input_dtype)
         outputs = self.linear(nn.functional.pad(inputs, (0, padding)) if padding else inputs)
         return outputs[..., : self.out_features].to(hidden_states.dtype)
+
+
+class _NativeProducts:
+    """Takes oneDNN out of the way of bfloat16 drafts on a CPU.
+
+    torch hands such a product to oneDNN where the processor has bfloat16 instructions, which for a single token took
+    1.7 times as long as torch's own kernel does. The switch is global, so the last draft of all threads turns it back.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._num_drafts = 0
+        self._restored = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._num_drafts:
+                self._restored.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            self._num_drafts += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_drafts -= 1
+                if not self._num_drafts:
+                    self._restored.close()
+
+
+native_products = _NativeProducts()
 
 
 def draft_linear(
@@ -180,20 +213,15 @@ def _int8_state(projection: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 def _select(
     weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    if rows is None and columns is None:
-        return weight.to(dtype, copy=True)
-    # In pieces: one large temporary in the model's dtype would cost more in page faults than the gathering itself.
-    if columns is not None:
-        selected = torch.empty(weight.shape[0], len(columns), dtype=dtype, device=weight.device)
-        size = max(1, _CHUNK // len(columns))
-        columns = columns.to(weight.device)
-        for piece, source in zip(selected.split(size), weight.split(size), strict=True):
-            piece.copy_(source.index_select(1, columns))
-        return selected
-    selected = torch.empty(len(rows), weight.shape[1], dtype=dtype, device=weight.device)
-    size = max(1, _CHUNK // weight.shape[1])
-    for piece, chosen in zip(selected.split(size), rows.to(weight.device).split(size), strict=True):
-        piece.copy_(weight.index_select(0, chosen))
+    num_rows = weight.shape[0] if rows is None else len(rows)
+    num_columns = weight.shape[1] if columns is None else len(columns)
+    selected = torch.empty(num_rows, num_columns, dtype=dtype, device=weight.device)
+    # In pieces, each converted while it is in the cache, with no large temporary.
+    size = max(1, _CHUNK // num_columns)
+    sources = weight.split(size) if rows is None else rows.to(weight.device).split(size)
+    for piece, source in zip(selected.split(size), sources, strict=True):
+        source = source if rows is None else weight.index_select(0, source)
+        piece.copy_(source if columns is None else source.index_select(1, columns.to(weight.device)))
     return selected
 
 

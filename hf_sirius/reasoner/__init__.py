@@ -9,6 +9,7 @@ from pathlib import Path
 
 
 _HERE = Path(__file__).parent
+_PROBLEMS = {"test": "problems.jsonl", "long": "long_problems.jsonl"}
 
 
 def reasoner_path() -> str:
@@ -18,10 +19,15 @@ def reasoner_path() -> str:
     return str(_HERE / "model")
 
 
-def reasoner_problems() -> list[dict]:
-    """Returns 500 problems of 6 to 10 steps that the reasoner has not seen in training.
+def reasoner_problems(name: str = "test") -> list[dict]:
+    """Returns problems that the reasoner has not seen in training.
 
     Each has a `question`, an `answer` that ends in "#### 42" (GSM8K's form), and `num_steps`.
+
+    Args:
+        name: `"test"`, 500 problems of 6 to 10 steps, or `"long"`, 20 of 36 steps, whose answers have over 300 tokens.
     """
-    lines = (_HERE / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    if name not in _PROBLEMS:
+        raise ValueError(f"name must be one of {list(_PROBLEMS)}, got {name!r}")
+    lines = (_HERE / _PROBLEMS[name]).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -2,11 +2,13 @@
 paper.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 
 from ..mlp import PROJECTIONS, MlpSite, projection_shape
-from ..quantization import draft_linear, num_kept_neurons
+from ..quantization import draft_linear, native_products, num_kept_neurons
 from .base import SparsityMethod, TwinModule
 
 
@@ -54,6 +56,12 @@ class Griffin(SparsityMethod):
         for module in self.others:
             if module not in self.held and not any(p.is_meta for p in module.parameters()):
                 self.hold(module, module)
+
+    @contextlib.contextmanager
+    def drafting(self):
+        on_cpu = self.config.draft_dtype == "bfloat16" and self.sites[0].down.weight.device.type in ("cpu", "meta")
+        with super().drafting(), native_products() if on_cpu else contextlib.nullcontext():
+            yield
 
     def choose(self, site: MlpSite) -> None:
         """Chooses the neurons of one MLP, from what was observed so far."""
