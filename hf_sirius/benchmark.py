@@ -102,13 +102,11 @@ class _CountedWeights(Mapping):
         return len(self.weights)
 
 
-class _PeakMemory:
-    """Measures the growth of memory over a block: of the device, or of this process on a CPU (Linux alone)."""
+class PeakMemory:
+    """Measures, from its making on, by how much memory grew: the device's, or this process' on a CPU (Linux alone)."""
 
     def __init__(self, device: torch.device):
         self.device = device
-
-    def start(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -119,7 +117,7 @@ class _PeakMemory:
             self._before = _process_memory("VmRSS")
 
     def growth(self) -> int | None:
-        """Returns the most bytes by which memory grew since `start`, or `None` where that is not known."""
+        """Returns the most bytes by which memory grew, or `None` where that is not known."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         return _process_memory("VmHWM") - self._before if os.path.exists("/proc/self/clear_refs") else None
@@ -131,8 +129,7 @@ def _process_memory(name: str) -> int:
 
 
 def _timed(generate, device: torch.device, inputs: dict, max_new_tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
-    clock, memory = _Clock(), _PeakMemory(device)
-    memory.start()
+    clock, memory = _Clock(), PeakMemory(device)
     _synchronize(device)
     start = time.perf_counter()
     output = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)

@@ -56,13 +56,13 @@ class _NativeProducts:
     def __init__(self):
         self._lock = threading.Lock()
         self._num_drafts = 0
-        self._restored = contextlib.ExitStack()
+        self._was_enabled = True
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         with self._lock:
             if not self._num_drafts:
-                self._restored.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                self._was_enabled, *_ = torch.backends.mkldnn.set_flags(False)
             self._num_drafts += 1
         try:
             yield
@@ -70,7 +70,7 @@ class _NativeProducts:
             with self._lock:
                 self._num_drafts -= 1
                 if not self._num_drafts:
-                    self._restored.close()
+                    torch.backends.mkldnn.set_flags(self._was_enabled)
 
 
 native_products = _NativeProducts()

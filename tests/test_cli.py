@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -96,12 +97,40 @@ def test_bench_decode_writes_its_figures(tmp_path, capsys):
     figures = json.loads(file.read_text())
     assert "1 of 1 answers identical" in capsys.readouterr().out
     assert figures["config"]["draft_dtype"] == "bfloat16" and figures["machine"]["torch"] == torch.__version__
+    assert figures["selection"]["prefill"] > 0
     for name in ("dense", "sirius"):
         run = figures[name]
         assert run["num_tokens"] == 20
         decoding = 19 * run["decode_seconds_per_token"]
         assert run["seconds"] == pytest.approx(run["seconds_to_first_token"] + decoding)
     assert figures["ratio_whole"] == pytest.approx(figures["sirius"]["seconds"] / figures["dense"]["seconds"])
+
+
+def test_bench_offload_writes_its_figures(tmp_path, capsys):
+    options = ["--hidden_factor", "1", "--neuron_factor", "1", "--num_repeats", "1", "--lengths", "8", "20"]
+    sirius = ["--method", "griffin", "--threshold", "1.0", "--draft_memory", "7MB"]
+    file, folder = tmp_path / "offload.json", tmp_path / "weights"
+    command = ["bench", "offload", *options, *sirius, "--folder", str(folder), "--json", str(file)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "8 tokens: 1 of 1 answers identical" in printed
+    figures = json.loads(file.read_text())
+    assert figures["config"]["kernel_size"] == 32
+    for length, run in figures["lengths"].items():
+        assert run["dense"]["num_tokens"] == int(length)
+        assert run["dense"]["bytes_streamed_per_token"] == figures["model"]["num_bytes"]
+        assert 0 < run["sirius"]["bytes_streamed_per_token"] < figures["model"]["num_bytes"]
+        assert run["sirius"]["peak_memory_growth"] >= 0
+    assert main(command) == 2
+    assert "is not empty: name another one" in capsys.readouterr().err
+
+
+def test_bench_offload_tells_of_a_full_disk(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=2**20))
+    options = ["--hidden_factor", "1", "--neuron_factor", "1", "--method", "griffin"]
+    assert main(["bench", "offload", *options, "--folder", str(tmp_path / "weights")]) == 2
+    error = capsys.readouterr().err
+    assert "has 0.0 GiB free, but the weights take" in error and "another disk" in error
 
 
 def test_bench_tells_of_a_missing_directory_before_it_runs(tmp_path, capsys):

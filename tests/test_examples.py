@@ -49,6 +49,25 @@ def test_reasoner_table():
     assert "| griffin 0.5 |" in printed and "| cats 0.5 |" in printed
 
 
+def test_reasoner_table_of_a_quantized_model():
+    options = ("--num_problems", "2", "--densities", "0.5", "--quantization", "4bit")
+    printed = run("examples/reasoner/evaluate.py", *options, "--draft_dtype", "int8", "--draft_scope", "all")
+    assert "| griffin 0.5 |" in printed and "| cats 0.5 |" in printed
+
+
+def test_offload():
+    options = ("--hidden_factor", "1", "--neuron_factor", "2", "--max_new_tokens", "24")
+    printed = run("examples/offload.py", *options, "--draft_dtype", "nf4", "--draft_memory", "8MiB")
+    assert "the same output: True" in printed and printed.count("tokens/s, peak memory") == 2
+
+
+def test_offload_by_a_device_map():
+    prompt = "Question: Ann has 17 apples. She buys 8 more. How many apples does Ann have now?\nAnswer:"
+    model = ("--model", str(ROOT / "hf_sirius" / "reasoner" / "model"), "--prompt", prompt)
+    printed = run("examples/offload.py", *model, "--resident", "4MiB", "--cpu_memory", "4MiB")
+    assert "the same output: True" in printed
+
+
 def test_reasoner_training_goes_on_from_its_checkpoint(tmp_path):
     options = ("--output_dir", str(tmp_path), "--batch_size", "4", "--save_every", "2", "--num_eval_problems", "2")
     run("examples/reasoner/train.py", *options, "--num_steps", "2")
@@ -69,6 +88,6 @@ def test_python_of_the_readme(tmp_path, monkeypatch):
     assert "####" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["generate", "pipeline", "streaming_chat", "calibration"])
+@pytest.mark.parametrize("name", ["generate", "pipeline", "streaming_chat", "calibration", "offload"])
 def test_every_example_is_in_the_readme(name):
     assert f"{name}.py" in (ROOT / "README.md").read_text()

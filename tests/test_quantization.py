@@ -1,5 +1,6 @@
 """Drafts that are cast or quantized, and full models that bitsandbytes has quantized."""
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -14,7 +15,16 @@ from transformers.pytorch_utils import Conv1D
 from hf_sirius import cli, make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.config import DRAFT_DTYPES
 from hf_sirius.evaluation import problem_prompt
-from hf_sirius.quantization import DraftLinear, dense_weight, draft_linear, is_4bit, is_8bit, num_bytes, num_elements
+from hf_sirius.quantization import (
+    DraftLinear,
+    dense_weight,
+    draft_linear,
+    is_4bit,
+    is_8bit,
+    native_products,
+    num_bytes,
+    num_elements,
+)
 
 
 # Of outputs, relative in norm: of weights with an even share of all sizes, quantized as a whole.
@@ -214,6 +224,20 @@ def test_a_quantized_model_can_be_calibrated_for(quantized_reasoner):
     with make_sparse(model, threshold=1.0, calibration=calibration) as sparse:
         output = model.generate(**prompts[0], assistant_model=sparse, max_new_tokens=100, do_sample=False)
     assert torch.equal(output, expected[0])
+
+
+def test_onednn_is_back_when_the_last_draft_has_ended():
+    enabled = torch.backends.mkldnn.enabled
+    first, second = native_products(), native_products()
+    with contextlib.ExitStack() as later:
+        with first:
+            later.enter_context(second)
+            assert not torch.backends.mkldnn.enabled
+        assert not torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled == enabled
+    with pytest.raises(KeyboardInterrupt), native_products():
+        raise KeyboardInterrupt
+    assert torch.backends.mkldnn.enabled == enabled
 
 
 # What cannot be

@@ -1,6 +1,8 @@
 """Makes the README's table: accuracy of the embedded reasoner when dense, sparse alone and corrected.
 
     python examples/reasoner/evaluate.py --num_problems 300
+    python examples/reasoner/evaluate.py --quantization 8bit --densities 0.5
+    python examples/reasoner/evaluate.py --methods griffin --densities 0.5 --draft_dtype nf4 --draft_scope all
 
 The table is Markdown on standard output; progress goes to standard error. ms per token is the mean over whole
 generations, prefill included; it depends on the machine.
@@ -9,13 +11,18 @@ generations, prefill included; it depends on the machine.
 import argparse
 import logging
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import hf_sirius
 from hf_sirius.evaluation import evaluate, generator
 
 
 logger = logging.getLogger("evaluate")
+QUANTIZATIONS = {
+    "none": None,
+    "8bit": BitsAndBytesConfig(load_in_8bit=True),
+    "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+}
 
 
 def main():
@@ -25,11 +32,17 @@ def main():
     parser.add_argument("--densities", nargs="+", type=float, default=[0.5, 0.3, 0.1])
     parser.add_argument("--kernel_size", type=int, default=16)
     parser.add_argument("--threshold", type=float, default=0.1)
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="of the full model")
+    parser.add_argument("--draft_dtype", help="for griffin")
+    parser.add_argument("--draft_scope", default="mlp", help="for griffin")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
     tokenizer = AutoTokenizer.from_pretrained(hf_sirius.reasoner_path())
-    model = AutoModelForCausalLM.from_pretrained(hf_sirius.reasoner_path()).eval()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each 8-bit product tells that it casts
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_sirius.reasoner_path(), quantization_config=QUANTIZATIONS[args.quantization]
+    ).eval()
     problems = hf_sirius.reasoner_problems()[: args.num_problems]
 
     dense = evaluate(model.generate, tokenizer, problems)
@@ -42,6 +55,8 @@ def main():
     for method in args.methods:
         for density in args.densities:
             fields = {"kernel_size": args.kernel_size, "threshold": args.threshold}
+            if method == "griffin":
+                fields |= {"draft_dtype": args.draft_dtype, "draft_scope": args.draft_scope}
             with hf_sirius.make_sparse(model, method=method, density=density, **fields) as sparse:
                 alone = evaluate(generator(model, sparse, alone=True), tokenizer, problems)
                 sparse.stats.reset()
