@@ -902,7 +902,10 @@ random_processors = st.fixed_dictionaries(
     prompt_length=st.integers(1, 20),
     prompt_seed=st.integers(0, 10**6),
     num_padding=st.integers(0, 3),
-    method=st.sampled_from(list(METHODS.values())),
+    method=st.sampled_from(
+        [*METHODS.values(), {"method": "griffin", "reselect_every": 1}, {"method": "griffin", "reselect_every": 2}]
+    ),
+    draft_confidence=st.sampled_from([0.0, 0.3, 0.9]),
     density=st.floats(0.02, 1.0),
     kernel_size=st.integers(2, 9),
     max_new_tokens=st.integers(1, 22),
@@ -915,6 +918,7 @@ def test_any_call_gives_the_dense_output(
     prompt_seed,
     num_padding,
     method,
+    draft_confidence,
     density,
     kernel_size,
     max_new_tokens,
@@ -928,5 +932,6 @@ def test_any_call_gives_the_dense_output(
         "max_new_tokens": max_new_tokens,
         **processors,
     }
-    with make_twin(model, method, density=density, kernel_size=kernel_size) as sparse:
+    fields = {"density": density, "kernel_size": kernel_size, "draft_confidence": draft_confidence}
+    with make_twin(model, method, **fields) as sparse:
         assert generate(model, assistant_model=sparse, **kwargs).tolist() == generate(model, **kwargs).tolist()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import tiny_model
 from tiny import METHODS, VOCAB_SIZE, build_model, make_prompt
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from hf_sirius import SiriusConfig, make_sparse
@@ -273,6 +273,63 @@ def test_cast_weights_are_freed_with_the_call(monkeypatch):
         model.generate(make_prompt(), assistant_model=twin, max_new_tokens=8)
         gc.collect()
         assert held and all(ref() is None for ref in held)
+
+
+@pytest.mark.parametrize("every", [None, 1, 3])
+def test_griffin_chooses_anew_from_all_that_was_read(monkeypatch, every):
+    model, prompt = build_model(), make_prompt()
+    chosen, select = [], Griffin.select
+
+    def noting(method):
+        select(method)
+        chosen.append([neuron_indices.tolist() for neuron_indices in method.neuron_indices])
+
+    monkeypatch.setattr(Griffin, "select", noting)
+    read = []
+    with make_sparse(model, method="griffin", density=0.25, kernel_size=4, reselect_every=every) as twin:
+        noting_inputs = model.register_forward_pre_hook(
+            lambda _, args, inputs: read.append(inputs["input_ids"]), with_kwargs=True
+        )
+        model.generate(prompt, assistant_model=twin, max_new_tokens=30)
+        noting_inputs.remove()
+        num_cycles = twin.stats.num_cycles
+    assert len(chosen) == 1 + (num_cycles // every if every else 0)
+    if every != 1:
+        return
+    # A rolled-back token has had its say: the model read it.
+    sites, cache = find_mlps(model), DynamicCache()
+    statistic = [torch.zeros(NUM_NEURONS, dtype=torch.float64) for _ in sites]
+
+    def add(site, z):
+        statistic[site.idx] += (z / z.norm(dim=-1, keepdim=True)).square().sum(dim=0)
+
+    accepted = [cycle.advance_length for cycle in twin.stats.cycles]
+    with torch.no_grad():
+        for input_ids, num_kept in zip(read, [prompt.shape[1], *accepted], strict=True):
+            with observing(sites, "neurons", add):
+                model(input_ids, past_key_values=cache)
+            if num_kept < input_ids.shape[1]:
+                cache.crop(num_kept - input_ids.shape[1])
+    assert chosen[-1] == [s.topk(NUM_NEURONS // 4).indices.sort().values.tolist() for s in statistic]
+
+
+def test_a_draft_ends_in_doubt():
+    model = build_model()
+    fields = {"method": "griffin", "density": 0.5, "kernel_size": 8, "threshold": 1.0}
+    dense = model.generate(make_prompt(), max_new_tokens=40)
+    num_drafted = []
+    for confidence in (0.0, 0.2, 0.5, 0.999):
+        with make_sparse(model, **fields, draft_confidence=confidence) as twin:
+            assert torch.equal(model.generate(make_prompt(), assistant_model=twin, max_new_tokens=40), dense)
+            stats = twin.stats
+            num_drafted.append(stats.num_drafted / stats.num_cycles)
+            doubtful = [cycle for cycle in stats.cycles if cycle.is_full and len(cycle.drafted_ids) < 7]
+            assert bool(doubtful) == (confidence > 0), "a draft that ends in doubt is none that was cut"
+            read = sum(len(c.drafted_ids) for c in stats.cycles if c.is_full) * stats.draft_density
+            num_full = stats.num_cycles - stats.num_short_cycles
+            gained = sum(c.advance_length for c in stats.cycles if c.is_full)
+            assert stats.effective_density == pytest.approx((read + num_full) / gained)
+    assert num_drafted == sorted(num_drafted, reverse=True) and num_drafted[0] > 6 and 0.9 < num_drafted[-1] < 2
 
 
 def test_griffin_refuses_a_norm_over_all_neurons():

@@ -181,8 +181,8 @@ def sampled_model():
     return model
 
 
-def make_sampling_twin(model, threshold: float = 1.0):
-    return make_sparse(model, method="griffin", density=1 / 8, kernel_size=KERNEL_SIZE, threshold=threshold)
+def make_sampling_twin(model, threshold: float = 1.0, **fields):
+    return make_sparse(model, method="griffin", density=1 / 8, kernel_size=KERNEL_SIZE, threshold=threshold, **fields)
 
 
 @torch.no_grad()
@@ -233,6 +233,15 @@ def test_sampling_at_threshold_one_keeps_the_dense_distribution(kwargs):
         counts = sample(model, 400, assistant_model=sparse, **kwargs)
         assert 0.1 < sparse.stats.total.acceptance_rate < 0.9, "the draft should be neither right nor useless"
     assert p_value(counts, exact_probabilities(model, **kwargs)) > 1e-3
+
+
+def test_ending_drafts_in_doubt_keeps_the_dense_distribution():
+    model = sampled_model()
+    with make_sampling_twin(model, draft_confidence=0.4) as sparse:
+        counts = sample(model, 400, assistant_model=sparse, top_k=0)
+        total = sparse.stats.total
+        assert total.num_cycles < total.num_drafted < (KERNEL_SIZE - 1) * total.num_cycles, "some drafts, not all"
+    assert p_value(counts, exact_probabilities(model)) > 1e-3
 
 
 def sample_accepting_every_draft(model):
