@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_sirius
 from hf_sirius.benchmark import PeakMemory, offload_to_folder, widen
 from hf_sirius.evaluation import generator, problem_prompt
+from hf_sirius.offload import streaming_hook
 
 
 def load(args, device: torch.device, folder: str):
@@ -75,8 +76,9 @@ def main():
     with tempfile.TemporaryDirectory(prefix="hf_sirius_offload_") as temporary:
         model, tokenizer, prompt = load(args, device, args.folder or temporary)
         inputs = tokenizer(prompt, return_tensors="pt").to(device)
-        num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        print(f"{num_bytes / 2**30:.2f} GiB of weights, streamed for each forward of the model")
+        streamed = [module for module in model.modules() if streaming_hook(module) is not None]
+        num_bytes = sum(p.numel() * p.element_size() for m in streamed for p in m.parameters(recurse=False))
+        print(f"{num_bytes / 2**30:.2f} GiB of weights are streamed for each forward of the model")
         sparse = hf_sirius.make_sparse(
             model, method="griffin", density=args.density, kernel_size=args.kernel_size, threshold=1.0,
             draft_dtype=args.draft_dtype, draft_scope="all", draft_memory=args.draft_memory,
@@ -89,7 +91,7 @@ def main():
             seconds, growth = time.perf_counter() - start, memory.growth()
             rates[name] = (outputs[name].shape[1] - inputs["input_ids"].shape[1]) / seconds
             peak = (
-                "unknown" if growth is None else f"{growth / 2**30:.2f} GiB ({growth / num_bytes:.0%} of the weights)"
+                "unknown" if growth is None else f"{growth / 2**30:.2f} GiB ({growth / num_bytes:.0%} of these weights)"
             )
             print(f"{name + ':':8} {rates[name]:6.2f} tokens/s, peak memory of the generation {peak}")
         print(f"the same output: {torch.equal(outputs['dense'], outputs['Sirius'])}")

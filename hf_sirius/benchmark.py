@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import disk_offload
+from accelerate.utils.offload import PrefixedDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -85,21 +86,15 @@ class _StreamedBytes:
                 hook.weights_map = _CountedWeights(hook.weights_map, self)
 
 
-class _CountedWeights(Mapping):
+class _CountedWeights(PrefixedDataset):
     def __init__(self, weights: Mapping, counter: _StreamedBytes):
-        self.weights = weights
+        super().__init__(weights, prefix="")
         self.counter = counter
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self.weights[name]
+        weight = super().__getitem__(name)
         self.counter.num_bytes += weight.nbytes
         return weight
-
-    def __iter__(self):
-        return iter(self.weights)
-
-    def __len__(self):
-        return len(self.weights)
 
 
 class PeakMemory:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteriaList
 
-from .offload import check_offload, running, taking
+from .offload import check_offload, is_offloaded, running, taking
 from .sparsity import method_class
 
 
@@ -48,7 +48,12 @@ class Call(contextlib.AbstractContextManager):
         return _current.get()
 
     def __enter__(self) -> "Call":
-        if self.twin.is_offloaded:
+        if is_offloaded(self.model):
+            if not self.twin.is_offloaded:
+                raise ValueError(
+                    f"{type(self.model).__name__} was offloaded after make_sparse, whose twin knows nothing of it: "
+                    "detach this one, and call make_sparse again"
+                )
             check_offload(self.model)
             self.undo.enter_context(running(self.model))
         self._token = _current.set(self)

@@ -234,12 +234,17 @@ def _check_int(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int or None, got {value!r}")
 
 
+def memory_bytes(value: int | str) -> int:
+    """Returns a number of bytes, from an int or a string such as "6GiB"."""
+    return int(value) if str(value).isdigit() else convert_file_size_to_int(value)
+
+
 def _check_memory(value: Any) -> None:
     allowed = "draft_memory must be a number of bytes, as an int or like '6GiB'"
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"{allowed}, got {value!r}")
     try:
-        num_bytes = convert_file_size_to_int(value)
+        num_bytes = memory_bytes(value)
     except ValueError as error:
         raise ValueError(f"{allowed} or '500MB', got {value!r}") from error
     if num_bytes < 1:

@@ -7,18 +7,18 @@ verification goes through accelerate's own hooks, once per cycle.
 
 import contextlib
 import os
+import types
 from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
-from accelerate.utils import convert_file_size_to_int
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import SiriusConfig
+from .config import SiriusConfig, memory_bytes
 from .mlp import PROJECTIONS, MlpSite, find_other_projections, projection_shape
-from .quantization import gathering_dtype, num_bytes, num_kept_neurons
+from .quantization import changes, gathering_dtype, num_bytes, num_kept_neurons
 from .sparsity.base import SparsityMethod
 
 
@@ -29,6 +29,23 @@ def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
         if isinstance(part, AlignDevicesHook) and part.offload:
             return part
     return None
+
+
+def own_forward(module: nn.Module) -> Callable | None:
+    """Returns the forward that was laid over this very module, under accelerate's if there is one, or `None`.
+
+    Raises:
+        `ValueError` if it is no method of the module, so that a copy would compute something else.
+    """
+    forward = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    if forward is None:
+        return None
+    if getattr(forward, "__self__", None) is not module:
+        raise ValueError(
+            f"a {type(module).__name__} of this model has a forward of its own ({forward!r}), such as torch.compile "
+            "makes: it would run the dense model in the twin's place. Call make_sparse first and compile afterwards."
+        )
+    return None if forward.__func__ is type(module).forward else forward.__func__
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -55,15 +72,20 @@ def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig
         `ValueError` if `draft_memory` is too small for any draft, with the number that it would need.
     """
     projections = find_other_projections(model, sites)
-    to_cast = projections if config.draft_scope == "all" else []
     streamed = _streamed_modules(model, sites, {id(getattr(*place)) for place in projections})
     first = _first_owner(model)
-    resident = [(owner, name) for owner, name in to_cast if streaming_hook(getattr(owner, name)) is None]
+    resident = [
+        place
+        for place in projections
+        if config.draft_scope == "all"
+        and changes(getattr(*place), config.draft_dtype)
+        and streaming_hook(getattr(*place)) is None
+    ]
     needed = sum(_neuron_bytes(site, config) for site in sites)
     needed += sum(_copy_bytes(getattr(*place), config) for place in resident)
     if streaming_hook(first) is not None:
         needed += _copy_bytes(first, config)
-    budget = None if config.draft_memory is None else convert_file_size_to_int(config.draft_memory)
+    budget = None if config.draft_memory is None else memory_bytes(config.draft_memory)
     if budget is not None and budget < needed:
         raise ValueError(
             f"draft_memory={config.draft_memory!r} is too small for any draft of this model: the gathered neurons "
@@ -71,9 +93,11 @@ def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig
             "lower the density, or choose a smaller draft_dtype"
         )
     for owner, name in streamed:
-        size = _copy_bytes(getattr(owner, name), config)
-        if getattr(owner, name) is first:
+        module = getattr(owner, name)
+        if module is first:
             continue
+        own_forward(module)  # which may not be fit for a copy
+        size = _copy_bytes(module, config)
         if budget is None or needed + size <= budget:
             resident.append((owner, name))
             needed += size
@@ -106,7 +130,7 @@ def _first_owner(model: nn.Module) -> nn.Module:
 
 def _copy_bytes(module: nn.Module, config: SiriusConfig) -> int:
     if isinstance(module, PROJECTIONS) and config.draft_scope == "all":
-        return num_bytes(*projection_shape(module), module.bias is not None, config.draft_dtype, module.weight.dtype)
+        return num_bytes(module, config.draft_dtype)
     tensors = (*module._parameters.values(), *module._buffers.values())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
@@ -115,12 +139,14 @@ def _neuron_bytes(site: MlpSite, config: SiriusConfig) -> int:
     num_kept = num_kept_neurons(config.density, site.num_neurons, config.draft_dtype)
     total = 0
     for part in site.parts:
-        out_features, in_features = projection_shape(part)
+        as_it_is = num_kept == site.num_neurons and not changes(part, config.draft_dtype)
+        if as_it_is and streaming_hook(part) is None:
+            continue
         if part is site.down:
-            in_features = num_kept
+            total += num_bytes(part, config.draft_dtype, num_columns=num_kept)
         else:
-            out_features = out_features // site.num_neurons * num_kept
-        total += num_bytes(out_features, in_features, part.bias is not None, config.draft_dtype, part.weight.dtype)
+            num_rows = projection_shape(part)[0] // site.num_neurons * num_kept
+            total += num_bytes(part, config.draft_dtype, num_rows=num_rows)
     return total
 
 
@@ -163,6 +189,10 @@ def running(model: nn.Module) -> Iterator[None]:
     try:
         if hook is not None:
             hook.pre_forward(owner)
+            # Accelerate finds tied weights by their address, which will be another weight's before the call ends.
+            for pointer, device in hook.tied_pointers_to_remove:
+                hook.tied_params_map[pointer].pop(device, None)
+            hook.tied_pointers_to_remove = set()
             hook.offload = False
         yield
     finally:
@@ -182,9 +212,9 @@ def taking(method: SparsityMethod, sites: list[MlpSite], others: list[nn.Module]
 
     def keep(part: nn.Module, loaded: nn.Module) -> None:
         # Until the MLP's neurons are known, which is when its down projection runs.
-        for name, parameter in loaded._parameters.items():
-            if parameter is not None and gathered_as is not None and gathered_as.itemsize < parameter.itemsize:
-                loaded._parameters[name] = nn.Parameter(parameter.detach().to(gathered_as), requires_grad=False)
+        weight = loaded.weight.detach()
+        if gathered_as is not None and gathered_as.itemsize < weight.itemsize:
+            loaded._parameters["weight"] = nn.Parameter(weight.to(gathered_as), requires_grad=False)
         waiting[part] = loaded
 
     def choose(site: MlpSite) -> None:
@@ -215,7 +245,7 @@ def taking(method: SparsityMethod, sites: list[MlpSite], others: list[nn.Module]
 def _on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[None]:
     """Within the block, hands a copy of the module to `take` whenever accelerate has loaded its weights."""
     hook = module._hf_hook
-    load = hook.pre_forward
+    load, outer = hook.pre_forward, vars(hook).get("pre_forward")
 
     def pre_forward(module, *args, **kwargs):
         inputs = load(module, *args, **kwargs)
@@ -227,6 +257,8 @@ def _on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[N
         yield
     finally:
         del hook.pre_forward
+        if outer is not None:
+            hook.pre_forward = outer
 
 
 def _loaded_copy(module: nn.Module) -> nn.Module:
@@ -235,5 +267,7 @@ def _loaded_copy(module: nn.Module) -> nn.Module:
     copy.__dict__.update(module.__dict__)
     for name in ("_hf_hook", "forward", "_old_forward"):
         copy.__dict__.pop(name, None)
+    if (forward := own_forward(module)) is not None:
+        copy.forward = types.MethodType(forward, copy)
     copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
     return copy

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .mlp import neuron_weight
+from .mlp import neuron_weight, projection_shape
 
 
 _NF4_BLOCK = 64  # values that share a scale, along a row
@@ -122,17 +122,29 @@ def draft_linear(
     return _4bit_linear(weight, bias, quantized_as, compute_dtype)
 
 
-def num_bytes(out_features: int, in_features: int, has_bias: bool, draft_dtype: str | None, dtype: torch.dtype) -> int:
-    """Returns the bytes of a `draft_linear` of this size, where `dtype` is the model's."""
+def changes(projection: nn.Module, draft_dtype: str | None) -> bool:
+    """Whether a draft of this dtype has another weight than the projection itself."""
+    return draft_dtype is not None and str(projection.weight.dtype) != f"torch.{draft_dtype}"
+
+
+def num_bytes(
+    projection: nn.Module, draft_dtype: str | None, num_rows: int | None = None, num_columns: int | None = None
+) -> int:
+    """Returns the bytes of a `draft_linear` with so many rows and columns, all by default."""
+    out_features, in_features = projection_shape(projection)
+    out_features = out_features if num_rows is None else num_rows
+    in_features = in_features if num_columns is None else num_columns
+    has_bias = projection.bias is not None
+    bias_itemsize = min(projection.bias.itemsize, torch.float32.itemsize) if has_bias else 0
+    if draft_dtype is None:
+        draft_dtype = "int8" if is_8bit(projection) else "nf4" if is_4bit(projection) else None
     if draft_dtype == "int8":
-        row_bytes = _padded(in_features, _INT8_COLUMNS) + 4 + has_bias * torch.float16.itemsize
-        return out_features * row_bytes
-    if draft_dtype == "nf4":
+        return out_features * (_padded(in_features, _INT8_COLUMNS) + 4 + has_bias * torch.float16.itemsize)
+    if draft_dtype == "nf4":  # fp4 takes as much
         rows, columns = _padded(out_features, _NF4_ROWS), _padded(in_features, _NF4_BLOCK)
-        bias_itemsize = min(dtype.itemsize, torch.float32.itemsize)
-        return rows * columns // 2 + rows * columns // _NF4_BLOCK * 4 + has_bias * rows * bias_itemsize
-    itemsize = getattr(torch, draft_dtype).itemsize if draft_dtype else dtype.itemsize
-    return out_features * (in_features + has_bias) * itemsize
+        return rows * columns // 2 + rows * columns // _NF4_BLOCK * 4 + rows * bias_itemsize
+    dtype = getattr(torch, draft_dtype) if draft_dtype else projection.weight.dtype
+    return out_features * (in_features + has_bias) * dtype.itemsize
 
 
 def gathering_dtype(draft_dtype: str | None) -> torch.dtype | None:
@@ -157,7 +169,7 @@ def check_draft_dtype(draft_dtype: str | None, device: torch.device) -> None:
             f"draft_dtype={draft_dtype!r} needs bitsandbytes: pip install hf_sirius[bnb], or use 'bfloat16'"
         )
     try:
-        projection = nn.Linear(_NF4_BLOCK, _NF4_ROWS, device=device)
+        projection = _linear(torch.ones(_NF4_ROWS, _NF4_BLOCK, device=device), None)
         with torch.no_grad():
             draft_linear(projection, draft_dtype)(torch.ones(1, _NF4_BLOCK, device=device))
     except Exception as error:

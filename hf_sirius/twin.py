@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .call import Call
 from .config import SiriusConfig
 from .mlp import MlpSite
-from .offload import find_held, is_offloaded
+from .offload import find_held, is_offloaded, own_forward
 from .sparsity import method_class
 from .sparsity.base import TwinModule
 from .stats import GenerationStats
@@ -183,21 +183,15 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
         if isinstance(value, dict) and name.startswith("_") and name not in ("_parameters", "_buffers"):
             twin.__dict__[name] = value.copy()
     hook = twin.__dict__.pop("_hf_hook", None)
+    # Accelerate's `forward` is bound to the original, whose dense code it would run.
+    twin.__dict__.pop("forward", None)
+    twin.__dict__.pop("_old_forward", None)
+    if (forward := own_forward(module)) is not None:
+        twin.__dict__["forward"] = types.MethodType(forward, twin)
     if hook is not None:
-        # Accelerate's `forward` is bound to the original, whose dense code it would run.
         from accelerate.hooks import add_hook_to_module
 
-        twin.__dict__.pop("forward", None)
-        twin.__dict__.pop("_old_forward", None)
         hook.init_hook = lambda module: module  # the weights are where they should be already
         add_hook_to_module(twin, hook)
         del hook.init_hook
-    elif (forward := twin.__dict__.get("forward")) is not None:
-        if getattr(forward, "__self__", None) is not module:
-            raise ValueError(
-                f"a {type(module).__name__} of this model has a forward of its own ({forward!r}), such as "
-                "torch.compile makes: it would run the dense model in the twin's place. Call make_sparse first and "
-                "compile afterwards."
-            )
-        twin.__dict__["forward"] = types.MethodType(forward.__func__, twin)
     return twin

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from hf_sirius import Calibration, SiriusConfig
 from hf_sirius.calibration import CALIBRATION_NAME
-from hf_sirius.config import CONFIG_NAME, DRAFT_DTYPES, DRAFT_SCOPES
+from hf_sirius.config import CONFIG_NAME, DRAFT_DTYPES, DRAFT_SCOPES, memory_bytes
 
 
 FIELDS = [field.name for field in dataclasses.fields(SiriusConfig)]
@@ -153,6 +153,11 @@ def test_a_calibration_must_be_one(value):
 def test_settings_that_contradict_each_other_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         SiriusConfig(**fields)
+
+
+@pytest.mark.parametrize("value, expected", [(7, 7), ("1000", 1000), ("6GiB", 6 * 2**30), ("500MB", 500_000_000)])
+def test_a_number_of_bytes(value, expected):
+    assert memory_bytes(SiriusConfig(method="griffin", draft_memory=value).draft_memory) == expected
 
 
 @pytest.mark.parametrize("fields", [{"density": 1}, {"threshold": 0}, {"threshold": 1.0}, {"kernel_size": 2}])

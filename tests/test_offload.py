@@ -2,20 +2,23 @@
 
 import gc
 import re
+import types
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from families import available_families, tiny_model
 from tiny import build_model, make_prompt
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from hf_sirius import make_sparse
+from hf_sirius import offload as offload_module
 from hf_sirius.config import DRAFT_DTYPES
 from hf_sirius.offload import is_offloaded, streaming_hook
+from hf_sirius.sparsity.griffin import Griffin
 
 
 FIELDS = {"method": "griffin", "density": 0.5, "threshold": 1.0, "kernel_size": 5}
@@ -211,6 +214,54 @@ def test_what_a_draft_holds_is_what_the_budget_counts(kind, draft_dtype, draft_s
             assert len(smaller.others) == len(sparse.others) - 1
 
 
+@pytest.mark.parametrize("draft_scope", ["mlp", "all"])
+def test_tied_weights(draft_scope, offload):
+    model = build_model(tie_word_embeddings=True)
+    fields = {**FIELDS, "draft_dtype": "bfloat16", "draft_scope": draft_scope}
+    densities, outputs = [], []
+    for prepare in (lambda model: model, offload):
+        prepare(model)
+        with make_sparse(model, **fields) as sparse:
+            outputs.append(model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=20))
+            densities.append(sparse.stats.draft_density)
+    assert torch.equal(*outputs) and densities[0] == pytest.approx(densities[1])
+
+
+def test_no_copy_is_made_of_what_is_kept_as_it_is():
+    model = build_model(dtype=torch.bfloat16)
+    fields = {**FIELDS, "density": 1.0}
+    for more in ({}, {"draft_dtype": "bfloat16", "draft_scope": "all"}):
+        with make_sparse(model, **fields, **more, draft_memory=1) as sparse, sparse.new_call() as call:
+            with call.observing(None):
+                model(make_prompt())
+            call.method.select()
+            assert not call.method.held
+
+
+def test_a_forward_of_a_modules_own_is_drafted_with():
+    model = build_model()
+    norm = model.model.norm
+    norm.forward = types.MethodType(lambda self, x: type(self).forward(self, x).roll(7, -1), norm)
+    dense = model.generate(make_prompt(), max_new_tokens=20)
+    cpu_offload(model)
+    with make_sparse(model, **{**FIELDS, "density": 1.0}) as sparse:
+        assert torch.equal(model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=20), dense)
+        assert sparse.stats.acceptance_rate == 1
+
+
+@pytest.mark.parametrize("path", ["model.norm", "model.layers.1"])
+def test_a_forward_that_cannot_be_copied_is_refused(path):
+    model = build_model()
+    module = model.get_submodule(path)
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    cpu_offload(model)
+    if path == "model.layers.1":  # accelerate has no hook for it: it has no weights of its own
+        add_hook_to_module(module, ModelHook())
+    with pytest.raises(ValueError, match=r"has a forward of its own .*compile afterwards"):
+        make_sparse(model, **FIELDS)
+
+
 # What is left
 
 
@@ -225,11 +276,43 @@ def test_copies_are_freed_with_the_call(offload):
                 held.extend(weakref.ref(parameter) for parameter in module.parameters())
             return scores
 
+    gc.collect()
+    gc.disable()  # at once, and not when the collector finds them
     with make_sparse(model, **FIELDS) as sparse:
         model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12, logits_processor=[Note()])
-        gc.collect()
+        gc.enable()
         resident = {id(parameter) for parameter in model.parameters()}
         assert held and all(ref() is None or id(ref()) in resident for ref in held)
+
+
+def test_the_prefill_keeps_one_mlp_at_a_time(tmp_path, monkeypatch):
+    """A whole gate and up projection wait for the choice of neurons, and no longer."""
+    model = offload_to_disk(build_model(num_hidden_layers=4), tmp_path)
+    waiting, num_waiting = weakref.WeakSet(), []
+    copy_of = offload_module._loaded_copy
+
+    def noting(module):
+        loaded = copy_of(module)
+        if getattr(module, "out_features", None) == 64:
+            waiting.add(loaded)
+            num_waiting.append(len(waiting))
+        return loaded
+
+    monkeypatch.setattr(offload_module, "_loaded_copy", noting)
+    with make_sparse(model, **FIELDS) as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=4)
+    assert num_waiting == [1, 2] * 4
+
+
+def test_what_is_held_is_not_taken_again(tmp_path, monkeypatch):
+    model = offload_to_disk(build_model(), tmp_path)
+    taken, hold = [], Griffin.hold
+    monkeypatch.setattr(
+        Griffin, "hold", lambda self, module, loaded: (taken.append(module), hold(self, module, loaded))
+    )
+    with make_sparse(model, **FIELDS, reselect_every=1) as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=20)
+        assert sparse.stats.num_cycles > 2 and sorted(map(id, taken)) == sorted(map(id, sparse.others))
 
 
 class Interrupted(BaseException):
@@ -246,15 +329,15 @@ def test_an_interrupted_pass_leaves_the_model_usable(part, after, error, offload
     forwards = []
     streamed = model.get_submodule(part)
 
-    def interrupt(*args, **kwargs):
-        forwards.append(1)
+    def interrupt(self, hidden_states):
+        forwards.extend([1] if self is streamed else [])
         if len(forwards) == after:
             raise error("in the middle of a streamed pass")
-        return torch.nn.Linear.forward(streamed, *args, **kwargs)
+        return type(self).forward(self, hidden_states)
 
     with make_sparse(model, **FIELDS) as sparse:
         forward = streamed._old_forward
-        streamed._old_forward = interrupt
+        streamed._old_forward = types.MethodType(interrupt, streamed)
         with pytest.raises(error, match="in the middle"):
             model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=20)
         streamed._old_forward = forward
@@ -285,6 +368,14 @@ def test_refuses_what_would_be_streamed_for_every_token(tmp_path):
     with pytest.raises(ValueError, match=r"offloaded by accelerate.*'cats'.*Use method='griffin'"):
         make_sparse(model, method="cats")
     assert "generate" not in model.__dict__
+
+
+def test_refuses_a_model_that_was_offloaded_after_the_twin_was_made(tmp_path):
+    model = build_model()
+    with make_sparse(model, **FIELDS) as sparse:
+        offload_to_disk(model, tmp_path)
+        with pytest.raises(ValueError, match=r"was offloaded after make_sparse.*call make_sparse again"):
+            model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=4)
 
 
 def test_refuses_blocks_loaded_as_a_whole():

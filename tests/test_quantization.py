@@ -89,7 +89,7 @@ def test_a_drafts_projection_computes_what_the_chosen_part_does(kind, draft_dtyp
     assert outputs.dtype == hidden_states.dtype and outputs.shape == expected.shape
     scale = hidden_states.norm(dim=-1, keepdim=True) * weight.norm(dim=-1)
     assert ((outputs - expected).abs() <= TOLERANCE[draft_dtype] * (scale + expected.abs() + 1)).all()
-    promised = num_bytes(*weight.shape, bias, draft_dtype, torch.float32)
+    promised = num_bytes(projection, draft_dtype, *(None if i is None else len(i) for i in (rows, columns)))
     assert held_bytes(draft_linear(projection, draft_dtype, rows, columns)) == promised
 
 
@@ -136,6 +136,8 @@ def test_neurons_of_a_quantized_layer(kind, warm):
     # 4-bit kernels may compute in bfloat16; int8 rows are the very same.
     torch.testing.assert_close(outputs, expected, rtol=0.05, atol=0.0 if kind == "int8" else 0.5)
     assert (halves[0] - halves[1]).norm() < 0.05 * halves[1].norm()
+    promised = num_bytes(layer, None, num_rows=len(rows))
+    assert promised * 0.95 <= held_bytes(draft_linear(layer, None, rows=rows)) <= promised
     weight = dense_weight(layer)
     assert weight.shape == (96, 128) and num_elements(layer.weight) == 96 * 128
     source = make_projection("Linear", 128, 96).weight
@@ -224,6 +226,29 @@ def test_a_quantized_model_can_be_calibrated_for(quantized_reasoner):
     with make_sparse(model, threshold=1.0, calibration=calibration) as sparse:
         output = model.generate(**prompts[0], assistant_model=sparse, max_new_tokens=100, do_sample=False)
     assert torch.equal(output, expected[0])
+
+
+def test_make_sparse_draws_no_random_number():
+    draws = []
+    for draft_dtype in (None, "bfloat16", "int8", "nf4"):
+        model = build_model()
+        torch.manual_seed(0)
+        make_sparse(model, method="griffin", draft_dtype=draft_dtype)
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 1
+
+
+@pytest.mark.parametrize(
+    "dtype, draft_dtype", [(torch.bfloat16, None), (torch.float32, "bfloat16"), (torch.float32, None)]
+)
+def test_bfloat16_drafts_run_past_onednn(dtype, draft_dtype):
+    model, seen = build_model(dtype=dtype), []
+    with make_sparse(model, method="griffin", draft_dtype=draft_dtype) as sparse:
+        note = sparse.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=8)
+        note.remove()
+    is_bfloat16 = torch.bfloat16 in (dtype, getattr(torch, draft_dtype or "float32"))
+    assert seen and set(seen) == {not is_bfloat16 and torch.backends.mkldnn.enabled}
 
 
 def test_onednn_is_back_when_the_last_draft_has_ended():

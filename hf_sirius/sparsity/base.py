@@ -79,15 +79,20 @@ class SparsityMethod(ABC):
         mlps_read = [self.num_parameters_read(site) for site in self.sites]
         if None in mlps_read:
             return None
-        head = model.get_output_embeddings()
+        head, decoder = model.get_output_embeddings(), model.get_decoder()
         head_parameters = {id(p): num_elements(p) for p in head.parameters()} if head is not None else {}
-        decoder = model.get_decoder()
         unread = sum(
             module.weight.numel() - module.weight.shape[-1]
             for module in decoder.modules()
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
         num_parameters = sum(({id(p): num_elements(p) for p in decoder.parameters()} | head_parameters).values())
+        embedding = model.get_input_embeddings()
+        is_tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        if is_tied and head.weight.is_meta and id(embedding.weight) not in head_parameters:
+            # Offloaded, they are two parameters of one and the same weight.
+            unread -= embedding.weight.numel() - embedding.weight.shape[-1]
+            num_parameters -= head.weight.numel()
         mlps = sum(site.num_parameters() for site in self.sites)
         return (num_parameters - unread - mlps + sum(mlps_read)) / num_parameters
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..mlp import PROJECTIONS, MlpSite, projection_shape
-from ..quantization import draft_linear, native_products, num_kept_neurons
+from ..quantization import changes, draft_linear, native_products, num_kept_neurons
 from .base import SparsityMethod, TwinModule
 
 
@@ -59,7 +59,8 @@ class Griffin(SparsityMethod):
 
     @contextlib.contextmanager
     def drafting(self):
-        on_cpu = self.config.draft_dtype == "bfloat16" and self.sites[0].down.weight.device.type in ("cpu", "meta")
+        weights = (parameter for module in self.held.values() for parameter in module.parameters())
+        on_cpu = any(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
         with super().drafting(), native_products() if on_cpu else contextlib.nullcontext():
             yield
 
@@ -79,7 +80,7 @@ class Griffin(SparsityMethod):
         """
         neuron_indices = self.neuron_indices[site.idx]
         draft_dtype = self.config.draft_dtype
-        if len(neuron_indices) == site.num_neurons and draft_dtype is None and loaded is part:
+        if len(neuron_indices) == site.num_neurons and not changes(part, draft_dtype) and loaded is part:
             return  # every neuron is kept as it is
         if part is site.down:
             rows, columns = None, neuron_indices
@@ -92,7 +93,8 @@ class Griffin(SparsityMethod):
     @torch.no_grad()
     def hold(self, module: nn.Module, loaded: nn.Module) -> None:
         """Takes a module outside the MLPs, cast if `draft_scope` says so; `loaded` as in `gather`."""
-        if isinstance(module, PROJECTIONS) and self.config.draft_scope == "all":
+        is_cast = self.config.draft_scope == "all" and isinstance(module, PROJECTIONS)
+        if is_cast and changes(module, self.config.draft_dtype):
             loaded = draft_linear(loaded, self.config.draft_dtype, compute_dtype=module.weight.dtype)
         self.held[module] = loaded
 
