@@ -74,7 +74,10 @@ def test_reasoner_training_goes_on_from_its_checkpoint(tmp_path):
     run("examples/reasoner/train.py", *options, "--num_steps", "4")
     run("examples/reasoner/export.py", str(tmp_path), "--output_dir", str(tmp_path / "exported"))
     assert (tmp_path / "exported" / "model.safetensors").is_file()
-    assert "4 steps" in (tmp_path / "exported" / "README.md").read_text()
+    assert "4 steps" in (tmp_path / "exported" / "README.md").read_text().replace("\n ", "")
+    longer = ("--output_dir", str(tmp_path / "longer"), "--init_from", str(tmp_path / "exported"), "--batch_size", "4")
+    run("examples/reasoner/train.py", *longer, "--num_steps", "1", "--max_equations", "12", "--num_eval_problems", "2")
+    assert (tmp_path / "longer" / "checkpoint.pt").is_file()
 
 
 def test_python_of_the_readme(tmp_path, monkeypatch):

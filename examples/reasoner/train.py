@@ -4,11 +4,14 @@
     python examples/reasoner/train.py --output_dir runs/reasoner
     python examples/reasoner/train.py --output_dir runs/reasoner --num_steps 4000 --neuron_dropout 0.3
     python examples/reasoner/export.py runs/reasoner        # writes hf_sirius/reasoner/
+    python examples/reasoner/train.py --output_dir runs/longer --init_from hf_sirius/reasoner/model --short_steps 0 \
+        --max_equations 36 --num_steps 1500 --batch_size 24 --learning_rate 1e-3 --warmup_steps 100 --neuron_dropout 0.3
 
 It checkpoints every `--save_every` steps and goes on from the last checkpoint when started again: the second command
 adds steps with dropout on the MLPs' neurons, at the end of the schedule (the weights that ship had a larger
 --learning_rate there, see their card). Without them a model of this size is so brittle that half of its neurons, chosen
-by GRIFFIN, draft 13.5 tokens of 16 instead of 15.
+by GRIFFIN, draft 13.5 tokens of 16 instead of 15. The third goes on from saved weights to longer problems, since a model
+that has seen 10 equations at most solves no 12.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from pathlib import Path
 import torch
 from problems import problems, vocabulary
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 logger = logging.getLogger("train")
@@ -126,6 +129,8 @@ def main():
     parser.add_argument(
         "--short_steps", type=int, default=900, help="steps at the start on problems of 1 to 4 equations"
     )
+    parser.add_argument("--max_equations", type=int, default=10, help="of a problem after those steps")
+    parser.add_argument("--init_from", help="a saved model to begin with, in place of random weights")
     parser.add_argument("--neuron_dropout", type=float, default=0.0, help="dropout rate on the MLPs' neurons")
     parser.add_argument("--batch_size", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
@@ -140,7 +145,7 @@ def main():
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(args.init_from) if args.init_from else build_model(tokenizer)
     logger.info("%d parameters, %d tokens in the vocabulary", model.num_parameters(), len(tokenizer))
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(
@@ -163,7 +168,7 @@ def main():
 
     stages = {
         "short": batches(tokenizer, args.batch_size, args.seed + 1000 + first_step, 1, 4),
-        "long": batches(tokenizer, args.batch_size, args.seed + 5000 + first_step, 4, 10),
+        "long": batches(tokenizer, args.batch_size, args.seed + 5000 + first_step, 4, args.max_equations),
     }
     started, losses, num_tokens = time.perf_counter(), [], 0
     for step in range(first_step, args.num_steps):
