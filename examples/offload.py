@@ -39,27 +39,27 @@ from hf_sirius.offload import streaming_hook
 
 
 def load(args, device: torch.device, folder: str):
-    """Returns the offloaded model, its tokenizer and a prompt."""
+    """Returns the offloaded model and its tokenizer."""
     if args.model:
         resident = device.index if device.type == "cuda" else "cpu"
         model = AutoModelForCausalLM.from_pretrained(
             args.model, dtype="auto", device_map="auto", offload_folder=folder,
             max_memory={"cpu": args.cpu_memory, resident: args.resident},
         )  # fmt: skip
-        tokenizer, prompt = AutoTokenizer.from_pretrained(args.model), args.prompt
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
     else:
         model = AutoModelForCausalLM.from_pretrained(hf_sirius.reasoner_path(), dtype=torch.float32)
         model = widen(model, args.hidden_factor, args.neuron_factor)
         offload_to_folder(model, folder, str(device))
         tokenizer = AutoTokenizer.from_pretrained(hf_sirius.reasoner_path())
-        prompt = problem_prompt(hf_sirius.reasoner_problems("long")[0]["question"])
-    return model, tokenizer, args.prompt or prompt
+    return model, tokenizer
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="id on the hub, or path")
-    parser.add_argument("--prompt", help="text to continue")
+    question = hf_sirius.reasoner_problems("long")[0]["question"]
+    parser.add_argument("--prompt", default=problem_prompt(question), help="text to continue")
     parser.add_argument("--resident", default="1GiB", help="of --model: what accelerate keeps where it is computed")
     parser.add_argument("--cpu_memory", default="0GiB", help="of --model: what accelerate keeps in CPU memory")
     parser.add_argument("--folder", help="an empty directory for the weights on disk (default: a temporary one)")
@@ -74,10 +74,14 @@ def main():
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="hf_sirius_offload_") as temporary:
-        model, tokenizer, prompt = load(args, device, args.folder or temporary)
-        inputs = tokenizer(prompt, return_tensors="pt").to(device)
+        model, tokenizer = load(args, device, args.folder or temporary)
+        inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
         streamed = [module for module in model.modules() if streaming_hook(module) is not None]
         num_bytes = sum(p.numel() * p.element_size() for m in streamed for p in m.parameters(recurse=False))
+        if not streamed:
+            parser.error(
+                f"the whole model fits into --resident {args.resident}: lower that, or there is no need for it"
+            )
         print(f"{num_bytes / 2**30:.2f} GiB of weights are streamed for each forward of the model")
         sparse = hf_sirius.make_sparse(
             model, method="griffin", density=args.density, kernel_size=args.kernel_size, threshold=1.0,

@@ -100,12 +100,12 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
 def _check_quantization(model: PreTrainedModel, offloaded: bool) -> None:
     if not getattr(model, "is_quantized", False):
         return
-    quantization = getattr(model.config, "quantization_config", None)
-    if getattr(model, "quantization_method", None) != QuantizationMethod.BITS_AND_BYTES:
+    method = getattr(model, "quantization_method", None)
+    if method != QuantizationMethod.BITS_AND_BYTES:
         raise ValueError(
-            f"{type(model).__name__} is quantized ({type(quantization).__name__}), of which hf_sirius cannot take "
-            "neurons: load it with BitsAndBytesConfig (8 or 4 bits), or without quantization and with a draft_dtype of "
-            "griffin's"
+            f"{type(model).__name__} is quantized by {getattr(method, 'value', method)}, of which hf_sirius cannot "
+            "take neurons: load it with BitsAndBytesConfig (8 or 4 bits), or without quantization and with a "
+            "draft_dtype of griffin's"
         )
     if offloaded:
         raise ValueError(

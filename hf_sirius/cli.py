@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         _add(parser_, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
         _add(parser_, "--device", default="cpu", help="device that computes (default: cpu)")
         _add(parser_, "--json", help="file to write the figures to; by default they go to standard output")
-        _add_config_options(parser_.add_argument_group("sparsity and correction (SiriusConfig)"))
+        group = parser_.add_argument_group("sparsity and correction (SiriusConfig)")
+        _add_config_options(group, method="griffin")
     return parser
 
 
@@ -88,7 +89,7 @@ def _add(parser, name: str, **kwargs) -> None:
     parser.add_argument(*names, **kwargs)
 
 
-def _add_config_options(group) -> None:
+def _add_config_options(group, method: str | None = None) -> None:
     # The defaults are the config's own, so an option that is not given stays None. The config validates the values.
     from .config import DRAFT_DTYPES, DRAFT_SCOPES, SELECTIONS, SiriusConfig
     from .sparsity import METHODS
@@ -109,7 +110,8 @@ def _add_config_options(group) -> None:
         "reselect_every": "for griffin: choose the neurons anew after every so many cycles",
     }
     for field in dataclasses.fields(SiriusConfig):
-        default = "" if field.default is None else f" (default: {field.default})"
+        default = method if method and field.name == "method" else field.default
+        default = "" if default is None else f" (default: {default})"
         kind = type(field.default) if field.default is not None else int if field.type == int | None else str
         _add(group, f"--{field.name}", type=kind, default=None, help=helps[field.name] + default)
 
@@ -207,6 +209,8 @@ def _bench_offload(args) -> None:
 
 
 def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
+    if args.method is None and not args.config:
+        args.method = "griffin"  # cats saves no time yet
     config = _sirius_config(args)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"the directory of --json {args.json} does not exist: make it first")

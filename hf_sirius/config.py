@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import convert_file_size_to_int
 from transformers.utils import PushToHubMixin, cached_file
 from transformers.utils.hub import hf_api
@@ -49,7 +50,7 @@ class SiriusConfig(PushToHubMixin):
             else from the prompt), so that the share kept varies by token. `"topk"`: the largest share of each token.
         calibration ([`Calibration`], *optional*):
             For `"cats"` with thresholds: what [`calibrate`] measured on a corpus. Saved and loaded with the config.
-        draft_dtype (`str`, *optional*):
+        draft_dtype (`str` or `torch.dtype`, *optional*):
             For `"griffin"`: dtype of the gathered neurons, `"bfloat16"`, `"float16"`, `"int8"` or `"nf4"` (the last two
             by bitsandbytes, `pip install hf_sirius[bnb]`); by default the model's own format. Fewer bytes to read, at a
             less faithful draft; the verification is the model's own all the same.
@@ -110,6 +111,8 @@ class SiriusConfig(PushToHubMixin):
                 f"selection and calibration belong to method='cats', but the method is {self.method!r}: leave them "
                 "out, or, to change the method of a config, pass selection='threshold' and calibration=None with it"
             )
+        if isinstance(self.draft_dtype, torch.dtype):
+            object.__setattr__(self, "draft_dtype", str(self.draft_dtype).removeprefix("torch."))
         if self.draft_dtype not in (None, *DRAFT_DTYPES):
             raise ValueError(
                 f"draft_dtype must be None (the model's) or one of {list(DRAFT_DTYPES)}, got {self.draft_dtype!r}"
@@ -236,19 +239,19 @@ def _check_int(name: str, value: Any) -> None:
 
 def memory_bytes(value: int | str) -> int:
     """Returns a number of bytes, from an int or a string such as "6GiB"."""
-    return int(value) if str(value).isdigit() else convert_file_size_to_int(value)
+    return int(value) if isinstance(value, int) or value.isdigit() else convert_file_size_to_int(value)
 
 
 def _check_memory(value: Any) -> None:
-    allowed = "draft_memory must be a number of bytes, as an int or like '6GiB'"
+    allowed = "draft_memory must be a number of bytes greater than 0, as an int or in KB, MB, GB, KiB, MiB or GiB"
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"{allowed}, got {value!r}")
     try:
         num_bytes = memory_bytes(value)
     except ValueError as error:
-        raise ValueError(f"{allowed} or '500MB', got {value!r}") from error
+        raise ValueError(f"{allowed}, got {value!r}") from error
     if num_bytes < 1:
-        raise ValueError(f"{allowed}, greater than 0, got {value!r}")
+        raise ValueError(f"{allowed}, got {value!r}")
 
 
 def _check_number(name: str, value: Any, allowed: str, is_allowed) -> None:

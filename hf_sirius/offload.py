@@ -15,11 +15,15 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .config import SiriusConfig, memory_bytes
 from .mlp import PROJECTIONS, MlpSite, find_other_projections, projection_shape
 from .quantization import changes, gathering_dtype, num_bytes, num_kept_neurons
 from .sparsity.base import SparsityMethod
+
+
+logger = logging.get_logger(__name__)
 
 
 def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
@@ -92,6 +96,7 @@ def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig
             f"(and what else every draft holds) need {needed} bytes, {needed / 2**20:.1f} MiB. Allow at least that, "
             "lower the density, or choose a smaller draft_dtype"
         )
+    num_streamed = 0
     for owner, name in streamed:
         module = getattr(owner, name)
         if module is first:
@@ -101,6 +106,12 @@ def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig
         if budget is None or needed + size <= budget:
             resident.append((owner, name))
             needed += size
+        else:
+            num_streamed += sum(p.numel() * p.element_size() for p in module.parameters())
+    if streamed:
+        logger.info(
+            f"a draft holds {needed / 2**20:.1f} MiB of weights and streams {num_streamed / 2**20:.1f} MiB per token"
+        )
     return resident
 
 

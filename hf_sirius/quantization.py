@@ -274,6 +274,7 @@ def _int8_linear(
 def _4bit_linear(
     weight: torch.Tensor, bias: torch.Tensor | None, quant_type: str, compute_dtype: torch.dtype
 ) -> DraftLinear:
+    from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     out_features, in_features = weight.shape
@@ -284,8 +285,16 @@ def _4bit_linear(
         weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=compute_dtype,
         compress_statistics=False, quant_type=quant_type, device="meta",
     )  # fmt: skip
-    packed = Params4bit(weight, quant_type=quant_type, compress_statistics=False, module=linear)
-    linear.weight = packed.to(weight.device)  # which quantizes
+    # In pieces of whole rows, as the temporaries of its CPU code are several times as large as the weight.
+    pieces = weight.split(max(1, _CHUNK // weight.shape[1]))
+    packed, states = zip(*(quantize_4bit(piece, quant_type=quant_type) for piece in pieces), strict=True)
+    state = states[0]
+    state.shape, state.absmax = weight.shape, torch.cat([piece.absmax for piece in states])
+    linear.weight = Params4bit(
+        torch.cat(packed), quant_state=state, quant_type=quant_type, compress_statistics=False, bnb_quantized=True,
+        module=linear,
+    )  # fmt: skip
+    linear.quant_state = state
     if bias is not None:
         linear.bias = _frozen(nn.functional.pad(bias.to(compute_dtype), (0, rows)))
     return DraftLinear(linear.eval(), compute_dtype, out_features)

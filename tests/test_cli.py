@@ -108,14 +108,14 @@ def test_bench_decode_writes_its_figures(tmp_path, capsys):
 
 def test_bench_offload_writes_its_figures(tmp_path, capsys):
     options = ["--hidden_factor", "1", "--neuron_factor", "1", "--num_repeats", "1", "--lengths", "8", "20"]
-    sirius = ["--method", "griffin", "--threshold", "1.0", "--draft_memory", "7MB"]
+    sirius = ["--threshold", "1.0", "--draft_memory", "7MB"]
     file, folder = tmp_path / "offload.json", tmp_path / "weights"
     command = ["bench", "offload", *options, *sirius, "--folder", str(folder), "--json", str(file)]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "8 tokens: 1 of 1 answers identical" in printed
     figures = json.loads(file.read_text())
-    assert figures["config"]["kernel_size"] == 32
+    assert (figures["config"]["method"], figures["config"]["kernel_size"]) == ("griffin", 32)
     for length, run in figures["lengths"].items():
         assert run["dense"]["num_tokens"] == int(length)
         assert run["dense"]["bytes_streamed_per_token"] == figures["model"]["num_bytes"]

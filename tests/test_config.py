@@ -130,8 +130,10 @@ def test_a_calibration_must_be_one(value):
         ({"draft_dtype": "bfloat16"}, "draft_dtype .*method='cats' gathers none: use method='griffin'"),
         ({"draft_memory": 10**9}, "draft_memory .*method='cats' gathers none: use method='griffin'"),
         ({"reselect_every": 2}, "reselect_every .*method='cats' gathers none: use method='griffin'"),
-        ({"method": "griffin", "draft_memory": "6 elephants"}, "like '6GiB' or '500MB', got '6 elephants'"),
-        ({"method": "griffin", "draft_memory": 0}, "greater than 0, got 0"),
+        ({"method": "griffin", "draft_memory": "6 elephants"}, "in KB, MB, GB, KiB, MiB or GiB, got '6 elephants'"),
+        ({"method": "griffin", "draft_memory": 0}, "greater than 0.*got 0"),
+        ({"method": "griffin", "draft_memory": -5}, "greater than 0.*got -5"),
+        ({"method": "griffin", "draft_memory": "1TiB"}, "KiB, MiB or GiB, got '1TiB'"),
         ({"method": "griffin", "draft_dtype": "float23"}, "one of .*'bfloat16'.*got 'float23'"),
         ({"method": "griffin", "draft_scope": "all"}, "draft_dtype is None: set it to one of"),
         ({"draft_scope": "attention"}, "draft_scope must be one of .*got 'attention'"),
@@ -145,6 +147,8 @@ def test_a_calibration_must_be_one(value):
         "cats reselected",
         "no budget",
         "empty budget",
+        "negative budget",
+        "large unit",
         "no dtype",
         "scope of nothing",
         "no scope",
@@ -153,6 +157,12 @@ def test_a_calibration_must_be_one(value):
 def test_settings_that_contradict_each_other_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         SiriusConfig(**fields)
+
+
+def test_a_dtype_of_torch_is_taken_by_its_name():
+    config = SiriusConfig(method="griffin", draft_dtype=torch.bfloat16)
+    assert config == SiriusConfig(method="griffin", draft_dtype="bfloat16")
+    assert SiriusConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize("value, expected", [(7, 7), ("1000", 1000), ("6GiB", 6 * 2**30), ("500MB", 500_000_000)])

@@ -14,7 +14,7 @@ from families import available_families, tiny_model
 from tiny import build_model, make_prompt
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-from hf_sirius import make_sparse
+from hf_sirius import calibrate, make_sparse
 from hf_sirius import offload as offload_module
 from hf_sirius.config import DRAFT_DTYPES
 from hf_sirius.offload import is_offloaded, streaming_hook
@@ -376,6 +376,13 @@ def test_refuses_a_model_that_was_offloaded_after_the_twin_was_made(tmp_path):
         offload_to_disk(model, tmp_path)
         with pytest.raises(ValueError, match=r"was offloaded after make_sparse.*call make_sparse again"):
             model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=4)
+
+
+def test_calibrate_refuses_an_offloaded_model(tmp_path):
+    model = offload_to_disk(build_model(), tmp_path)
+    with pytest.raises(ValueError, match=r"offloaded by accelerate.*calibrate the model where it is loaded"):
+        calibrate(model, None, [make_prompt()[0]])
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_refuses_blocks_loaded_as_a_whole():

@@ -25,12 +25,12 @@ contextual sparsity and its correction can be run, measured and tested with no h
 these problems.
 
 - **Made by** `examples/reasoner/train.py`: random initialisation, AdamW on generated problems (1 to 4 equations for 900
-  steps, then 4 to 10), batches of 40, float32, loss on the answers alone, on two CPU cores; the last run had
-  {num_steps:,} steps. The weights that ship took 3,000 steps without dropout (the schedule laid out for 4,000, from step
-  1,750 on for 3,400), then 250 with a dropout of 0.15 on the MLPs' neurons (`--num_steps 3500 --learning_rate 5e-3`) and
-  350 with one of 0.3 (`--num_steps 3650`), and 1,500 on problems of 4 to 36 equations, from those weights and with a new
-  optimizer (the third command in train.py). Without the dropout GRIFFIN at density 0.5 had an AAL of 13.5 of 16, and 18%
-  accuracy alone.
+  steps, then 4 to 10), batches of 40, float32, loss on the answers alone, on two CPU cores; {num_steps:,} steps in the
+  last run. The weights that ship took 3,000 steps without dropout (the schedule laid out for 4,000, from step 1,750 on
+  for 3,400), then 250 with a dropout of 0.15 on the MLPs' neurons (`--num_steps 3500 --learning_rate 5e-3`) and 350
+  with one of 0.3 (`--num_steps 3650`), and 1,500 on problems of 4 to 36 equations, from those weights and with a new
+  optimizer (the third command in train.py). Without the dropout GRIFFIN at density 0.5 had an AAL of 13.5 of 16, and
+  18% accuracy alone.
 - **Data**: `examples/reasoner/problems.py`. Training and test problems differ by a hash of the question, whatever
   the seeds.
 - **Prompt**: `Question: ...\\nAnswer:`, as in lm-evaluation-harness' GSM8K task; the answer ends in `#### 42`.

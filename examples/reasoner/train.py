@@ -10,8 +10,8 @@
 It checkpoints every `--save_every` steps and goes on from the last checkpoint when started again: the second command
 adds steps with dropout on the MLPs' neurons, at the end of the schedule (the weights that ship had a larger
 --learning_rate there, see their card). Without them a model of this size is so brittle that half of its neurons, chosen
-by GRIFFIN, draft 13.5 tokens of 16 instead of 15. The third goes on from saved weights to longer problems, since a model
-that has seen 10 equations at most solves no 12.
+by GRIFFIN, draft 13.5 tokens of 16 instead of 15. The third goes on from saved weights to longer problems, since a
+model that has seen 10 equations at most solves no 12.
 """
 
 import argparse
