@@ -87,9 +87,9 @@ def main():
             model, method="griffin", density=args.density, kernel_size=args.kernel_size, threshold=1.0,
             draft_dtype=args.draft_dtype, draft_scope="all", draft_memory=args.draft_memory,
         )  # fmt: skip
-        outputs, rates = {}, {}
+        outputs, rates, memory = {}, {}, PeakMemory(device)
         for name, generate in {"dense": generator(model), "Sirius": generator(model, sparse)}.items():
-            memory = PeakMemory(device)
+            memory.restart()
             start = time.perf_counter()
             outputs[name] = generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
             seconds, growth = time.perf_counter() - start, memory.growth()

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from .assistant import make_sparse
 from .config import SiriusConfig
 from .evaluation import generator, problem_prompt
-from .offload import execution_device, streaming_hook
+from .offload import streaming_hook
 from .reasoner import reasoner_path, reasoner_problems
 from .twin import SparseTwin
 
@@ -98,24 +98,32 @@ class _CountedWeights(PrefixedDataset):
 
 
 class PeakMemory:
-    """Measures, from its making on, by how much memory grew: the device's, or this process' on a CPU (Linux alone)."""
+    """Measures by how much memory grew since this was made: the device's, or this process' on a CPU (Linux alone)."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.is_known = device.type == "cuda" or os.path.exists("/proc/self/clear_refs")
+        gc.collect()
+        if device.type == "cuda":
+            self._before = torch.cuda.memory_allocated(device)
+        elif self.is_known:
+            self._before = _process_memory("VmRSS")
+        self.restart()
+
+    def restart(self) -> None:
+        """Has the peak count from here on."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        elif os.path.exists("/proc/self/clear_refs"):
+        elif self.is_known:
             with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the peak counts from here
-            self._before = _process_memory("VmRSS")
+                file.write("5")
 
     def growth(self) -> int | None:
-        """Returns the most bytes by which memory grew, or `None` where that is not known."""
+        """Returns the peak less what was there at first, in bytes, or `None` where that is not known."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
-        return _process_memory("VmHWM") - self._before if os.path.exists("/proc/self/clear_refs") else None
+        return _process_memory("VmHWM") - self._before if self.is_known else None
 
 
 def _process_memory(name: str) -> int:
@@ -123,8 +131,9 @@ def _process_memory(name: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _timed(generate, device: torch.device, inputs: dict, max_new_tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
-    clock, memory = _Clock(), PeakMemory(device)
+def _timed(generate, memory: PeakMemory, inputs: dict, max_new_tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
+    clock, device = _Clock(), memory.device
+    memory.restart()
     _synchronize(device)
     start = time.perf_counter()
     output = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
@@ -151,10 +160,10 @@ def _alternate(
     prompts: list,
     num_repeats: int,
     max_new_tokens: int,
+    memory: PeakMemory,
     streamed: _StreamedBytes | None = None,
 ) -> dict[str, Any]:
     """Has the model write every answer dense and corrected in turn; returns medians, and medians of pairs' ratios."""
-    device = execution_device(model)
     generators = {"dense": generator(model), "sirius": generator(model, sparse)}
     runs: dict[str, list[dict]] = {name: [] for name in generators}
     num_identical = 0
@@ -164,7 +173,7 @@ def _alternate(
             outputs = {}
             for name, generate in generators.items():
                 bytes_before = streamed.num_bytes if streamed else 0
-                outputs[name], run = _timed(generate, device, prompt.to(device), max_new_tokens)
+                outputs[name], run = _timed(generate, memory, prompt.to(memory.device), max_new_tokens)
                 if streamed:
                     run["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run["num_tokens"]
                 runs[name].append(run)
@@ -186,6 +195,12 @@ def _alternate(
         "num_problems": len(prompts),
         "stats": sparse.stats.total.as_dict(),
     }
+
+
+def _warm_up(model: PreTrainedModel, prompt: dict, sparse: SparseTwin | None = None) -> PeakMemory:
+    """Generates a little, and measures memory from there on: what loads with the first use is nobody's."""
+    generator(model, sparse)(**prompt, max_new_tokens=4, do_sample=False)
+    return PeakMemory(prompt["input_ids"].device)
 
 
 def _wide_reasoner(hidden_factor: int, neuron_factor: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -228,9 +243,10 @@ def bench_decode(
     """
     prompts = _long_prompts(num_problems)
     model = _wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
+    memory = _warm_up(model, prompts[0].to(device))
     with make_sparse(model, config) as sparse:
-        model.generate(**prompts[0].to(device), assistant_model=sparse, max_new_tokens=8, do_sample=False)  # warm-up
-        figures = _alternate(model, sparse, prompts, num_repeats, max_new_tokens)
+        _warm_up(model, prompts[0].to(device), sparse)
+        figures = _alternate(model, sparse, prompts, num_repeats, max_new_tokens, memory)
         selection = _time_selection(model, sparse, max(5, num_repeats))
         return {**_describe(model, sparse, model.device), **figures, "selection": selection}
 
@@ -278,8 +294,8 @@ def bench_offload(
 
     Returns:
         dict as `bench_decode`'s, with the figures of each length under `lengths`. `peak_memory_growth` is the most
-        bytes by which the process (or the GPU) grew during a generation; `bytes_streamed_per_token` what accelerate
-        took from the offload folder.
+        bytes that the process (or the GPU) had beyond those after a first dense generation; `bytes_streamed_per_token`
+        what accelerate took from the offload folder.
 
     Raises:
         `OSError` if the disk has no room for the weights, `ValueError` if the folder is not empty.
@@ -290,14 +306,13 @@ def bench_offload(
         prompts = _long_prompts(num_problems)
         model = _wide_reasoner(hidden_factor, neuron_factor, dtype)
         offload_to_folder(model, folder, device)
-        gc.collect()
-        streamed = _StreamedBytes(model)
+        streamed, memory = _StreamedBytes(model), PeakMemory(torch.device(device))
         with make_sparse(model, config) as sparse:
             model.generate(
                 **prompts[0].to(device), assistant_model=sparse, max_new_tokens=8, do_sample=False
             )  # warm-up
             description = _describe(model, sparse, torch.device(device))
-            by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, streamed) for n in lengths}
+            by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, memory, streamed) for n in lengths}
     return {**description, "lengths": by_length}
 
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .config import SiriusConfig, memory_bytes
 from .mlp import PROJECTIONS, MlpSite, find_other_projections, projection_shape
-from .quantization import changes, gathering_dtype, num_bytes, num_kept_neurons
+from .quantization import changes, narrowed, num_bytes, num_kept_neurons
 from .sparsity.base import SparsityMethod
 
 
@@ -218,14 +218,12 @@ def running(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def taking(method: SparsityMethod, sites: list[MlpSite], others: list[nn.Module]) -> Iterator[None]:
     """Within the block, the draft takes its copies from the weights that accelerate loads for the dense forwards."""
-    gathered_as = gathering_dtype(method.config.draft_dtype)
     waiting: dict[nn.Module, nn.Module] = {}
 
     def keep(part: nn.Module, loaded: nn.Module) -> None:
         # Until the MLP's neurons are known, which is when its down projection runs.
-        weight = loaded.weight.detach()
-        if gathered_as is not None and gathered_as.itemsize < weight.itemsize:
-            loaded._parameters["weight"] = nn.Parameter(weight.to(gathered_as), requires_grad=False)
+        weight = narrowed(loaded.weight.detach(), method.config.draft_dtype)
+        loaded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         waiting[part] = loaded
 
     def choose(site: MlpSite) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import importlib.util
 import math
+import mmap
 import threading
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ _INT8_COLUMNS = 8  # integer products want their rows in whole words
 # The dtype in which weights are gathered before they are quantized.
 _GATHERED_AS = {"int8": torch.float16, "nf4": torch.bfloat16}
 _CHUNK = 2**20  # elements that are gathered at a time
+_OWN_MEMORY = 2**20  # bytes from which a tensor is worth a mapping of its own
 
 
 class DraftLinear(nn.Module):
@@ -147,6 +149,12 @@ def num_bytes(
     return out_features * (in_features + has_bias) * dtype.itemsize
 
 
+def narrowed(weight: torch.Tensor, draft_dtype: str | None) -> torch.Tensor:
+    """Returns a weight in the dtype from which a draft of `draft_dtype` is gathered, if that takes less memory."""
+    dtype = gathering_dtype(draft_dtype)
+    return weight if dtype is None or dtype.itemsize >= weight.itemsize else _select(weight, None, None, dtype)
+
+
 def gathering_dtype(draft_dtype: str | None) -> torch.dtype | None:
     """Returns the dtype in which the weights of a draft are gathered, or `None` for the model's."""
     return _GATHERED_AS.get(draft_dtype) or (getattr(torch, draft_dtype) if draft_dtype else None)
@@ -227,7 +235,7 @@ def _select(
 ) -> torch.Tensor:
     num_rows = weight.shape[0] if rows is None else len(rows)
     num_columns = weight.shape[1] if columns is None else len(columns)
-    selected = torch.empty(num_rows, num_columns, dtype=dtype, device=weight.device)
+    selected = _empty(num_rows, num_columns, dtype, weight.device)
     # In pieces, each converted while it is in the cache, with no large temporary.
     size = max(1, _CHUNK // num_columns)
     sources = weight.split(size) if rows is None else rows.to(weight.device).split(size)
@@ -235,6 +243,17 @@ def _select(
         source = source if rows is None else weight.index_select(0, source)
         piece.copy_(source if columns is None else source.index_select(1, columns.to(weight.device)))
     return selected
+
+
+def _empty(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns `torch.empty`; on a CPU in memory of its own, which goes back to the system with the tensor: of what it
+    takes from its heap for a draft, malloc kept most.
+    """
+    num_bytes = num_rows * num_columns * dtype.itemsize
+    if device.type != "cpu" or num_bytes < _OWN_MEMORY or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(num_rows, num_columns, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(num_rows, num_columns)
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -290,10 +309,10 @@ def _4bit_linear(
     packed, states = zip(*(quantize_4bit(piece, quant_type=quant_type) for piece in pieces), strict=True)
     state = states[0]
     state.shape, state.absmax = weight.shape, torch.cat([piece.absmax for piece in states])
+    # Without its `module`, which would make a cycle that keeps the weight until the garbage collector comes.
     linear.weight = Params4bit(
-        torch.cat(packed), quant_state=state, quant_type=quant_type, compress_statistics=False, bnb_quantized=True,
-        module=linear,
-    )  # fmt: skip
+        torch.cat(packed), quant_state=state, quant_type=quant_type, compress_statistics=False, bnb_quantized=True
+    )
     linear.quant_state = state
     if bias is not None:
         linear.bias = _frozen(nn.functional.pad(bias.to(compute_dtype), (0, rows)))
