@@ -227,6 +227,18 @@ def test_tied_weights(draft_scope, offload):
     assert torch.equal(*outputs) and densities[0] == pytest.approx(densities[1])
 
 
+def test_the_loaded_embedding_is_not_taken_for_another_weight(tmp_path):
+    """Accelerate finds tied weights by address, and the address of what it read from disk is soon another one's."""
+    model = build_model(tie_word_embeddings=True)
+    device_map = {"model": "disk", "lm_head": "disk"}
+    dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    shared = [hook.tied_params_map for module in model.modules() if (hook := streaming_hook(module)) is not None]
+    assert any(tied is not None for tied in shared)
+    with make_sparse(model, **FIELDS) as sparse, sparse.new_call():
+        assert not model.get_input_embeddings().weight.is_meta
+        assert not any(devices for tied in shared for devices in (tied or {}).values())
+
+
 def test_no_copy_is_made_of_what_is_kept_as_it_is():
     model = build_model(dtype=torch.bfloat16)
     fields = {**FIELDS, "density": 1.0}
