@@ -122,8 +122,8 @@ class PeakMemory:
     def growth(self) -> int | None:
         """Returns the peak less what was there at first, in bytes, or `None` where that is not known."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self._before
-        return _process_memory("VmHWM") - self._before if self.is_known else None
+            return max(0, torch.cuda.max_memory_allocated(self.device) - self._before)
+        return max(0, _process_memory("VmHWM") - self._before) if self.is_known else None
 
 
 def _process_memory(name: str) -> int:

@@ -85,6 +85,9 @@ def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig
         and changes(getattr(*place), config.draft_dtype)
         and streaming_hook(getattr(*place)) is None
     ]
+    for module in (*(getattr(*place) for place in streamed), *(part for site in sites for part in site.parts)):
+        if streaming_hook(module) is not None:
+            own_forward(module)  # which may not be fit for a copy
     needed = sum(_neuron_bytes(site, config) for site in sites)
     needed += sum(_copy_bytes(getattr(*place), config) for place in resident)
     if streaming_hook(first) is not None:
@@ -101,7 +104,6 @@ def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig
         module = getattr(owner, name)
         if module is first:
             continue
-        own_forward(module)  # which may not be fit for a copy
         size = _copy_bytes(module, config)
         if budget is None or needed + size <= budget:
             resident.append((owner, name))

@@ -151,13 +151,10 @@ def num_bytes(
 
 def narrowed(weight: torch.Tensor, draft_dtype: str | None) -> torch.Tensor:
     """Returns a weight in the dtype from which a draft of `draft_dtype` is gathered, if that takes less memory."""
-    dtype = gathering_dtype(draft_dtype)
-    return weight if dtype is None or dtype.itemsize >= weight.itemsize else _select(weight, None, None, dtype)
-
-
-def gathering_dtype(draft_dtype: str | None) -> torch.dtype | None:
-    """Returns the dtype in which the weights of a draft are gathered, or `None` for the model's."""
-    return _GATHERED_AS.get(draft_dtype) or (getattr(torch, draft_dtype) if draft_dtype else None)
+    if draft_dtype is None:
+        return weight
+    dtype = _GATHERED_AS.get(draft_dtype) or getattr(torch, draft_dtype)
+    return weight if dtype.itemsize >= weight.itemsize else _select(weight, None, None, dtype)
 
 
 def num_kept_neurons(density: float, num_neurons: int, draft_dtype: str | None) -> int:

@@ -261,7 +261,7 @@ def test_a_forward_of_a_modules_own_is_drafted_with():
         assert sparse.stats.acceptance_rate == 1
 
 
-@pytest.mark.parametrize("path", ["model.norm", "model.layers.1"])
+@pytest.mark.parametrize("path", ["model.norm", "model.layers.1", "model.layers.1.mlp.up_proj"])
 def test_a_forward_that_cannot_be_copied_is_refused(path):
     model = build_model()
     module = model.get_submodule(path)
