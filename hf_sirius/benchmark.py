@@ -199,7 +199,7 @@ def _alternate(
 
 def _warm_up(model: PreTrainedModel, prompt: dict, sparse: SparseTwin | None = None) -> PeakMemory:
     """Generates a little, and measures memory from there on: what loads with the first use is nobody's."""
-    generator(model, sparse)(**prompt, max_new_tokens=4, do_sample=False)
+    generator(model, sparse)(**prompt, max_new_tokens=8, do_sample=False)
     return PeakMemory(prompt["input_ids"].device)
 
 
@@ -294,8 +294,8 @@ def bench_offload(
 
     Returns:
         dict as `bench_decode`'s, with the figures of each length under `lengths`. `peak_memory_growth` is the most
-        bytes that the process (or the GPU) had beyond those after a first dense generation; `bytes_streamed_per_token`
-        what accelerate took from the offload folder.
+        bytes that the process (or the GPU) had beyond those after the imports and a first dense generation;
+        `bytes_streamed_per_token` what accelerate took from the offload folder.
 
     Raises:
         `OSError` if the disk has no room for the weights, `ValueError` if the folder is not empty.
@@ -306,11 +306,10 @@ def bench_offload(
         prompts = _long_prompts(num_problems)
         model = _wide_reasoner(hidden_factor, neuron_factor, dtype)
         offload_to_folder(model, folder, device)
-        streamed, memory = _StreamedBytes(model), PeakMemory(torch.device(device))
-        with make_sparse(model, config) as sparse:
-            model.generate(
-                **prompts[0].to(device), assistant_model=sparse, max_new_tokens=8, do_sample=False
-            )  # warm-up
+        streamed = _StreamedBytes(model)
+        with make_sparse(model, config) as sparse:  # which loads bitsandbytes, if need be
+            memory = _warm_up(model, prompts[0].to(device))
+            _warm_up(model, prompts[0].to(device), sparse)
             description = _describe(model, sparse, torch.device(device))
             by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, memory, streamed) for n in lengths}
     return {**description, "lengths": by_length}

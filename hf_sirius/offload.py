@@ -6,9 +6,11 @@ verification goes through accelerate's own hooks, once per cycle.
 """
 
 import contextlib
+import functools
+import math
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -168,11 +170,8 @@ def check_offload(model: nn.Module) -> None:
     for module in model.modules():
         if (hook := streaming_hook(module)) is None:
             continue
-        weights = hook.weights_map
         for name in module._parameters:
-            key, source = name, weights
-            while isinstance(source, PrefixedDataset):
-                key, source = source.prefix + key, source.dataset
+            key, source = _source(hook.weights_map, name)
             if not isinstance(source, OffloadedWeightsLoader) or key in source.state_dict or key not in source.index:
                 continue
             info = source.index[key]
@@ -190,16 +189,63 @@ def check_offload(model: nn.Module) -> None:
                 )
 
 
+def _source(weights: Mapping, name: str) -> tuple[str, Mapping]:
+    """Returns the key of a hook's weight and the collection that it is of, behind accelerate's prefixed views."""
+    while isinstance(weights, PrefixedDataset):
+        name, weights = weights.prefix + name, weights.dataset
+    return name, weights
+
+
+class _MappedWeights(Mapping):
+    """What stands in for the `state_dict` of accelerate's loader: weights that *are* the pages of their files.
+
+    The loader itself copies each weight out of its mapped file, and so has it in memory twice.
+    """
+
+    def __init__(self, loader: OffloadedWeightsLoader):
+        self.in_memory, self.folder = loader.state_dict, loader.save_folder
+        self.on_disk = {key: info for key, info in loader.index.items() if not info.get("safetensors_file")}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key in self.in_memory:
+            return self.in_memory[key]
+        info = self.on_disk[key]
+        file, size = os.path.join(self.folder, f"{key}.dat"), math.prod(info["shape"])
+        # Not shared: what is written to the weight does not reach the file.
+        return torch.from_file(file, size=size, dtype=getattr(torch, info["dtype"])).view(info["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.in_memory, **self.on_disk})
+
+    def __len__(self) -> int:
+        return len({**self.in_memory, **self.on_disk})
+
+
+@contextlib.contextmanager
+def _mapping(model: nn.Module) -> Iterator[None]:
+    hooks = [hook for module in model.modules() if (hook := streaming_hook(module)) is not None]
+    loaders = {id(source): source for hook in hooks for _, source in [_source(hook.weights_map, "")]}
+    with contextlib.ExitStack() as undo:
+        for loader in loaders.values():
+            if isinstance(loader, OffloadedWeightsLoader):
+                undo.callback(setattr, loader, "state_dict", loader.state_dict)
+                loader.state_dict = _MappedWeights(loader)
+        yield
+
+
 @contextlib.contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Within the block, the first parameter of an offloaded model stays loaded; after it no weight is.
+    """Within the block, weights on disk are not copied out of their files, and the first parameter of an offloaded
+    model stays loaded; after it no weight is.
 
     Stock assisted decoding sends the candidates to `model.device`, the first parameter's. A forward that was
     interrupted leaves the weights of one module behind.
     """
     owner = _first_owner(model)
     hook = streaming_hook(owner)
+    undo = contextlib.ExitStack()
     try:
+        undo.enter_context(_mapping(model))
         if hook is not None:
             hook.pre_forward(owner)
             # Accelerate finds tied weights by their address, which will be another weight's before the call ends.
@@ -209,6 +255,7 @@ def running(model: nn.Module) -> Iterator[None]:
             hook.offload = False
         yield
     finally:
+        undo.close()
         if hook is not None:
             hook.offload = True
         for module in model.modules():
@@ -222,11 +269,12 @@ def taking(method: SparsityMethod, sites: list[MlpSite], others: list[nn.Module]
     """Within the block, the draft takes its copies from the weights that accelerate loads for the dense forwards."""
     waiting: dict[nn.Module, nn.Module] = {}
 
-    def keep(part: nn.Module, loaded: nn.Module) -> None:
-        # Until the MLP's neurons are known, which is when its down projection runs.
-        weight = narrowed(loaded.weight.detach(), method.config.draft_dtype)
-        loaded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        waiting[part] = loaded
+    def narrow(*_) -> None:
+        # Until the MLP's neurons are known, which is when its down projection runs. The weight loaded last stays as it
+        # is until then.
+        for loaded in waiting.values():
+            weight = narrowed(loaded.weight.detach(), method.config.draft_dtype)
+            loaded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
     def choose(site: MlpSite) -> None:
         method.choose(site)
@@ -241,10 +289,10 @@ def taking(method: SparsityMethod, sites: list[MlpSite], others: list[nn.Module]
         for site in sites:
             for part in site.parts:
                 if part is not site.down and streaming_hook(part) is not None:
-                    undo.enter_context(_on_load(part, lambda loaded, part=part: keep(part, loaded)))
+                    undo.callback(part.register_forward_pre_hook(narrow).remove)
+                    undo.enter_context(_on_load(part, functools.partial(waiting.__setitem__, part)))
             # After the observer's own hook, and before down's weights are loaded.
-            handle = site.down.register_forward_pre_hook(lambda *_, site=site: choose(site))
-            undo.callback(handle.remove)
+            undo.callback(site.down.register_forward_pre_hook(lambda *_, site=site: choose(site)).remove)
             if streaming_hook(site.down) is not None:
                 undo.enter_context(
                     _on_load(site.down, lambda loaded, site=site: method.gather(site, site.down, loaded))

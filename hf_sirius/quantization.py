@@ -111,17 +111,13 @@ def draft_linear(
         dtype = getattr(torch, quantized_as) if quantized_as else source.dtype
         linear = _linear(_select(source, rows, columns, dtype), bias if bias is None else bias.to(dtype))
         return DraftLinear(linear, dtype, linear.out_features)
-    weight = _select(source, rows, columns, _GATHERED_AS.get(quantized_as, torch.bfloat16))
     if quantized_as == "int8":
-        from bitsandbytes.functional import int8_vectorwise_quant
-
-        values, scales, _ = int8_vectorwise_quant(weight)
-        return _int8_linear(values, scales, bias, threshold=0.0)
+        return _quantized_to_8bit(source, rows, columns, bias)
     if compute_dtype is None or not compute_dtype.is_floating_point:
         compute_dtype = source.dtype
     if compute_dtype == torch.float64:
         compute_dtype = torch.float32
-    return _4bit_linear(weight, bias, quantized_as, compute_dtype)
+    return _quantized_to_4bit(source, rows, columns, bias, quantized_as, compute_dtype)
 
 
 def changes(projection: nn.Module, draft_dtype: str | None) -> bool:
@@ -227,18 +223,31 @@ def _int8_state(projection: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return projection.weight.data, projection.weight.SCB
 
 
+def _pieces(
+    weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields the chosen part of a weight a few rows at a time, and where they go: each is converted while it is in the
+    cache, with no large temporary (those of bitsandbytes' CPU code are several times as large as what it quantizes).
+    """
+    num_columns = weight.shape[1] if columns is None else len(columns)
+    size = max(1, _CHUNK // num_columns)
+    start = 0
+    for source in weight.split(size) if rows is None else rows.to(weight.device).split(size):
+        piece = source if rows is None else weight.index_select(0, source)
+        piece = piece if columns is None else piece.index_select(1, columns.to(weight.device))
+        yield slice(start, start := start + len(piece)), piece
+
+
+def _shape(weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> tuple[int, int]:
+    return weight.shape[0] if rows is None else len(rows), weight.shape[1] if columns is None else len(columns)
+
+
 def _select(
     weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    num_rows = weight.shape[0] if rows is None else len(rows)
-    num_columns = weight.shape[1] if columns is None else len(columns)
-    selected = _empty(num_rows, num_columns, dtype, weight.device)
-    # In pieces, each converted while it is in the cache, with no large temporary.
-    size = max(1, _CHUNK // num_columns)
-    sources = weight.split(size) if rows is None else rows.to(weight.device).split(size)
-    for piece, source in zip(selected.split(size), sources, strict=True):
-        source = source if rows is None else weight.index_select(0, source)
-        piece.copy_(source if columns is None else source.index_select(1, columns.to(weight.device)))
+    selected = _empty(*_shape(weight, rows, columns), dtype, weight.device)
+    for place, piece in _pieces(weight, rows, columns):
+        selected[place].copy_(piece)
     return selected
 
 
@@ -287,30 +296,49 @@ def _int8_linear(
     return DraftLinear(linear.eval(), torch.float16, out_features)
 
 
-def _4bit_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None, quant_type: str, compute_dtype: torch.dtype
+def _quantized_to_8bit(
+    source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, bias: torch.Tensor | None
+) -> DraftLinear:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    values = _empty(*_shape(source, rows, columns), torch.int8, source.device)
+    scales = torch.empty(len(values), dtype=torch.float32, device=source.device)
+    for place, piece in _pieces(source, rows, columns):
+        values[place], scales[place], _ = int8_vectorwise_quant(piece.to(_GATHERED_AS["int8"]))
+    return _int8_linear(values, scales, bias, threshold=0.0)
+
+
+def _quantized_to_4bit(
+    source: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    quant_type: str,
+    compute_dtype: torch.dtype,
 ) -> DraftLinear:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    out_features, in_features = weight.shape
+    num_rows, num_columns = _shape(source, rows, columns)
     # bitsandbytes packs without regard to rows, and its CPU kernel takes whole tiles.
-    rows = _padded(out_features, _NF4_ROWS) - out_features
-    weight = nn.functional.pad(weight, (0, _padded(in_features, _NF4_BLOCK) - in_features, 0, rows))
+    out_features, in_features = _padded(num_rows, _NF4_ROWS), _padded(num_columns, _NF4_BLOCK)
+    packed = _empty(out_features, in_features // 2, torch.uint8, source.device)
+    scales = torch.zeros(out_features, in_features // _NF4_BLOCK, device=source.device)
+    for place, piece in _pieces(source, rows, columns):
+        piece = nn.functional.pad(piece.to(_GATHERED_AS["nf4"]), (0, in_features - num_columns))
+        values, state = quantize_4bit(piece, quant_type=quant_type)
+        packed[place], scales[place] = values.view(len(piece), -1), state.absmax.view(len(piece), -1)
+    packed[num_rows:] = 0
+    state.shape, state.absmax = torch.Size((out_features, in_features)), scales.flatten()
     linear = Linear4bit(
-        weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=compute_dtype,
+        in_features, out_features, bias=bias is not None, compute_dtype=compute_dtype,
         compress_statistics=False, quant_type=quant_type, device="meta",
     )  # fmt: skip
-    # In pieces of whole rows, as the temporaries of its CPU code are several times as large as the weight.
-    pieces = weight.split(max(1, _CHUNK // weight.shape[1]))
-    packed, states = zip(*(quantize_4bit(piece, quant_type=quant_type) for piece in pieces), strict=True)
-    state = states[0]
-    state.shape, state.absmax = weight.shape, torch.cat([piece.absmax for piece in states])
     # Without its `module`, which would make a cycle that keeps the weight until the garbage collector comes.
     linear.weight = Params4bit(
-        torch.cat(packed), quant_state=state, quant_type=quant_type, compress_statistics=False, bnb_quantized=True
+        packed.view(-1, 1), quant_state=state, quant_type=quant_type, compress_statistics=False, bnb_quantized=True
     )
     linear.quant_state = state
     if bias is not None:
-        linear.bias = _frozen(nn.functional.pad(bias.to(compute_dtype), (0, rows)))
-    return DraftLinear(linear.eval(), compute_dtype, out_features)
+        linear.bias = _frozen(nn.functional.pad(bias.to(compute_dtype), (0, out_features - num_rows)))
+    return DraftLinear(linear.eval(), compute_dtype, num_rows)

@@ -297,6 +297,41 @@ def test_copies_are_freed_with_the_call(offload):
         assert held and all(ref() is None or id(ref()) in resident for ref in held)
 
 
+def file_under(tensor: torch.Tensor) -> str | None:
+    """Returns the file whose pages a tensor is (Linux)."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5) if line.count("/") else (line.split()[0], None)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return name
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="not Linux")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_on_disk_are_not_copied_out_of_their_files(dtype, tmp_path):
+    """Each is in memory once while it is used, and what is written to it does not reach the file."""
+    model = offload_to_disk(build_model().to(dtype), tmp_path)
+    expected = model(make_prompt()).logits
+    loader = streaming_hook(model.lm_head).weights_map.dataset
+    files = []
+
+    def note(module, *_):
+        files.append(file_under(module.weight))
+        assert module.weight.dtype == dtype
+        module.weight.data.mul_(1.0)
+
+    model.lm_head._old_forward = types.MethodType(
+        lambda self, *args: (note(self), type(self).forward(self, *args))[1], model.lm_head
+    )
+    with make_sparse(model, **FIELDS) as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12)
+    assert set(files) == {str(tmp_path / "lm_head.weight.dat")}
+    assert type(loader.state_dict) is dict
+    files.clear()
+    assert torch.equal(model(make_prompt()).logits, expected) and files != [str(tmp_path / "lm_head.weight.dat")]
+
+
 def test_the_prefill_keeps_one_mlp_at_a_time(tmp_path, monkeypatch):
     """A whole gate and up projection wait for the choice of neurons, and no longer."""
     model = offload_to_disk(build_model(num_hidden_layers=4), tmp_path)

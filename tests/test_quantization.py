@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from hf_sirius import cli, make_sparse, reasoner_path, reasoner_problems
+from hf_sirius import cli, make_sparse, quantization, reasoner_path, reasoner_problems
 from hf_sirius.config import DRAFT_DTYPES
 from hf_sirius.evaluation import problem_prompt
 from hf_sirius.quantization import (
@@ -59,10 +60,11 @@ def held_bytes(draft: DraftLinear) -> int:
     sizes=st.tuples(st.integers(1, 150), st.integers(1, 150)),
     chosen=st.sampled_from(["all", "rows", "columns"]),
     bias=st.booleans(),
+    chunk=st.sampled_from([quantization._CHUNK, 300]),
     data=st.data(),
 )
 @settings(max_examples=80, deadline=None)
-def test_a_drafts_projection_computes_what_the_chosen_part_does(kind, draft_dtype, sizes, chosen, bias, data):
+def test_a_drafts_projection_computes_what_the_chosen_part_does(kind, draft_dtype, sizes, chosen, bias, chunk, data):
     in_features, out_features = sizes
     bias |= kind == "Conv1D"
     projection = make_projection(kind, in_features, out_features, bias)
@@ -81,7 +83,7 @@ def test_a_drafts_projection_computes_what_the_chosen_part_does(kind, draft_dtyp
             )
         else:
             columns, weight = indices, weight[:, indices]
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(quantization, "_CHUNK", chunk):
         hidden_states = torch.randn(2, 3, weight.shape[1])
         expected = nn.functional.linear(hidden_states, weight, expected_bias)
         draft = draft_linear(projection, draft_dtype, rows, columns)

@@ -42,8 +42,9 @@ class Griffin(SparsityMethod):
         return {name: TwinModule(getattr(site.owner, name)) for name in names}
 
     def observe(self, site, values):
-        shares = nn.functional.normalize(values.float() if values.dtype != torch.float64 else values, dim=-1)
-        energy = shares.square().sum(dim=0)
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=dtype).clamp_min(1e-12)
+        energy = (values / norms).square_().sum(dim=0)
         seen = self._statistics[site.idx]
         self._statistics[site.idx] = energy if seen is None else seen + energy
 
