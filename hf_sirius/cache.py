@@ -1,0 +1,110 @@
+"""The KV-cache of a call: room for tokens to come, and sliding windows that take several forwards in a row."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+
+IS_5_17 = Version(transformers.__version__) < Version("5.18")
+_ROOM = 64  # tokens
+
+
+class RoomyLayer(DynamicLayer):
+    """A `DynamicLayer` that writes new states behind those it has, into room that it keeps there. The stock one copies
+    all that it holds for every token, which took a quarter of a draft step.
+
+    Layers become one for the time of a call, and `keys` and `values` stay what they are: float [batch_size, num_heads,
+    length, head_dim], here views into larger tensors.
+    """
+
+    _key_room: torch.Tensor | None = None
+    _value_room: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.get_seq_length():
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self._key_room = _append(self.keys, key_states, self._key_room)
+        self.values, self._value_room = _append(self.values, value_states, self._value_room)
+        return self.keys, self.values
+
+
+def _append(
+    states: torch.Tensor, new: torch.Tensor, room: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns (states followed by new, the tensor that has room for more)."""
+    if states.dtype != new.dtype or states.shape[:2] != new.shape[:2]:
+        return torch.cat([states, new], dim=-2), None
+    start, end = states.shape[-2], states.shape[-2] + new.shape[-2]
+    # Whoever reorders or moves a cache puts other tensors there.
+    is_in_room = room is not None and states.data_ptr() == room.data_ptr() and states.stride() == room.stride()
+    if not is_in_room or end > room.shape[-2]:
+        room = states.new_empty(*states.shape[:2], end + _ROOM, states.shape[-1])
+        room[..., :start, :] = states
+    room[..., start:end, :] = new
+    return room[..., :end, :], room
+
+
+@contextlib.contextmanager
+def roomy(cache: Cache) -> Iterator[None]:
+    """Within the block, the cache's plain layers are [`RoomyLayer`]s; the others stay as they are."""
+    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    for layer in layers:
+        layer.__class__ = RoomyLayer
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = DynamicLayer
+            for name in ("_key_room", "_value_room"):
+                layer.__dict__.pop(name, None)
+
+
+@contextlib.contextmanager
+def wide_windows(cache: Cache, num_tokens: int) -> Iterator[None]:
+    """Within the block, sliding-window layers hand out so many states more than their window has."""
+    layers = [layer for layer in cache.layers if layer.is_sliding]
+    for layer in layers:
+        layer.sliding_window += num_tokens
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.sliding_window -= num_tokens
+
+
+@contextlib.contextmanager
+def stepwise_windows(cache: Cache) -> Iterator[None]:
+    """Lets sliding-window layers take several forwards in a row.
+
+    Works around transformers 5.17, where such a layer, once it records its past, hands out more states than the mask
+    is made for. Mended in 5.18; to go with the support for 5.17. Here it does not record meanwhile, and its states are
+    set aside and put back.
+    """
+    layers = [layer for layer in cache.layers if layer.is_sliding and layer.record_past] if IS_5_17 else []
+    # 5.17 leaves a tensor for a length, which its updates then change in place.
+    states = [(layer.keys, layer.values, int(layer.cumulative_length)) for layer in layers]
+    for layer in layers:
+        layer.record_past = False
+    try:
+        yield
+    finally:
+        for layer, (keys, values, length) in zip(layers, states, strict=True):
+            # What follows is a crop by the number of forwards: it is to find as many states more as other layers have.
+            num_written = layer.cumulative_length - length
+            layer.keys = torch.nn.functional.pad(keys, (0, 0, 0, num_written))
+            layer.values = torch.nn.functional.pad(values, (0, 0, 0, num_written))
+            layer.record_past = True
+
+
+def stop_recording(cache: Cache) -> None:
+    """Leaves a cache that plain `generate` can go on with in transformers 5.17, see `stepwise_windows`."""
+    for layer in cache.layers:
+        if layer.is_sliding:
+            layer.record_past = False
