@@ -15,12 +15,14 @@ from typing import Any
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .cache import IS_5_17
 from .call import Call
 from .config import SiriusConfig, check_field_names
-from .drafting import IS_5_17, SettledCriteria, SiriusCandidateGenerator
+from .drafting import SettledCriteria, SiriusCandidateGenerator, TreeCandidateGenerator
 from .mlp import find_mlps
 from .offload import check_offload, execution_device, is_offloaded
 from .quantization import check_draft_dtype
+from .tree import check_tree
 from .twin import SparseTwin, build_twin, check_batch_size
 
 
@@ -88,6 +90,8 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     if config.kernel_size is None:
         config = config.replace(kernel_size=OFFLOADED_KERNEL_SIZE if offloaded else KERNEL_SIZE)
     sites = find_mlps(model)
+    if config.tree_width > 1:
+        check_tree(model)
     if config.calibration is not None:
         config.calibration.check_model(sites)
     twin = build_twin(model, config, sites)
@@ -211,7 +215,14 @@ def _get_candidate_generator(
             "assistant_model=make_sparse(model)): make the twin first, on a line of its own, and call model.generate "
             "then"
         )
-    return SiriusCandidateGenerator(assistant_model, call, generation_config, logits_processor)
+    config = assistant_model.sirius_config
+    if config.tree_width > 1 and generation_config.do_sample:
+        raise ValueError(
+            f"tree_width={config.tree_width} was given with do_sample=True, but a tree keeps the likeliest of its "
+            "branches, which would skew the distribution: use tree_width=1 to sample, or do_sample=False"
+        )
+    generator_class = TreeCandidateGenerator if config.tree_width > 1 else SiriusCandidateGenerator
+    return generator_class(assistant_model, call, generation_config, logits_processor)
 
 
 _OVERLAYS = {

@@ -108,6 +108,8 @@ def _add_config_options(group, method: str | None = None) -> None:
         "draft_memory": "for griffin: the most bytes of a draft's own weights, such as 6GiB",
         "draft_confidence": "a draft ends after a token less likely than this to itself, in [0, 1)",
         "reselect_every": "for griffin: choose the neurons anew after every so many cycles",
+        "tree_width": "continuations that a draft carries on, 1 to 16",
+        "branch_cutoff": "likelihood to the twin from which on a tree does not branch, in [0, 1]",
     }
     for field in dataclasses.fields(SiriusConfig):
         default = method if method and field.name == "method" else field.default

@@ -19,6 +19,7 @@ from .sparsity import check_method_name
 CONFIG_NAME = "sirius_config.json"
 SELECTIONS = ("threshold", "topk")
 DRAFT_DTYPES = ("bfloat16", "float16", "int8", "nf4")
+MAX_TREE_WIDTH = 16
 DRAFT_SCOPES = ("mlp", "all")
 _DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",
@@ -66,6 +67,11 @@ class SiriusConfig(PushToHubMixin):
         reselect_every (`int`, *optional*):
             For `"griffin"`: choose the neurons anew after every so many cycles, from the activations of the prompt and
             of all verifications so far. By default the prompt alone decides.
+        tree_width (`int`, defaults to 1):
+            Continuations that a draft carries on, 1 to 16; the full model reads them all in one forward and keeps the
+            longest acceptable one. 1 drafts a single one.
+        branch_cutoff (`float`, defaults to 0.95):
+            Where the twin finds a token at least this likely, a tree does not branch, in [0, 1].
     """
 
     method: str = "cats"
@@ -80,6 +86,8 @@ class SiriusConfig(PushToHubMixin):
     draft_memory: int | str | None = None
     draft_confidence: float = 0.0
     reselect_every: int | None = None
+    tree_width: int = 1
+    branch_cutoff: float = 0.95
 
     def __post_init__(self):
         check_method_name(self.method)
@@ -99,6 +107,11 @@ class SiriusConfig(PushToHubMixin):
             raise ValueError(
                 f"reselect_every must be at least 1 (cycles), got {self.reselect_every}; None never chooses anew"
             )
+        if isinstance(self.tree_width, bool) or not isinstance(self.tree_width, int):
+            raise TypeError(f"tree_width must be an int, got {self.tree_width!r}")
+        if not 1 <= self.tree_width <= MAX_TREE_WIDTH:
+            raise ValueError(f"tree_width must be in 1 to {MAX_TREE_WIDTH}, got {self.tree_width}; 1 drafts no tree")
+        _check_number("branch_cutoff", self.branch_cutoff, "in [0, 1], a likelihood", lambda x: 0 <= x <= 1)
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {list(SELECTIONS)}, got {self.selection!r}")
         if self.calibration is not None and not isinstance(self.calibration, Calibration):

@@ -5,22 +5,44 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Branches:
+    """The tree of a draft with `tree_width` over 1.
+
+    Attributes:
+        leaf_ids: the tokens of each continuation, the likeliest to the draft first.
+        winner: which of them was kept, or went furthest.
+        num_nodes_drafted, num_nodes_verified: tokens that the draft wrote, and those of them that led to a
+            continuation in the end, which are those that the full model read.
+        first_advance_length: what the advance would have been with the likeliest child of each node alone, as far as
+            it survived in the tree.
+    """
+
+    leaf_ids: tuple[tuple[int, ...], ...]
+    winner: int
+    num_nodes_drafted: int
+    num_nodes_verified: int
+    first_advance_length: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Cycle:
     """One draft and its verification.
 
     Attributes:
-        drafted_ids: the drafted tokens, in order.
+        drafted_ids: the drafted tokens, in order; of a tree those of the continuation that won.
         num_accepted: how many of them, from the first on, the full model kept.
         bonus_id: the full model's own token, which follows the accepted ones.
         is_full: whether the draft ended by itself, after `kernel_size - 1` tokens or in doubt (`draft_confidence`), and
             was not cut by EOS, a stopping criterion or the length. Where it was, its advance says nothing about the
             draft's quality.
+        branches: of a tree, else `None`.
     """
 
     drafted_ids: tuple[int, ...]
     num_accepted: int
     bonus_id: int
     is_full: bool
+    branches: Branches | None = None
 
     @property
     def advance_length(self) -> int:
@@ -36,7 +58,10 @@ class GenerationStats:
         cycles: the [`Cycle`]s of the call, in order (the total keeps none).
         num_cycles: cycles, the short ones included; the prefill is not a cycle.
         num_short_cycles: cycles that EOS, a stopping criterion or the length cut short.
-        num_drafted, num_accepted, num_rolled_back: drafted tokens, and how many of them were kept and rolled back.
+        num_drafted, num_accepted, num_rolled_back: drafted tokens, and how many of them were kept and rolled back; of
+            trees the continuations that won count.
+        num_nodes_drafted, num_nodes_verified: tokens that drafts wrote, and that verifications read, losing branches
+            included.
     """
 
     def __init__(self, kernel_size: int, total: "GenerationStats | None" = None):
@@ -53,7 +78,8 @@ class GenerationStats:
     def _clear(self) -> None:
         self.cycles: list[Cycle] = []
         self.num_cycles = self.num_short_cycles = self.num_drafted = self.num_accepted = 0
-        self._full_advance = self._full_drafted = 0
+        self.num_nodes_drafted = self.num_nodes_verified = 0
+        self._full_advance = self._full_drafted = self._full_first_advance = 0
         self._num_densities = 0
         self._density_sum = 0.0
 
@@ -68,6 +94,14 @@ class GenerationStats:
                 stats.num_accepted += cycle.num_accepted
                 stats._full_advance += cycle.advance_length * cycle.is_full
                 stats._full_drafted += len(cycle.drafted_ids) * cycle.is_full
+                if cycle.branches is None:
+                    stats.num_nodes_drafted += len(cycle.drafted_ids)
+                    stats.num_nodes_verified += len(cycle.drafted_ids)
+                    stats._full_first_advance += cycle.advance_length * cycle.is_full
+                else:
+                    stats.num_nodes_drafted += cycle.branches.num_nodes_drafted
+                    stats.num_nodes_verified += cycle.branches.num_nodes_verified
+                    stats._full_first_advance += cycle.branches.first_advance_length * cycle.is_full
 
     def record_draft_density(self, draft_density: float) -> None:
         """Notes the share of all parameters that the call's draft steps read, on average."""
@@ -92,6 +126,11 @@ class GenerationStats:
         return self._full_advance / num_full if num_full else None
 
     @property
+    def aal_gain(self) -> float | None:
+        """What the branches of trees added to the AAL: AAL over that of the likeliest child of each node alone - 1."""
+        return self._full_advance / self._full_first_advance - 1 if self._full_first_advance else None
+
+    @property
     def draft_density(self) -> float | None:
         """Parameters that a draft step read / all parameters, measured when the call ends; of the total, the mean over
         calls.
@@ -110,8 +149,9 @@ class GenerationStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers; a measure without data is `None`."""
-        counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back")
-        measures = ("acceptance_rate", "aal", "draft_density", "effective_density")
+        counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back",
+                  "num_nodes_drafted", "num_nodes_verified")  # fmt: skip
+        measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "effective_density")
         return {name: getattr(self, name) for name in (*counts, *measures)}
 
     def __repr__(self) -> str:

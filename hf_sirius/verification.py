@@ -43,7 +43,7 @@ class VerificationHook(LogitsProcessor):
         self.temperature = temperature
         self.do_sample = do_sample
         self._candidate_ids: torch.Tensor | None = None
-        self._start = 0
+        self._start = self._end = 0
         self._originals: list[torch.Tensor] = []
 
     def arm(self, candidate_ids: torch.Tensor, start: int) -> None:
@@ -51,12 +51,16 @@ class VerificationHook(LogitsProcessor):
         drafted.
         """
         self._candidate_ids = candidate_ids
-        self._start = start
+        self._start, self._end = start, candidate_ids.shape[1]
         self._originals = []
+
+    def shorten(self, end: int) -> None:
+        """Expects no drafted token from position `end` on."""
+        self._end = end
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         position = input_ids.shape[1]
-        if self._candidate_ids is None or position >= self._candidate_ids.shape[1]:
+        if self._candidate_ids is None or position >= self._end:
             return scores  # the bonus token's place
         candidate = self._candidate_ids[:, position].to(scores.device)
         accepted = is_accepted(candidate, scores, self.threshold, self.temperature, self.do_sample)

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from hf_sirius.stats import Cycle, GenerationStats
 
 
-COUNTS = ("num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back")
+MEASURES = ("acceptance_rate", "aal", "aal_gain", "draft_density", "effective_density")
+COUNTS = (
+    "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back",
+    "num_nodes_drafted", "num_nodes_verified",
+)  # fmt: skip
 
 
 @st.composite
@@ -127,7 +131,7 @@ def test_as_dict_is_plain_json(call, draft_density):
         stats.record_draft_density(draft_density)
     values = stats.as_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
-    assert {"kernel_size", "acceptance_rate", "aal", "draft_density", "effective_density", *COUNTS} == set(values)
+    assert {"kernel_size", *MEASURES, *COUNTS} == set(values)
 
 
 def test_repr_is_readable():

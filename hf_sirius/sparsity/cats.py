@@ -41,8 +41,14 @@ class Cats(SparsityMethod):
             self.thresholds = [histogram.quantile(1 - self.config.density) for histogram in self._histograms]
 
     def drop(self, site_idx: int, activations: torch.Tensor) -> torch.Tensor:
-        """Zeroes the dropped neurons of act(gate_proj x), [..., num_neurons]."""
+        """Zeroes the dropped neurons of act(gate_proj x), [..., num_tokens, num_neurons].
+
+        The leaves of one level of a tree share one set of neurons, by their summed activation (as in the paper): with
+        a set for each, a step would read most of the weights.
+        """
         magnitudes = activations.abs()
+        if self.config.tree_width > 1:
+            magnitudes = magnitudes.mean(dim=-2, keepdim=True)
         if self.config.selection == "topk":
             num_kept = max(1, round(self.config.density * activations.shape[-1]))
             neuron_mask = torch.zeros_like(magnitudes, dtype=torch.bool)
