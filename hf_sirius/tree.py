@@ -239,6 +239,11 @@ def check_tree(model: PreTrainedModel) -> None:
             f"tree drafting needs an attention that takes a mask, one of {list(ATTENTIONS)}, and this model has "
             f"{attention!r}: load it with attn_implementation='sdpa', or use tree_width=1"
         )
+    if "local" in getattr(model.config, "attention_layers", ()):
+        raise ValueError(
+            f"{type(model).__name__} counts the windows of its local attention by itself, which a tree's nodes would "
+            "fill: use tree_width=1"
+        )
     context, root, branches = [1, 2, 3], 4, [[5, 6], [7, 8]]
     try:
         right = _read(model, [*context, root, *branches[1]])[-1]

@@ -3,6 +3,7 @@
     python examples/reasoner/evaluate.py --num_problems 300
     python examples/reasoner/evaluate.py --quantization 8bit --densities 0.5
     python examples/reasoner/evaluate.py --methods griffin --densities 0.5 --draft_dtype nf4 --draft_scope all
+    python examples/reasoner/evaluate.py --methods griffin --densities 0.3 --tree_widths 1 2 4 8
 
 The table is Markdown on standard output; progress goes to standard error. ms per token is the mean over whole
 generations, prefill included; it depends on the machine.
@@ -35,6 +36,7 @@ def main():
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="of the full model")
     parser.add_argument("--draft_dtype", help="for griffin")
     parser.add_argument("--draft_scope", default="mlp", help="for griffin")
+    parser.add_argument("--tree_widths", nargs="+", type=int, default=[1])
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
@@ -50,24 +52,28 @@ def main():
     settings = f"kernel_size {args.kernel_size}, threshold {args.threshold}"
     print(f"{len(problems)} unseen problems of 6 to 10 steps, {settings}.")
     print(f"Dense: accuracy {dense.accuracy:.3f}, {dense.ms_per_token:.1f} ms per token.\n")
-    print("| method, density | sparse alone | Sirius | AAL | draft density | effective density | ms per token |")
-    print("|---|---|---|---|---|---|---|")
+    print("| method, density | tree width | sparse alone | Sirius | AAL | nodes per cycle "
+          "| draft density | effective density | ms per token |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
     for method in args.methods:
         for density in args.densities:
-            fields = {"kernel_size": args.kernel_size, "threshold": args.threshold}
+            fields = {"method": method, "density": density}
+            fields |= {"kernel_size": args.kernel_size, "threshold": args.threshold}
             if method == "griffin":
                 fields |= {"draft_dtype": args.draft_dtype, "draft_scope": args.draft_scope}
-            with hf_sirius.make_sparse(model, method=method, density=density, **fields) as sparse:
+            with hf_sirius.make_sparse(model, **fields) as sparse:
                 alone = evaluate(generator(model, sparse, alone=True), tokenizer, problems)
-                sparse.stats.reset()
-                corrected = evaluate(generator(model, sparse), tokenizer, problems)
-                stats = sparse.stats.total
-            logger.info("%s %s alone %s corrected %s %s", method, density, alone, corrected, stats)
-            print(
-                f"| {method} {density} | {alone.accuracy:.3f} | {corrected.accuracy:.3f} | {stats.aal:.2f} "
-                f"| {stats.draft_density:.3f} | {stats.effective_density:.3f} | {corrected.ms_per_token:.1f} |",
-                flush=True,
-            )
+            for tree_width in args.tree_widths:
+                with hf_sirius.make_sparse(model, **fields, tree_width=tree_width) as sparse:
+                    corrected = evaluate(generator(model, sparse), tokenizer, problems)
+                    stats = sparse.stats.total
+                logger.info("%s alone %s corrected %s %s", fields, alone, corrected, stats)
+                print(
+                    f"| {method} {density} | {tree_width} | {alone.accuracy:.3f} | {corrected.accuracy:.3f} "
+                    f"| {stats.aal:.2f} | {stats.num_nodes_verified / stats.num_cycles:.1f} "
+                    f"| {stats.draft_density:.3f} | {stats.effective_density:.3f} | {corrected.ms_per_token:.1f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
