@@ -364,7 +364,6 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
 
         def read_tree(module, args, inputs):
             if Call.current() is self.call:
-                undo.enter_context(wide_windows(cache, len(tree)))
                 inputs = reader.inputs(tree, 0, inputs)
             return args, inputs
 

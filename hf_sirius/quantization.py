@@ -323,12 +323,12 @@ def _quantized_to_4bit(
     # bitsandbytes packs without regard to rows, and its CPU kernel takes whole tiles.
     out_features, in_features = _padded(num_rows, _NF4_ROWS), _padded(num_columns, _NF4_BLOCK)
     packed = _empty(out_features, in_features // 2, torch.uint8, source.device)
+    # By which the rows that are none are zero.
     scales = torch.zeros(out_features, in_features // _NF4_BLOCK, device=source.device)
     for place, piece in _pieces(source, rows, columns):
         piece = nn.functional.pad(piece.to(_GATHERED_AS["nf4"]), (0, in_features - num_columns))
         values, state = quantize_4bit(piece, quant_type=quant_type)
         packed[place], scales[place] = values.view(len(piece), -1), state.absmax.view(len(piece), -1)
-    packed[num_rows:] = 0
     state.shape, state.absmax = torch.Size((out_features, in_features)), scales.flatten()
     linear = Linear4bit(
         in_features, out_features, bias=bias is not None, compute_dtype=compute_dtype,

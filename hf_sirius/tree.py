@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache import RoomyLayer, wide_windows
+from .cache import RoomyLayer
 from .offload import execution_device
 
 
@@ -256,9 +256,8 @@ def check_tree(model: PreTrainedModel) -> None:
         _read(model, context, cache)
         position = torch.tensor([[len(context)]], device=execution_device(model))
         reader = TreeReader(model, cache, position, None)
-        with wide_windows(cache, len(tree)):
-            inputs = reader.inputs(tree, 0, {"past_key_values": cache, "use_cache": True})
-            outputs = model(**inputs, return_dict=True)
+        inputs = reader.inputs(tree, 0, {"past_key_values": cache, "use_cache": True})
+        outputs = model(**inputs, return_dict=True)
         found = outputs.logits[0, -1].double()
     except Exception as error:
         raise ValueError(

@@ -28,6 +28,7 @@ STEPS = st.one_of(
     st.tuples(st.just("reorder"), st.just(0)),
     st.tuples(st.just("copy"), st.just(0)),
     st.tuples(st.just("reset"), st.just(0)),
+    st.tuples(st.just("swap"), st.just(0)),
 )
 
 
@@ -51,6 +52,9 @@ def test_the_states_are_those_of_a_stock_layer(steps, seed):
                         cache.crop(-min(size, cache.get_seq_length()))
                     elif name == "reorder":
                         cache.reorder_cache(torch.tensor([0]))
+                    elif name == "swap":
+                        layer = cache.layers[0]
+                        layer.keys, layer.values = layer.values, layer.keys
                     elif name == "reset":
                         cache.reset()
                     elif i == 1:

@@ -351,6 +351,23 @@ def test_the_prefill_keeps_one_mlp_at_a_time(tmp_path, monkeypatch):
     assert num_waiting == [1, 2] * 4
 
 
+def test_what_waits_is_narrowed_before_the_next_weight_comes(tmp_path, monkeypatch):
+    model, loaded = offload_to_disk(build_model(dtype=torch.float32), tmp_path), []
+    copy_of = offload_module._loaded_copy
+
+    def noting(module):
+        if getattr(module, "out_features", None) == 64:
+            loaded.append(copy_of(module))
+            return loaded[-1]
+        return copy_of(module)
+
+    monkeypatch.setattr(offload_module, "_loaded_copy", noting)
+    with make_sparse(model, **FIELDS, draft_dtype="bfloat16") as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=2)
+    gates = loaded[::2]
+    assert len(gates) == len(sparse.sites) and all(gate.weight.dtype == torch.bfloat16 for gate in gates)
+
+
 def test_what_is_held_is_not_taken_again(tmp_path, monkeypatch):
     model = offload_to_disk(build_model(), tmp_path)
     taken, hold = [], Griffin.hold

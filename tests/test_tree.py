@@ -162,6 +162,14 @@ def test_branches_win():
         assert branches.first_advance_length <= cycle.advance_length
 
 
+def test_nodes_are_offered_by_the_processed_logits():
+    model, suppressed = build_model(), list(range(4, 40))
+    with make_sparse(model, **FIELDS, tree_width=8) as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=30, suppress_tokens=suppressed)
+        drafted = {token_id for c in sparse.stats.cycles for ids in c.branches.leaf_ids for token_id in ids}
+    assert drafted and not drafted & set(suppressed)
+
+
 def test_a_width_of_one_drafts_as_before():
     model = build_model()
     with make_sparse(model, **FIELDS, tree_width=1) as sparse:
