@@ -62,7 +62,9 @@ class Griffin(SparsityMethod):
     def drafting(self):
         weights = (parameter for module in self.held.values() for parameter in module.parameters())
         on_cpu = any(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
-        with super().drafting(), native_products() if on_cpu else contextlib.nullcontext():
+        # The leaves of a level are several tokens, which oneDNN is there for.
+        is_native = on_cpu and self.config.tree_width == 1
+        with super().drafting(), native_products() if is_native else contextlib.nullcontext():
             yield
 
     def choose(self, site: MlpSite) -> None:
