@@ -19,7 +19,7 @@ class RoomyLayer(DynamicLayer):
     all that it holds for every token, which took a quarter of a draft step.
 
     Layers become one for the time of a call, and `keys` and `values` stay what they are: float [batch_size, num_heads,
-    length, head_dim], here views into larger tensors.
+    length, head_dim], here views into larger tensors: what is rolled back is written over.
     """
 
     _key_room: torch.Tensor | None = None
@@ -44,7 +44,8 @@ def _append(
     start, end = states.shape[-2], states.shape[-2] + new.shape[-2]
     # Whoever reorders or moves a cache puts other tensors there.
     is_in_room = room is not None and states.data_ptr() == room.data_ptr() and states.stride() == room.stride()
-    if not is_in_room or end > room.shape[-2]:
+    # Nor may tensors of an inference mode be written to outside of it.
+    if not is_in_room or room.is_inference() != torch.is_inference_mode_enabled() or end > room.shape[-2]:
         room = states.new_empty(*states.shape[:2], end + _ROOM, states.shape[-1])
         room[..., :start, :] = states
     room[..., start:end, :] = new
@@ -53,8 +54,12 @@ def _append(
 
 @contextlib.contextmanager
 def roomy(cache: Cache) -> Iterator[None]:
-    """Within the block, the cache's plain layers are [`RoomyLayer`]s; the others stay as they are."""
-    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    """Within the block, the cache's plain layers are [`RoomyLayer`]s; the others stay as they are, and so do those of
+    an offloaded cache, of which nothing is to be kept.
+    """
+    layers = [
+        layer for layer in cache.layers if type(layer) is DynamicLayer and not getattr(cache, "offloading", False)
+    ]
     for layer in layers:
         layer.__class__ = RoomyLayer
     try:

@@ -42,8 +42,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         call: the state of the running `generate` call.
         generation_config: the call's prepared configuration.
         logits_processor: the call's own list, to which the verification hook is appended if drafts may be kept that
-        the dense
-            model would not have written.
+            the dense model would not have written.
     """
 
     requires_model_outputs = True  # so that the loop hands over its model_kwargs, with the KV-cache
@@ -114,7 +113,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         Args:
             input_ids: long [1, length], the accepted tokens and the bonus token included.
             scores: float32 [1, num_drafted + 1, vocab_size], the processed logits; the hook's lifts are taken out of
-            them. num_matches: number of accepted tokens.
+                them.
+            num_matches: number of accepted tokens.
         """
         if self.hook is not None:
             self.hook.restore(scores)
@@ -316,8 +316,8 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             ):
                 for _ in range(num_levels):
                     inputs = reader.inputs(tree, first, {**given, "past_key_values": cache})
-                    first = len(tree)
                     logits = self.twin(**inputs, return_dict=True).logits
+                    first = len(tree)
                     offers = [(leaf.log_prob, leaf.node, None) for leaf in finished]
                     level_scores = {}
                     for i, leaf in enumerate(unread):

@@ -214,6 +214,9 @@ class _MappedWeights(Mapping):
         # Not shared: what is written to the weight does not reach the file.
         return torch.from_file(file, size=size, dtype=getattr(torch, info["dtype"])).view(info["shape"])
 
+    def __contains__(self, key: object) -> bool:  # without a mapping, which the base would make
+        return key in self.in_memory or key in self.on_disk
+
     def __iter__(self) -> Iterator[str]:
         return iter({**self.in_memory, **self.on_disk})
 

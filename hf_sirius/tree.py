@@ -4,8 +4,9 @@ A tree's nodes are read as one sequence over the shared KV-cache. A mask lets ea
 alone, and positions go by depth, so each has the logits that it would have at the end of its own path.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,16 +126,17 @@ class TreeReader:
         self.root_position = root_position
         self.attention_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         self.contexts: dict[str, tuple[int, float]] = {}
-        for layer in cache.layers:
+        # Windows are the model's, also where the cache was made without its config and keeps everything.
+        stock_layers = DynamicCache(config=model.config).layers
+        for layer, stock in zip(cache.layers, stock_layers, strict=False):
             if type(layer) not in (DynamicLayer, RoomyLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
                     f"a tree cannot be drafted into a KV-cache with a {type(layer).__name__}: use tree_width=1, or the "
                     "default DynamicCache"
                 )
             if layer.is_initialized:  # layers may share the states of others
-                name = "sliding_attention" if layer.is_sliding else "full_attention"
-                window = layer.sliding_window if layer.is_sliding else math.inf
-                self.contexts[name] = (layer.keys.shape[-2], window)
+                name = "sliding_attention" if stock.is_sliding else "full_attention"
+                self.contexts[name] = (layer.keys.shape[-2], stock.sliding_window if stock.is_sliding else math.inf)
 
     def inputs(self, tree: Tree, first: int, given: dict) -> dict:
         """Returns the inputs of a forward that reads the nodes from `first` on; those before are in the cache.
@@ -227,6 +229,17 @@ def best_path(tree: Tree, accepted_children: dict[int, list[int]]) -> list[int]:
     return tree.path(max(ends, key=lambda node: (tree.depths[node], tree.log_probs[node])))
 
 
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @torch.no_grad()
 def check_tree(model: PreTrainedModel) -> None:
     """Raises `ValueError` if a model cannot read a tree: its attention takes no mask, or its positions are fixed.
@@ -246,19 +259,20 @@ def check_tree(model: PreTrainedModel) -> None:
         )
     context, root, branches = [1, 2, 3], 4, [[5, 6], [7, 8]]
     try:
-        right = _read(model, [*context, root, *branches[1]])[-1]
-        wrong = _read(model, [*context, root, *branches[0], *branches[1]])[-1]
-        tree = Tree(_token_id(model, root))
-        for first, second in branches:
-            tree.add(tree.add(0, _token_id(model, first), 0.0), _token_id(model, second), 0.0)
-        cache = DynamicCache(config=model.config)
-        cache.activate_past_recording()
-        _read(model, context, cache)
-        position = torch.tensor([[len(context)]], device=execution_device(model))
-        reader = TreeReader(model, cache, position, None)
-        inputs = reader.inputs(tree, 0, {"past_key_values": cache, "use_cache": True})
-        outputs = model(**inputs, return_dict=True)
-        found = outputs.logits[0, -1].double()
+        with _evaluating(model):  # without dropout
+            right = _read(model, [*context, root, *branches[1]])[-1]
+            wrong = _read(model, [*context, root, *branches[0], *branches[1]])[-1]
+            tree = Tree(_token_id(model, root))
+            for first, second in branches:
+                tree.add(tree.add(0, _token_id(model, first), 0.0), _token_id(model, second), 0.0)
+            cache = DynamicCache(config=model.config)
+            cache.activate_past_recording()
+            _read(model, context, cache)
+            position = torch.tensor([[len(context)]], device=execution_device(model))
+            reader = TreeReader(model, cache, position, None)
+            inputs = reader.inputs(tree, 0, {"past_key_values": cache, "use_cache": True})
+            outputs = model(**inputs, return_dict=True)
+            found = outputs.logits[0, -1].double()
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot read a tree of drafts ({type(error).__name__}: {error}): use tree_width=1"

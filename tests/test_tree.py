@@ -51,6 +51,23 @@ def test_output_equals_dense_greedy_in_float64(family):
     assert torch.equal(model.generate(prompt, **options), dense)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+def test_windows_are_the_models_also_where_the_cache_keeps_everything(family):
+    model, prompt = shared_model(family), make_prompt(13)
+    dense = model.generate(prompt, max_new_tokens=40, do_sample=False, past_key_values=DynamicCache())
+    with make_sparse(model, **FIELDS, tree_width=4) as sparse:
+        options = {"max_new_tokens": 40, "do_sample": False, "past_key_values": DynamicCache()}
+        assert torch.equal(model.generate(prompt, assistant_model=sparse, **options), dense)
+
+
+def test_a_model_in_training_mode_is_not_refused_for_its_dropout():
+    model = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    make_sparse(model, **FIELDS, tree_width=4).detach()
+    assert [module.training for module in model.modules()] == modes and True in modes
+
+
 def test_at_least_45_families_take_a_tree():
     assert len(set(available_families()) - REFUSED) >= 45
 
@@ -351,18 +368,21 @@ def test_nothing_is_left_after_an_error(place):
     model = build_model()
     expected = model.generate(make_prompt(), max_new_tokens=12, do_sample=False)
     with make_sparse(model, **FIELDS, tree_width=4) as sparse:
-        target, num_calls = (sparse if place == "draft" else model), 0
+        target, lengths = (sparse if place == "draft" else model), []
 
         def fail(*_):
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls == 3:
+            lengths.append(cache.get_seq_length())
+            if len(lengths) == 3:
                 raise KeyboardInterrupt
 
-        handle = target.register_forward_pre_hook(fail)
+        handle, cache = target.register_forward_pre_hook(fail), DynamicCache()
         with pytest.raises(KeyboardInterrupt):
-            model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12, do_sample=False)
+            model.generate(
+                make_prompt(), assistant_model=sparse, max_new_tokens=12, do_sample=False, past_key_values=cache
+            )
         handle.remove()
+        # All that was verified, and no more: the draft's first step, or the verification, found it so.
+        assert cache.get_seq_length() == lengths[0 if place == "draft" else -1]
         assert not model._forward_hooks and not model._forward_pre_hooks
         output = model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12, do_sample=False)
     assert torch.equal(output, expected)

@@ -43,8 +43,8 @@ class Cats(SparsityMethod):
     def drop(self, site_idx: int, activations: torch.Tensor) -> torch.Tensor:
         """Zeroes the dropped neurons of act(gate_proj x), [..., num_tokens, num_neurons].
 
-        The leaves of one level of a tree share one set of neurons, by their summed activation (as in the paper): with
-        a set for each, a step would read most of the weights.
+        The leaves of one level of a tree share one set of neurons, by the sum of their magnitudes (as in the paper; by
+        the mean, against a threshold): with a set for each, a step would read most of the weights.
         """
         magnitudes = activations.abs()
         if self.config.tree_width > 1:
