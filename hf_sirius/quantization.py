@@ -229,12 +229,15 @@ def _pieces(
     """Yields the chosen part of a weight a few rows at a time, and where they go: each is converted while it is in the
     cache, with no large temporary (those of bitsandbytes' CPU code are several times as large as what it quantizes).
     """
+    if columns is not None:
+        columns = columns.to(weight.device)
     num_columns = weight.shape[1] if columns is None else len(columns)
     size = max(1, _CHUNK // num_columns)
     start = 0
     for source in weight.split(size) if rows is None else rows.to(weight.device).split(size):
         piece = source if rows is None else weight.index_select(0, source)
-        piece = piece if columns is None else piece.index_select(1, columns.to(weight.device))
+        if columns is not None:  # by gather, as index_select along rows took twice as long on a CPU
+            piece = piece.gather(1, columns.expand(len(piece), -1))
         yield slice(start, start := start + len(piece)), piece
 
 
