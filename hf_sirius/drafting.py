@@ -13,7 +13,7 @@ from .call import Call
 from .stats import Branches, Cycle
 from .tree import Leaf, Tree, TreeReader, best_path, keep_nodes, keep_rows
 from .twin import SparseTwin, mask_of_new_tokens
-from .verification import VerificationHook, is_accepted
+from .verification import VerificationHook, is_accepted, likelihood
 
 
 class SettledCriteria(StoppingCriteriaList):
@@ -123,16 +123,33 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self._observed.close()
         self.call.is_verifying = False
         self.generation_config.max_length = self.max_length
+        bonus_likelihood = self._likelihoods(input_ids[:, -1:], scores[:, num_matches, None])[0]
         if self._drafted_ids is None:
             self.call.method.select()
             self._drafted_ids = input_ids[:, :0]
+            self.call.stats.record_first(input_ids[0, -1].item(), bonus_likelihood)
             return
         if self._reselects():
             self.call.method.select()
-        drafted_ids = tuple(self._drafted_ids[0].tolist())
+        if self._branches is None:
+            likelihoods = self._likelihoods(self._drafted_ids, scores[:, :-1])
+        else:
+            likelihoods = self._branches.leaf_likelihoods[self._branches.winner] if self._branches.leaf_ids else ()
         self.call.stats.record_cycle(
-            Cycle(drafted_ids, int(num_matches), input_ids[0, -1].item(), not self._is_cut, self._branches)
+            Cycle(
+                drafted_ids=tuple(self._drafted_ids[0].tolist()),
+                num_accepted=int(num_matches),
+                bonus_id=input_ids[0, -1].item(),
+                is_full=not self._is_cut,
+                likelihoods=likelihoods,
+                bonus_likelihood=bonus_likelihood,
+                branches=self._branches,
+            )
         )
+
+    def _likelihoods(self, token_ids: torch.LongTensor, scores: torch.Tensor) -> tuple[float, ...]:
+        """Returns the full model's likelihood of each token, [1, num_tokens], by its scores at their places."""
+        return tuple(likelihood(token_ids.to(scores.device), scores, self.config.temperature)[0].tolist())
 
     def _draft(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.LongTensor, list[torch.Tensor]]:
         """Returns input_ids with up to `kernel_size - 1` drafted tokens, and the processed logits of each, [1,
@@ -296,7 +313,15 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
         path = tree.path_ids(tree.depths.index(depth))
         # On the device to which the loop would move it, which would make another tensor of it.
         candidate_ids = torch.cat([input_ids, input_ids.new_tensor([path])], dim=-1).to(self.call.model.device)
-        self._branches = Branches(tuple(tree.path_ids(leaf.node) for leaf in tree.leaves), 0, num_drafted, 0, 0)
+        leaf_ids = tuple(tree.path_ids(leaf.node) for leaf in tree.leaves)
+        self._branches = Branches(
+            leaf_ids=leaf_ids,
+            leaf_likelihoods=tuple((None,) * len(ids) for ids in leaf_ids),
+            winner=0,
+            num_nodes_drafted=num_drafted,
+            num_nodes_verified=0,
+            first_advance_length=0,
+        )
         self._is_cut |= not depth
         if depth:
             self._observed.enter_context(self._verifying(tree, reader, cache, candidate_ids))
@@ -371,7 +396,7 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             if Call.current() is not self.call:
                 return
             undo.close()  # before the processors, which may make forwards of their own
-            path, rejecting_scores = self._judge(tree, verified_ids, outputs.logits)
+            path, rejecting_scores, likelihoods = self._judge(tree, verified_ids, outputs.logits)
             kept_ids = [tree.token_ids[node] for node in path]
             # Not what the dense model is about to choose.
             kept_ids += [(rejecting_scores.argmax().item() + 1) % rejecting_scores.shape[-1]] * (depth - len(path))
@@ -381,7 +406,7 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             keep_rows(outputs, len(tree), kept)
             if self.hook is not None:
                 self.hook.shorten(verified_ids.shape[1] + len(path))
-            self._note_winner(tree, path)
+            self._note_winner(tree, path, likelihoods)
 
         with contextlib.ExitStack() as undo:
             undo.callback(model.register_forward_pre_hook(read_tree, with_kwargs=True).remove)
@@ -390,8 +415,9 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
 
     def _judge(
         self, tree: Tree, verified_ids: torch.LongTensor, logits: torch.Tensor
-    ) -> tuple[list[int], torch.Tensor]:
-        """Returns the path that wins, and the dense model's processed logits behind it, float32 [1, vocab_size].
+    ) -> tuple[list[int], torch.Tensor, dict[int, float]]:
+        """Returns the path that wins, the dense model's processed logits behind it, float32 [1, vocab_size], and its
+        likelihood of the nodes whose parents it accepts.
 
         Args:
             logits: [1, num_nodes, vocab_size], the dense model's at each node.
@@ -401,26 +427,31 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             scores = logits[:, node].to(dtype=torch.float32, device=verified_ids.device, copy=True)
             return self.logits_processor(self._ids_at(verified_ids, tree, node), scores)
 
-        reached, accepted = [0], {}
+        reached, accepted, likelihoods = [0], {}, {}
         for node in reached:  # grows meanwhile
             if not (children := tree.children(node)):
                 continue
             token_ids = verified_ids.new_tensor([tree.token_ids[child] for child in children])
             scores = scores_at(node).expand(len(children), -1)
             is_kept = is_accepted(token_ids, scores, self.config.threshold, self.config.temperature)
+            likelihoods.update(zip(children, self._likelihoods(token_ids[None], scores[None]), strict=True))
             accepted[node] = [child for child, kept in zip(children, is_kept.tolist(), strict=True) if kept]
             reached += accepted[node]
         path = best_path(tree, accepted)
         self._first_advance = tree.first_path_length(accepted) + 1
-        return path, scores_at(path[-1] if path else 0)
+        return path, scores_at(path[-1] if path else 0), likelihoods
 
-    def _note_winner(self, tree: Tree, path: list[int]) -> None:
+    def _note_winner(self, tree: Tree, path: list[int], likelihoods: dict[int, float]) -> None:
         winner = next(i for i, leaf in enumerate(tree.leaves) if tree.path(leaf.node)[: len(path)] == path)
         leaf = tree.leaves[winner]
         self._is_cut |= leaf.is_end
         self._drafted_ids = self._candidate_ids.new_tensor([tree.path_ids(leaf.node)])
         self._branches = dataclasses.replace(
-            self._branches, winner=winner, num_nodes_verified=len(tree) - 1, first_advance_length=self._first_advance
+            self._branches,
+            leaf_likelihoods=tuple(tuple(map(likelihoods.get, tree.path(leaf.node))) for leaf in tree.leaves),
+            winner=winner,
+            num_nodes_verified=len(tree) - 1,
+            first_advance_length=self._first_advance,
         )
 
     def _ids_at(self, input_ids: torch.LongTensor, tree: Tree, node: int) -> torch.LongTensor:

@@ -10,6 +10,7 @@ class Branches:
 
     Attributes:
         leaf_ids: the tokens of each continuation, the likeliest to the draft first.
+        leaf_likelihoods: the full model's likelihood of each of these tokens, as in [`Cycle`].
         winner: which of them was kept, or went furthest.
         num_nodes_drafted, num_nodes_verified: tokens that the draft wrote, and those of them that led to a
             continuation in the end, which are those that the full model read.
@@ -18,6 +19,7 @@ class Branches:
     """
 
     leaf_ids: tuple[tuple[int, ...], ...]
+    leaf_likelihoods: tuple[tuple[float | None, ...], ...]
     winner: int
     num_nodes_drafted: int
     num_nodes_verified: int
@@ -35,6 +37,9 @@ class Cycle:
         is_full: whether the draft ended by itself, after `kernel_size - 1` tokens or in doubt (`draft_confidence`), and
             was not cut by EOS, a stopping criterion or the length. Where it was, its advance says nothing about the
             draft's quality.
+        likelihoods: the full model's likelihood of each drafted token, softmax(l / temperature) as the acceptance rule
+            reads it; `None` for a token of a tree behind one that was not accepted, about which it was not asked.
+        bonus_likelihood: that of its own token.
         branches: of a tree, else `None`.
     """
 
@@ -42,6 +47,8 @@ class Cycle:
     num_accepted: int
     bonus_id: int
     is_full: bool
+    likelihoods: tuple[float | None, ...]
+    bonus_likelihood: float
     branches: Branches | None = None
 
     @property
@@ -55,6 +62,8 @@ class GenerationStats:
 
     Attributes:
         kernel_size: tokens per cycle, n.
+        first_id, first_likelihood: the full model's own token after the prefill, which precedes the cycles, and its
+            likelihood as in [`Cycle`]; `None` before it, and in the total.
         cycles: the [`Cycle`]s of the call, in order (the total keeps none).
         num_cycles: cycles, the short ones included; the prefill is not a cycle.
         num_short_cycles: cycles that EOS, a stopping criterion or the length cut short.
@@ -76,12 +85,18 @@ class GenerationStats:
             self.total.reset()
 
     def _clear(self) -> None:
+        self.first_id: int | None = None
+        self.first_likelihood: float | None = None
         self.cycles: list[Cycle] = []
         self.num_cycles = self.num_short_cycles = self.num_drafted = self.num_accepted = 0
         self.num_nodes_drafted = self.num_nodes_verified = 0
         self._full_advance = self._full_drafted = self._full_first_advance = 0
         self._num_densities = 0
         self._density_sum = 0.0
+
+    def record_first(self, token_id: int, likelihood: float) -> None:
+        """Notes the token that the full model wrote after the prefill."""
+        self.first_id, self.first_likelihood = token_id, likelihood
 
     def record_cycle(self, cycle: Cycle) -> None:
         """Adds a verified cycle to the counts, and to the total's."""

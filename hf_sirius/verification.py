@@ -4,6 +4,20 @@ import torch
 from transformers import LogitsProcessor
 
 
+def likelihood(token_ids: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Returns softmax(scores / temperature)[token] (paper, section 4.1).
+
+    Args:
+        token_ids: long [...].
+        scores: float [..., vocab_size], the full model's processed logits at the tokens' places.
+        temperature: greater than 0.
+
+    Returns:
+        float [...].
+    """
+    return (scores / temperature).softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
 def is_accepted(
     candidate_ids: torch.Tensor, scores: torch.Tensor, threshold: float, temperature: float, do_sample: bool = False
 ) -> torch.Tensor:
@@ -26,8 +40,7 @@ def is_accepted(
     """
     likely = torch.zeros_like(candidate_ids, dtype=torch.bool)
     if threshold < 1.0:
-        likelihood = (scores / temperature).softmax(dim=-1).gather(-1, candidate_ids.unsqueeze(-1)).squeeze(-1)
-        likely = likelihood >= threshold
+        likely = likelihood(candidate_ids, scores, temperature) >= threshold
     return likely if do_sample else likely | (candidate_ids == scores.argmax(dim=-1))
 
 

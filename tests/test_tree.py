@@ -126,6 +126,42 @@ def test_returned_values_are_those_of_the_output(family):
         torch.testing.assert_close(step[-1], expected[-1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tree_width", [1, 4])
+def test_likelihoods_are_the_dense_models(tree_width):
+    model, prompt, temperature = shared_model(), make_prompt(), 1.7
+    fields = {**FIELDS, "threshold": 0.02, "temperature": temperature, "tree_width": tree_width}
+
+    def expected(verified_ids: list[int], token_id: int) -> float:
+        scores = model(torch.tensor([verified_ids])).logits[0, -1].float()
+        return (scores / temperature).softmax(dim=-1)[token_id].item()
+
+    with make_sparse(model, **fields) as sparse, torch.no_grad():
+        output = model.generate(prompt, assistant_model=sparse, max_new_tokens=30, do_sample=False)
+        stats = sparse.stats
+        verified_ids = prompt[0].tolist()
+        assert stats.first_likelihood == pytest.approx(expected(verified_ids, stats.first_id), rel=1e-3)
+        verified_ids.append(stats.first_id)
+        num_unknown = 0
+        for cycle in stats.cycles:
+            drafts = [(cycle.drafted_ids, cycle.likelihoods)]
+            if cycle.branches is not None:
+                assert drafts[0] == tuple(
+                    getattr(cycle.branches, name)[cycle.branches.winner] for name in ("leaf_ids", "leaf_likelihoods")
+                )
+                drafts = zip(cycle.branches.leaf_ids, cycle.branches.leaf_likelihoods, strict=True)
+            for ids, likelihoods in drafts:
+                for i, (token_id, likelihood) in enumerate(zip(ids, likelihoods, strict=True)):
+                    num_unknown += likelihood is None
+                    if likelihood is not None:
+                        assert likelihood == pytest.approx(expected(verified_ids + list(ids[:i]), token_id), rel=1e-3)
+            assert None not in cycle.likelihoods[: cycle.num_accepted]
+            verified_ids += cycle.drafted_ids[: cycle.num_accepted]
+            assert cycle.bonus_likelihood == pytest.approx(expected(verified_ids, cycle.bonus_id), rel=1e-3)
+            verified_ids.append(cycle.bonus_id)
+    assert verified_ids == output[0].tolist()
+    assert stats.num_rolled_back > 0 and (num_unknown > 0) == (tree_width > 1)
+
+
 def test_attentions_are_those_of_the_path():
     model = build_model()
     model.set_attn_implementation("eager")
