@@ -47,14 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="generate with any causal language model and its sparse twin")
-    _add(generate, "--model", required=True, help="id on the hub, or path ('reasoner' for the embedded one)")
+    _add_model_options(generate, required=True)
     _add(generate, "--prompt", required=True, help="the text to continue; '-' reads standard input")
     _add(generate, "--max_new_tokens", type=_positive, default=256)
     _add(generate, "--do_sample", action="store_true", help="sample, with the model's own generation settings")
     _add(generate, "--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     _add(generate, "--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    _add(generate, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
-    _add(generate, "--device", help="device of the model (default: cuda if there is one, else cpu)")
     _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
     _add(generate, "--stream", action="store_true", help="print the text as it is verified")
     _add_config_options(generate.add_argument_group("sparsity and correction (SiriusConfig)"))
@@ -87,6 +85,13 @@ def _add(parser, name: str, **kwargs) -> None:
     """Adds an option under its name and under the spelling with hyphens."""
     names = dict.fromkeys([name, "--" + name[2:].replace("_", "-")])
     parser.add_argument(*names, **kwargs)
+
+
+def _add_model_options(parser, required: bool = False) -> None:
+    model = {"required": True} if required else {"default": "reasoner"}
+    _add(parser, "--model", **model, help="id on the hub, or path ('reasoner' for the embedded one)")
+    _add(parser, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
+    _add(parser, "--device", help="device of the model (default: cuda if there is one, else cpu)")
 
 
 def _add_config_options(group, method: str | None = None) -> None:
@@ -147,19 +152,27 @@ def _sirius_config(args):
     return config.replace(**fields)
 
 
-def _generate(args) -> None:
-    config = _sirius_config(args)  # a wrong value is told before anything is loaded
-
+def _load(args) -> tuple:
+    """Returns the model and the tokenizer that the options name."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .assistant import make_sparse
     from .reasoner import reasoner_path
 
     path = reasoner_path() if args.model == "reasoner" else args.model
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval(), tokenizer
+
+
+def _generate(args) -> None:
+    config = _sirius_config(args)  # a wrong value is told before anything is loaded
+
+    from transformers import TextStreamer, set_seed
+
+    from .assistant import make_sparse
+
+    model, tokenizer = _load(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.chat:
         messages = [{"role": "user", "content": prompt}]
@@ -168,7 +181,7 @@ def _generate(args) -> None:
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(device)
+    inputs = inputs.to(model.device)
     set_seed(args.seed)
     with make_sparse(model, config) as twin:
         output = model.generate(
