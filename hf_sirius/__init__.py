@@ -12,10 +12,12 @@ _EXPORTS = {
     "Calibration": "calibration",
     "GenerationStats": "stats",
     "SiriusConfig": "config",
+    "Trace": "tracing",
     "calibrate": "calibration",
     "make_sparse": "assistant",
     "reasoner_path": "reasoner",
     "reasoner_problems": "reasoner",
+    "trace": "tracing",
 }
 
 __all__ = ["__version__", *_EXPORTS]
