@@ -58,6 +58,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_options(generate.add_argument_group("sparsity and correction (SiriusConfig)"))
     generate.set_defaults(run=_generate)
 
+    eval_ = commands.add_parser("eval", help="a task: dense, sparse alone and corrected, side by side")
+    _add_task_options(eval_)
+    _add_config_options(eval_.add_argument_group("sparsity and correction (SiriusConfig)"))
+    eval_.set_defaults(run=_eval)
+
+    sweep = commands.add_parser("sweep", help="a task with many settings: one table, and plots")
+    _add_task_options(sweep)
+    grid = sweep.add_argument_group("what varies (every combination is run)")
+    _add(grid, "--thresholds", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
+    _add(grid, "--methods", nargs="+", default=[])
+    _add(grid, "--densities", type=float, nargs="+", default=[])
+    _add(grid, "--kernel_sizes", type=int, nargs="+", default=[])
+    _add(grid, "--tree_widths", type=int, nargs="+", default=[])
+    _add(sweep, "--plot", help="file to draw to (default: sweep.png in the output directory)")
+    _add(sweep, "--no_plots", action="store_true", help="draw nothing (needs no matplotlib)")
+    _add_config_options(sweep.add_argument_group("what does not vary (SiriusConfig)"), method="griffin")
+    sweep.set_defaults(run=_sweep)
+
     bench = commands.add_parser("bench", help="time dense and corrected generation in alternation")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True)
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
@@ -92,6 +110,22 @@ def _add_model_options(parser, required: bool = False) -> None:
     _add(parser, "--model", **model, help="id on the hub, or path ('reasoner' for the embedded one)")
     _add(parser, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
     _add(parser, "--device", help="device of the model (default: cuda if there is one, else cpu)")
+
+
+def _add_task_options(parser) -> None:
+    _add_model_options(parser)
+    task_help = "'reasoner' or 'reasoner-long' (embedded problems), a .jsonl file of problems (question, and answer "
+    task_help += "ending in '#### 42'), or a file of plain text (default: reasoner)"
+    _add(parser, "--task", default="reasoner", help=task_help)
+    _add(parser, "--num_items", type=_positive, help="the first so many problems or windows (default: all)")
+    _add(parser, "--few_shot", help="a .jsonl file of solved problems to put before each")
+    chat = {"action": argparse.BooleanOptionalAction, "default": None}
+    _add(parser, "--chat", **chat, help="use the tokenizer's chat template (default: if it has one)")
+    _add(parser, "--max_new_tokens", type=_positive, help="of an answer (default: 256)")
+    _add(parser, "--window", type=_positive, help="for plain text: tokens that are read at a time (default: 512)")
+    directory_help = "where every record, results.json and results.csv go; the same command goes on with what is there "
+    directory_help += "(default: a directory of its own under runs/)"
+    _add(parser, "--output_dir", help=directory_help)
 
 
 def _add_config_options(group, method: str | None = None) -> None:
@@ -195,6 +229,104 @@ def _generate(args) -> None:
             print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         if args.stats:
             print(twin.stats, file=sys.stderr)
+
+
+def _eval(args) -> None:
+    from .evaluation import standard_ways
+    from .tasks import TextTask
+
+    def ways(config, task):
+        # Of plain text nothing is corrected: it tells what the full model would accept.
+        return standard_ways(config)[: 2 if isinstance(task, TextTask) else 3]
+
+    _run_task(args, ways)
+
+
+def _sweep(args) -> None:
+    from .sweep import check_plots, plot_sweep, sweep_ways
+    from .tasks import TextTask
+
+    if args.method is None and not args.config:
+        args.method = "griffin"
+    if not args.no_plots:
+        check_plots()
+    if args.plot and not Path(args.plot).absolute().parent.is_dir():
+        raise ValueError(f"the directory of --plot {args.plot} does not exist: make it first")
+
+    def ways(config, task):
+        if isinstance(task, TextTask):
+            raise ValueError(f"a sweep wants problems with answers, and {task.name} is plain text: use hf-sirius eval")
+        names = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size"}
+        names |= {"thresholds": "threshold", "tree_widths": "tree_width"}
+        return sweep_ways(config, {field: getattr(args, name) for name, field in names.items()})
+
+    results, directory, is_first = _run_task(args, ways)
+    if is_first and not args.no_plots:
+        path = args.plot or directory / "sweep.png"
+        plot_sweep(results, path)
+        print(f"Plots: {path}")
+
+
+def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
+    """Runs the task that the options name; returns its results, where they are, and whether this is the first process.
+
+    Args:
+        make_ways: from the config and the task to the ways to run.
+    """
+    config = _sirius_config(args)  # a wrong value is told before anything is loaded
+
+    import torch
+    from accelerate import PartialState
+    from transformers import logging
+
+    from .assistant import make_sparse
+    from .evaluation import default_directory, run_task
+    from .tasks import load_task
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if args.device is None and state.device.type != "cpu":
+        args.device = str(state.device)
+    if not state.is_main_process:
+        logging.set_verbosity_error()
+    model, tokenizer = _load(args)
+    options = {name: getattr(args, name) for name in ("few_shot", "num_items", "chat", "max_new_tokens", "window")}
+    task = load_task(args.task, tokenizer, **options)
+    ways = make_ways(config, task)
+    for way in ways:  # whatever a twin would refuse is refused now
+        if way.config is not None:
+            make_sparse(model, way.config).detach()
+    name = args.model.rstrip("/")
+    directory = Path(args.output_dir) if args.output_dir else default_directory(name, task, ways)
+    results = run_task(model, task, ways, directory, name, show_progress=True)
+    if state.is_main_process:
+        _show_results(results, task.columns)
+        print(f"Written: {directory / 'results.json'}, results.csv, and every record")
+    return results, directory, state.is_main_process
+
+
+def _show_results(results: dict, columns: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    heads = {"aal": "AAL", "acceptance_rate": "accepted", "num_rolled_back": "rolled\nback", "draft_density": "density",
+             "effective_density": "effective\ndensity", "ms_per_token": "ms per\ntoken"}  # fmt: skip
+    names = [name for name in (*columns, *heads) if any(row.get(name) is not None for row in results["rows"])]
+    table = Table("", box=None, pad_edge=False)
+    for name in names:
+        table.add_column(heads.get(name, name), justify="right", no_wrap=True)
+    for row in results["rows"]:
+        table.add_row(row["way"], *(_shown(name, row.get(name)) for name in names))
+    console = Console()
+    dtype = results["dtype"].removeprefix("torch.")
+    console.print(f"{results['model']} ({dtype}), {results['num_items']} items of {results['task']}:\n")
+    console.print(table)
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    digits = {"num_rolled_back": 0, "ms_per_token": 1, "aal": 2}.get(name, 3)
+    return f"{value:.{digits}f}"
 
 
 def _bench_decode(args) -> None:

@@ -1,13 +1,207 @@
-"""Accuracy on word problems: of the dense model, of its sparse twin alone, and of the two together."""
+"""Running a task in several ways (dense, sparse alone, corrected), item by item, with nothing lost to an interruption,
+over one process or many.
+"""
 
+import contextlib
+import csv
 import dataclasses
+import hashlib
+import json
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .assistant import make_sparse
+from .config import SiriusConfig
+from .tasks import Task, final_answer, problem_prompt
 from .twin import SparseTwin
+
+
+__all__ = ["Evaluation", "Way", "evaluate", "final_answer", "generator", "problem_prompt", "run_task", "standard_ways"]
+
+RESULTS_NAME = "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to run a model.
+
+    Attributes:
+        name: for people.
+        config: of the twin; `None` runs the dense model.
+        alone: whether the twin runs without correction.
+    """
+
+    name: str
+    config: SiriusConfig | None = None
+    alone: bool = False
+
+    def description(self) -> dict[str, Any]:
+        """Returns all that its records depend on, as plain values."""
+        config = None
+        if self.config is not None:
+            config = self.config.to_dict()
+            if self.config.calibration is not None:
+                config["calibration"] = str(self.config.calibration.thresholds(self.config.density))
+        return {"config": config, "alone": self.alone}
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def standard_ways(config: SiriusConfig) -> list[Way]:
+    """Returns the dense model, the twin alone, and the two together."""
+    return [Way("dense"), Way("sparse alone", config, alone=True), Way("Sirius", config)]
+
+
+def run_task(
+    model: PreTrainedModel,
+    task: Task,
+    ways: Iterable[Way],
+    directory: str | os.PathLike,
+    model_name: str,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Runs every item of a task in every way, in alternation, and writes `results.json` and `results.csv`.
+
+    Each record is on the disk before the next item begins. The same call on the same directory goes on where an earlier
+    one was interrupted, and ends with the same figures. Under `accelerate launch` the items are split over the
+    processes, and gathered once.
+
+    Args:
+        model: the dense model, of which twins are made as they are needed.
+        task: what to run.
+        ways: with the dense one, in the order of the table.
+        directory: of this run, made if need be.
+        model_name: what the results call the model.
+        show_progress: whether a bar is shown (by the first process).
+
+    Returns:
+        dict: `model`, `task`, and `rows`, one for each way, with the measures by name.
+
+    Raises:
+        `ValueError` if the directory holds another run, or a record that cannot be read.
+    """
+    ways = list(ways)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    description = {"model": model_name, "dtype": str(model.dtype), **task.description()}
+    records = _Records(Path(directory), description, state)
+    todo = [
+        (idx, way)
+        for idx in range(len(task))
+        for way in ways
+        if (way.key, idx) not in records.done and idx % state.num_processes == state.process_index
+    ]
+    num_items = len(range(state.process_index, len(task), state.num_processes))
+    progress = tqdm(
+        total=num_items * len(ways),
+        initial=num_items * len(ways) - len(todo),
+        disable=not show_progress or not state.is_main_process,
+        unit="item",
+        desc=task.name,
+    )
+    with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(progress)
+        twins: dict[str, SparseTwin] = {}
+        for idx, way in todo:
+            if way.config is not None and way.key not in twins:
+                twins[way.key] = cleanup.enter_context(make_sparse(model, way.config))
+            record = task.run(idx, model, twins.get(way.key), way.alone)
+            records.append({"way": way.key, "item": idx, **record})
+            progress.update()
+    # Each process has what it read and what it made; of items read by all, one copy counts.
+    gathered = {key: record for part in gather_object([records.done]) for key, record in part.items()}
+    rows = []
+    for way in ways:
+        of_way = [gathered[way.key, idx] for idx in range(len(task))]
+        rows.append({"way": way.name, **way.description(), "num_items": len(task), **task.measures(of_way)})
+    results = {**description, "rows": rows}
+    if state.is_main_process:
+        _write_results(Path(directory), results)
+    state.wait_for_everyone()
+    return results
+
+
+class _Records:
+    """The records of a run in a directory: `run.json` says of which run, `records-*.jsonl` has a line for each."""
+
+    def __init__(self, directory: Path, description: dict[str, Any], state: PartialState):
+        if directory.is_file():
+            raise ValueError(f"the directory of a run cannot be {str(directory)!r}, which is a file: name another one")
+        directory.mkdir(parents=True, exist_ok=True)
+        run_file = directory / "run.json"
+        text = json.dumps(description, indent=2)
+        if run_file.exists() and json.loads(run_file.read_text(encoding="utf-8")) != description:
+            raise ValueError(
+                f"{str(directory)!r} holds another run (see its run.json): name another directory, or remove it"
+            )
+        state.wait_for_everyone()
+        if state.is_main_process and not run_file.exists():
+            _write(run_file, text)
+        self.done: dict[tuple[str, int], dict] = {}
+        for file in sorted(directory.glob("records-*.jsonl")):
+            for record in _read_records(file, state):
+                self.done[record["way"], record["item"]] = record
+        state.wait_for_everyone()  # before anybody writes
+        self._file = directory / f"records-{state.process_index}.jsonl"
+
+    def append(self, record: dict) -> None:
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[record["way"], record["item"]] = record
+
+
+def _read_records(file: Path, state: PartialState) -> Iterator[dict]:
+    """Yields the records of a file, without a last one that was cut short, which is taken off the file."""
+    whole, _, cut = file.read_bytes().rpartition(b"\n")
+    if cut and state.is_main_process:
+        os.truncate(file, len(whole) + bool(whole))
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: not valid JSON ({error}): remove the line") from error
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def _write_results(directory: Path, results: dict[str, Any]) -> None:
+    _write(directory / f"{RESULTS_NAME}.json", json.dumps(results, indent=2))
+    settings = [field.name for field in dataclasses.fields(SiriusConfig) if field.name != "calibration"]
+    names = [name for name in results["rows"][0] if name not in ("config", "way")]
+    part = directory / f"{RESULTS_NAME}.csv.part"
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["way", *settings, *names], extrasaction="ignore")
+        writer.writeheader()
+        for row in results["rows"]:
+            writer.writerow({**(row["config"] or {}), **row})
+    part.replace(directory / f"{RESULTS_NAME}.csv")
+
+
+def default_directory(model_name: str, task: Task, ways: Iterable[Way]) -> Path:
+    """Returns a directory of its own for each model, task and settings, so that the same command goes on with a run."""
+    described = json.dumps([model_name, task.description(), [way.key for way in ways]], sort_keys=True)
+    stem = "-".join(Path(name).name for name in (model_name, task.name))
+    return Path("runs") / f"{stem}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+
+
+# Without a directory: what the demo and the benchmarks use.
 
 
 @dataclasses.dataclass
@@ -32,18 +226,6 @@ class Evaluation:
     @property
     def ms_per_token(self) -> float | None:
         return 1000 * self.seconds / self.num_tokens if self.num_tokens else None
-
-
-def problem_prompt(question: str) -> str:
-    """Returns the prompt of a problem, the one of lm-evaluation-harness' GSM8K task."""
-    return f"Question: {question}\nAnswer:"
-
-
-def final_answer(text: str) -> str | None:
-    """Returns what follows the first "####", without separators of thousands, or `None` where there is no such mark."""
-    _, mark, rest = text.partition("####")
-    words = rest.split()
-    return words[0].replace(",", "").rstrip(".") if mark and words else None
 
 
 def generator(

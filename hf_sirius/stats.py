@@ -4,6 +4,12 @@ import dataclasses
 from typing import Any
 
 
+_COUNTS = (
+    "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified",
+    "_full_advance", "_full_drafted", "_full_first_advance", "_num_densities", "_density_sum",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Branches:
     """The tree of a draft with `tree_width` over 1.
@@ -88,11 +94,17 @@ class GenerationStats:
         self.first_id: int | None = None
         self.first_likelihood: float | None = None
         self.cycles: list[Cycle] = []
-        self.num_cycles = self.num_short_cycles = self.num_drafted = self.num_accepted = 0
-        self.num_nodes_drafted = self.num_nodes_verified = 0
-        self._full_advance = self._full_drafted = self._full_first_advance = 0
-        self._num_densities = 0
-        self._density_sum = 0.0
+        for name in _COUNTS:
+            setattr(self, name, 0)
+
+    def counts(self) -> dict[str, float]:
+        """Returns all that the measures follow from, as plain numbers that `add_counts` takes."""
+        return {name.lstrip("_"): getattr(self, name) for name in _COUNTS}
+
+    def add_counts(self, counts: dict[str, float]) -> None:
+        """Adds the `counts()` of other calls to these, as to a total."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + counts[name.lstrip("_")])
 
     def record_first(self, token_id: int, likelihood: float) -> None:
         """Notes the token that the full model wrote after the prefill."""
