@@ -47,16 +47,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="generate with any causal language model and its sparse twin")
-    _add_model_options(generate, required=True)
-    _add(generate, "--prompt", required=True, help="the text to continue; '-' reads standard input")
-    _add(generate, "--max_new_tokens", type=_positive, default=256)
-    _add(generate, "--do_sample", action="store_true", help="sample, with the model's own generation settings")
-    _add(generate, "--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    _add(generate, "--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    _add_generation_options(generate)
     _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
     _add(generate, "--stream", action="store_true", help="print the text as it is verified")
     _add_config_options(generate.add_argument_group("sparsity and correction (SiriusConfig)"))
     generate.set_defaults(run=_generate)
+
+    report = commands.add_parser("report", help="generate, and show what became of each token: one page of HTML")
+    _add_generation_options(report)
+    _add(report, "--output", default="report.html", help="file to write the page to (default: report.html)")
+    _add(report, "--json", help="file to write its data to as well")
+    _add_config_options(report.add_argument_group("sparsity and correction (SiriusConfig)"))
+    report.set_defaults(run=_report)
 
     eval_ = commands.add_parser("eval", help="a task: dense, sparse alone and corrected, side by side")
     _add_task_options(eval_)
@@ -110,6 +112,15 @@ def _add_model_options(parser, required: bool = False) -> None:
     _add(parser, "--model", **model, help="id on the hub, or path ('reasoner' for the embedded one)")
     _add(parser, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
     _add(parser, "--device", help="device of the model (default: cuda if there is one, else cpu)")
+
+
+def _add_generation_options(parser) -> None:
+    _add_model_options(parser, required=True)
+    _add(parser, "--prompt", required=True, help="the text to continue; '-' reads standard input")
+    _add(parser, "--max_new_tokens", type=_positive, default=256)
+    _add(parser, "--do_sample", action="store_true", help="sample, with the model's own generation settings")
+    _add(parser, "--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    _add(parser, "--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
 
 
 def _add_task_options(parser) -> None:
@@ -199,6 +210,15 @@ def _load(args) -> tuple:
     return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval(), tokenizer
 
 
+def _read_prompt(args, tokenizer):
+    """Returns what the tokenizer makes of the prompt that the options name."""
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not args.chat:
+        return tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
 def _generate(args) -> None:
     config = _sirius_config(args)  # a wrong value is told before anything is loaded
 
@@ -207,15 +227,7 @@ def _generate(args) -> None:
     from .assistant import make_sparse
 
     model, tokenizer = _load(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if args.chat:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(model.device)
+    inputs = _read_prompt(args, tokenizer).to(model.device)
     set_seed(args.seed)
     with make_sparse(model, config) as twin:
         output = model.generate(
@@ -229,6 +241,36 @@ def _generate(args) -> None:
             print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         if args.stats:
             print(twin.stats, file=sys.stderr)
+
+
+def _report(args) -> None:
+    config = _sirius_config(args)
+    for name in ("output", "json"):
+        _check_file(f"--{name}", getattr(args, name))
+
+    from transformers import set_seed
+
+    from .assistant import make_sparse
+    from .report import write_report
+    from .tracing import trace
+
+    model, tokenizer = _load(args)
+    inputs = _read_prompt(args, tokenizer)
+    set_seed(args.seed)
+    with make_sparse(model, config) as twin:
+        traced = trace(twin, tokenizer, inputs, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample)
+    write_report(traced, args.output)
+    if args.json:
+        Path(args.json).write_text(json.dumps(traced.to_dict(), indent=2) + "\n", encoding="utf-8")
+    print(f"Written: {', '.join(filter(None, (args.output, args.json)))}")
+
+
+def _check_file(option: str, path: str | None) -> None:
+    """Raises `ValueError` if no file can be written to a path; all is well without one."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"the directory of {option} {path} does not exist: make it first")
+    if path and Path(path).is_dir():
+        raise ValueError(f"{option} {path} is a directory: name a file in it")
 
 
 def _eval(args) -> None:
@@ -250,8 +292,7 @@ def _sweep(args) -> None:
         args.method = "griffin"
     if not args.no_plots:
         check_plots()
-    if args.plot and not Path(args.plot).absolute().parent.is_dir():
-        raise ValueError(f"the directory of --plot {args.plot} does not exist: make it first")
+    _check_file("--plot", args.plot)
 
     def ways(config, task):
         if isinstance(task, TextTask):
@@ -359,8 +400,7 @@ def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
     if args.method is None and not args.config:
         args.method = "griffin"  # cats saves no time yet
     config = _sirius_config(args)
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"the directory of --json {args.json} does not exist: make it first")
+    _check_file("--json", args.json)
 
     import torch
 

@@ -34,6 +34,7 @@ class TracedToken:
         position: how many tokens of the output, or of its continuation, come before it.
         branch: which of the tree's continuations it belongs to, in the order of [`Branches`]; `None` but for
             `"branch"`.
+        after: of the first token of a branch, the text of its continuation up to there; else "".
     """
 
     token_id: int
@@ -44,6 +45,7 @@ class TracedToken:
     cycle: int
     position: int
     branch: int | None = None
+    after: str = ""
 
     @property
     def is_output(self) -> bool:
@@ -203,25 +205,28 @@ class TokenTracer:
         leaves = cycle.branches.leaf_ids
         shown = {cycle.drafted_ids[: i + 1] for i in range(len(cycle.drafted_ids))}
         for branch, (ids, likelihoods) in enumerate(zip(leaves, cycle.branches.leaf_likelihoods, strict=True)):
-            decoder = copy.copy(before)
+            decoder, after = copy.copy(before), ""
             for i, (token_id, likelihood) in enumerate(zip(ids, likelihoods, strict=True)):
                 is_end = i == len(ids) - 1
                 if ids[: i + 1] in shown:
-                    decoder.add(token_id, is_end)
+                    after += decoder.add(token_id, is_end)
                     continue
                 shown.add(ids[: i + 1])
-                yield self._token(decoder, token_id, is_end, "branch", likelihood, number, start + i, branch)
+                yield self._token(
+                    decoder, token_id, is_end, "branch", likelihood, number, start + i, branch=branch, after=after
+                )
+                after = ""
 
     def _token(
         self, decoder: "_Decoder", token_id: int, is_end: bool, fate: str, likelihood: float | None, cycle: int,
-        position: int | None = None, branch: int | None = None,
+        position: int | None = None, **fields,
     ) -> TracedToken:  # fmt: skip
         """Returns a token, behind what `decoder` has read; without a position it comes next in the output."""
         if position is None:
             position, self._length = self._length, self._length + 1
         text = decoder.add(token_id, is_end)
         name = "" if text else decoder.special_name(token_id)
-        return TracedToken(token_id, text, name, fate, likelihood, cycle, position, branch)
+        return TracedToken(token_id, text, name, fate, likelihood, cycle, position, **fields)
 
 
 class _Decoder:
