@@ -1,0 +1,249 @@
+"""What an evaluation asks: problems and their answers, and windows of plain text."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import build_model, build_tokenizer, make_prompt, shared_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_sirius import make_sparse
+from hf_sirius.tasks import ProblemTask, TextTask, final_answer, load_problems, load_task
+
+
+PROBLEM = {"question": "w1 w2 w3", "answer": "w4 w5 #### 42"}
+SHOT = {"question": "w6 w7", "answer": "w8 #### 1"}
+CHAT = "{% for m in messages %}{{ 'w11 ' if m['role'] == 'user' else 'w12 ' }}{{ m['content'] }} {% endfor %}w13"
+
+
+def write_lines(path, *lines: str):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("3 + 4 = 7 . #### 7", "7"),
+        ("#### 1,234.", "1234"),
+        ("####$5.50 each", "5.5"),
+        ("#### -3\n", "-3"),
+        ("#### 0.0", "0"),
+        ("#### -0", "0"),
+        ("#### 18.00\nQuestion: #### 4", "18"),
+        ("#### .5", "0.5"),
+        ("#### 100", "100"),
+        ("#### none", None),
+        ("####", None),
+        ("42", None),
+        ("", None),
+    ],
+)
+def test_final_answer(text, number):
+    assert final_answer(text) == number
+
+
+@given(st.text())
+def test_no_text_makes_final_answer_fail(text):
+    assert final_answer(text) is None or "####" in text
+    found = final_answer("#### " + text)
+    assert found is None or final_answer(f"#### {found}") == found
+
+
+@given(st.integers(-(10**12), 10**12))
+def test_numbers_may_be_grouped(number):
+    assert final_answer(f"so #### {number:,}") == str(number) == final_answer(f"#### {number}.00")
+
+
+def test_an_answer_without_a_number_counts_as_wrong():
+    task = ProblemTask("mine", [PROBLEM], build_tokenizer(), max_new_tokens=5)
+    record = task.run(0, shared_model())
+    assert record["answer"] is None and record["is_correct"] is False and record["num_tokens"] == 5
+    assert task.measures([record])["accuracy"] == 0
+
+
+def test_a_right_answer_counts():
+    tokenizer = build_tokenizer()
+    task = ProblemTask("mine", [PROBLEM], tokenizer, max_new_tokens=3)
+    tokenizer.decode = lambda ids, **options: " #### 42.0" if len(ids) == 3 else ""
+    assert task.run(0, shared_model())["is_correct"] is True
+
+
+# Problems
+
+
+def test_problems_of_a_file(tmp_path):
+    file = write_lines(tmp_path / "p.jsonl", json.dumps(PROBLEM), "", json.dumps({**SHOT, "more": 1}))
+    assert load_problems(file) == [PROBLEM, {**SHOT, "more": 1}]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "not valid JSON"),
+        ('{"question": "q"}', 'the texts "question" and "answer"'),
+        ('{"question": "q", "answer": 4}', 'the texts "question" and "answer"'),
+        ("[]", 'the texts "question" and "answer"'),
+        ('{"question": "q", "answer": "so 4"}', 'must end in "#### " and a number'),
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
+    file = write_lines(tmp_path / "p.jsonl", json.dumps(PROBLEM), "", line, json.dumps(PROBLEM))
+    with pytest.raises(ValueError, match=rf"p\.jsonl, line 3: .*{message}"):
+        load_problems(file)
+
+
+def test_a_line_that_is_no_unicode_is_named(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(json.dumps(PROBLEM).encode() + b'\n{"question": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 2: not valid JSON"):
+        load_problems(file)
+
+
+def test_a_file_without_problems_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no problem"):
+        load_problems(write_lines(tmp_path / "p.jsonl", "", ""))
+
+
+def test_few_shot_examples_come_before_the_question_as_text():
+    tokenizer = build_tokenizer()
+    task = ProblemTask("mine", [PROBLEM], tokenizer, [SHOT])
+    text = "Question: w6 w7\nAnswer: w8 #### 1\n\nQuestion: w1 w2 w3\nAnswer:"
+    assert torch.equal(task.inputs("w1 w2 w3")["input_ids"], tokenizer(text, return_tensors="pt")["input_ids"])
+
+
+def test_few_shot_examples_are_turns_of_a_chat():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT
+    task = ProblemTask("mine", [PROBLEM], tokenizer, [{"question": "w6 w7", "answer": "w8"}])
+    assert task.chat and task.inputs("w1 w2")["input_ids"][0].tolist() == [11, 6, 7, 12, 8, 11, 1, 2, 13]
+    plain = ProblemTask("mine", [PROBLEM], tokenizer, chat=False).inputs("w1")["input_ids"]
+    assert 11 not in plain
+
+
+def test_chat_without_a_template_is_refused():
+    with pytest.raises(ValueError, match="has no chat template"):
+        ProblemTask("mine", [PROBLEM], build_tokenizer(), chat=True)
+
+
+def test_without_a_chat_answers_end_where_a_new_question_begins():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    by_bytes = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    by_bytes.pre_tokenizer, by_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=by_bytes)
+    (stop,) = ProblemTask("mine", [PROBLEM], tokenizer)._stops
+    ids = tokenizer("4 #### 4\n\nQuestion:", return_tensors="pt")["input_ids"]
+    assert stop(ids, None).all() and not stop(ids[:, :-1], None).any()
+    assert ProblemTask("mine", [PROBLEM], build_tokenizer())._stops == []  # it cannot
+
+
+def test_tasks_by_name(tmp_path):
+    tokenizer = build_tokenizer()
+    problems = write_lines(tmp_path / "p.jsonl", *[json.dumps(PROBLEM)] * 3)
+    text = write_lines(tmp_path / "t.txt", "w1 w2 w3 w4 " * 10)
+    assert len(load_task("reasoner", tokenizer)) == 500 and len(load_task("reasoner-long", tokenizer)) == 20
+    task = load_task(str(problems), tokenizer, few_shot=problems, num_items=2, max_new_tokens=7)
+    assert (len(task), len(task.few_shot), task.max_new_tokens) == (2, 3, 7)
+    assert len(load_task(str(text), tokenizer, window=8)) == 5
+    with pytest.raises(FileNotFoundError, match="there is no task 'none'"):
+        load_task("none", tokenizer)
+    with pytest.raises(ValueError, match="a task of plain text, for which max_new_tokens, few_shot means nothing"):
+        load_task(str(text), tokenizer, few_shot=problems, max_new_tokens=3)
+    with pytest.raises(ValueError, match="a task of problems, for which window means nothing"):
+        load_task("reasoner", tokenizer, window=8)
+
+
+def test_what_records_depend_on_is_described(tmp_path):
+    def description(*args, **options):
+        return ProblemTask("mine", *args, **options).description()
+
+    tokenizer = build_tokenizer()
+    base = description([PROBLEM], tokenizer)
+    assert base == description([dict(PROBLEM)], tokenizer)
+    for other in (
+        description([SHOT], tokenizer),
+        description([PROBLEM], tokenizer, [SHOT]),
+        description([PROBLEM], tokenizer, max_new_tokens=3),
+    ):
+        assert other != base
+
+
+# Plain text
+
+
+def text_task(window: int = 16, num_windows: int = 3) -> TextTask:
+    ids = make_prompt(window * num_windows + window // 2, seed=5)[0].tolist()
+    return TextTask("text", [" ".join(f"w{i}" for i in ids if i < 46)], build_tokenizer(), window)
+
+
+def test_windows_are_whole_and_in_order():
+    tokenizer = build_tokenizer()
+    words = [f"w{i}" for i in range(1, 24)]
+    task = TextTask("text", [" ".join(words), "w1 w2"], tokenizer, window=5)
+    assert [i for window in task.windows for i in window] == list(range(1, 21))
+    with pytest.raises(ValueError, match="has no text of 64 tokens"):
+        TextTask("text", ["w1"], tokenizer, window=64)
+    with pytest.raises(ValueError, match="at least 4 tokens, got 3"):
+        TextTask("text", ["w1"], tokenizer, window=3)
+
+
+def test_dense_perplexity_is_that_of_the_second_half():
+    model, task = shared_model(), text_task()
+    records = [task.run(i, model) for i in range(len(task))]
+    losses = []
+    for window in task.windows:
+        labels = torch.tensor([window])
+        logits = model(labels).logits[0]
+        losses += [torch.nn.functional.cross_entropy(logits[i - 1], labels[0, i]).item() for i in range(8, 16)]
+    measures = task.measures(records)
+    assert measures["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert measures["agreement"] is None
+
+
+@pytest.mark.parametrize("fields", [{"method": "griffin"}, {"method": "cats"}, {"method": "cats", "selection": "topk"}])
+def test_the_draft_reads_the_text_as_it_would_write_it(fields):
+    model, task = build_model(), text_task()
+    with make_sparse(model, **fields, density=0.3, threshold=0.05, temperature=1.0) as sparse, torch.no_grad():
+        record = task.run(0, model, sparse)
+        # The same token by token.
+        ids = torch.tensor([task.windows[0]])
+        loss = num_agreeing = num_accepted = 0
+        with sparse.new_call() as call:
+            with call.observing(None):
+                outputs = model(ids[:, :8], use_cache=True)
+            call.method.select()
+            loss -= outputs.logits[0, -1].log_softmax(-1)[ids[0, 8]].item()
+            with call.method.drafting():
+                for i in range(8, 15):
+                    dense = model(ids[:, : i + 1]).logits[0, -1].float()
+                    outputs = sparse(ids[:, i : i + 1], past_key_values=outputs.past_key_values)
+                    scores = outputs.logits[0, -1].float()
+                    loss -= scores.log_softmax(-1)[ids[0, i + 1]].item()
+                    num_agreeing += int(scores.argmax() == dense.argmax())
+                    likelihood = dense.softmax(-1)[scores.argmax()]
+                    num_accepted += int(likelihood >= 0.05 or scores.argmax() == dense.argmax())
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+    assert (record["num_agreeing"], record["num_accepted"]) == (num_agreeing, num_accepted)
+    assert record["num_compared"] == 7 and 0 < num_agreeing < num_accepted
+    assert 0 < task.measures([record])["draft_density"] < 1
+
+
+def test_a_draft_of_all_neurons_agrees_everywhere():
+    model, task = shared_model(), text_task()
+    with make_sparse(model, method="griffin", density=1.0) as sparse:
+        record = task.run(1, model, sparse)
+    measures = task.measures([record])
+    assert measures["agreement"] == measures["acceptance"] == 1
+    assert record["loss"] == pytest.approx(task.run(1, model)["loss"], rel=1e-6)
+
+
+def test_trees_are_refused_for_text():
+    with make_sparse(shared_model(), tree_width=2) as sparse, pytest.raises(ValueError, match="use tree_width=1"):
+        text_task().run(0, shared_model(), sparse)
