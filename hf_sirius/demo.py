@@ -1,5 +1,8 @@
 """`hf-sirius demo`: a trained model loses its reasoning to contextual sparsity, and gets it back."""
 
+import itertools
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -9,10 +12,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from .assistant import make_sparse
 from .evaluation import Evaluation, evaluate, final_answer, generator, problem_prompt
 from .reasoner import reasoner_path, reasoner_problems
-from .stats import Cycle, GenerationStats
+from .stats import GenerationStats
+from .tracing import TracedToken, tokens_of_call
 
 
-KEPT, OWN, ROLLED_BACK = "green", "bold blue", "red strike"
+STYLES = {"kept": "green", "own": "bold blue", "rolled_back": "red strike", "branch": "dim italic magenta"}
+# Where there are no colours, after `wdiff`.
+MARKS = {"kept": ("", ""), "own": ("{+", "+}"), "rolled_back": ("[-", "-]"), "branch": ("<~", "~>")}
+NAMES = {
+    "kept": "drafted and kept",
+    "own": "the full model's own",
+    "rolled_back": "rolled back",
+    "branch": "branches that lost",
+}
 SETTINGS = (("griffin", 0.5), ("griffin", 0.3), ("cats", 0.1))
 
 
@@ -62,8 +74,7 @@ def run_demo(console: Console, num_problems: int) -> None:
                 )
     console.print(table)
     console.print()
-    with make_sparse(model, method="griffin", density=0.3) as twin:
-        _show_one_answer(console, tokenizer, model, twin, problems)
+    _show_one_answer(console, tokenizer, model, problems)
 
 
 def _row(label: str, result: Evaluation, stats: GenerationStats | None, style: str = "") -> list[Text | str]:
@@ -72,52 +83,61 @@ def _row(label: str, result: Evaluation, stats: GenerationStats | None, style: s
     return [label, Text(f"{result.accuracy:.1%}", style), *shown, f"{result.ms_per_token:.1f}"]
 
 
-def _show_one_answer(console, tokenizer, model, twin, problems) -> None:
-    """Shows the first problem that the sparse twin gets wrong by itself and Sirius gets right."""
-    for problem in problems:
-        inputs = tokenizer(problem_prompt(problem["question"]), return_tensors="pt")
-        prompt_length = inputs["input_ids"].shape[1]
-        alone = _decode(tokenizer, twin.generate(**inputs, max_new_tokens=200, do_sample=False)[0, prompt_length:])
-        if final_answer(alone) == final_answer(problem["answer"]):
-            continue
-        output_ids = model.generate(**inputs, max_new_tokens=200, do_sample=False, assistant_model=twin)[
-            0, prompt_length:
-        ]
-        if final_answer(_decode(tokenizer, output_ids)) == final_answer(problem["answer"]):
-            break
-    else:
-        console.print("Sparse alone solved every problem, so there is no correction to show: try more problems.")
-        return
-    console.print(Text("One of them, griffin 30%", "bold"))
-    console.print(Text(problem["question"]))
-    console.print(Text.assemble(("\nsparse alone: ", "bold"), alone.strip()))
-    console.print(
-        Text.assemble(("\nwith Sirius: ", "bold")), color_cycles(tokenizer, output_ids[0].item(), twin.stats.cycles)
-    )
-    legend = (("drafted and kept", KEPT), ", ", ("rolled back", ROLLED_BACK), ", ", ("the full model's own", OWN))
-    console.print(Text.assemble("\n(", *legend, ")"))
-    console.print(Text(str(twin.stats), "dim"))
+def _show_one_answer(console: Console, tokenizer, model, problems) -> None:
+    """Shows the first problem that a twin gets wrong by itself and Sirius gets right, without and with trees."""
+    with (
+        make_sparse(model, method="griffin", density=0.3) as twin,
+        make_sparse(model, twin.sirius_config, tree_width=3) as tree_twin,
+    ):
+        for problem in problems:
+            alone = _answer(tokenizer, generator(model, twin, alone=True), problem)
+            if _is_right(alone, problem):
+                continue
+            if _is_right(_answer(tokenizer, generator(model, twin), problem), problem):
+                break
+        else:
+            console.print("Sparse alone solved every problem, so there is no correction to show: try more problems.")
+            return
+        console.print(Text("One of them, griffin 30%", "bold"))
+        console.print(Text(problem["question"]))
+        console.print(Text.assemble(("\nsparse alone: ", "bold"), alone.strip()))
+        _show_tokens(console, "with Sirius:", tokenizer, twin.stats)
+        _answer(tokenizer, generator(model, tree_twin), problem)
+        _show_tokens(console, "with trees of 3 continuations:", tokenizer, tree_twin.stats)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)
+def _answer(tokenizer: PreTrainedTokenizerBase, generate, problem: dict) -> str:
+    inputs = tokenizer(problem_prompt(problem["question"]), return_tensors="pt")
+    output_ids = generate(**inputs, max_new_tokens=200, do_sample=False)
+    return tokenizer.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def color_cycles(tokenizer: PreTrainedTokenizerBase, first_id: int, cycles: list[Cycle]) -> Text:
-    """Returns the tokens of a call, coloured by what became of them.
+def _is_right(answer: str, problem: dict) -> bool:
+    return final_answer(answer) == final_answer(problem["answer"])
+
+
+def _show_tokens(console: Console, title: str, tokenizer: PreTrainedTokenizerBase, stats: GenerationStats) -> None:
+    has_marks = console.color_system is None or console.no_color
+    tokens = list(tokens_of_call(stats, tokenizer))
+    console.print(Text.assemble(("\n" + title, "bold")), color_tokens(tokens, has_marks))
+    shown = [fate for fate in STYLES if any(token.fate == fate for token in tokens)]
+    console.print(Text("\n(").append_text(Text(", ").join(_marked(NAMES[f], f, has_marks) for f in shown)).append(")"))
+    console.print(Text(str(stats), "dim"))
+
+
+def color_tokens(tokens: Iterable[TracedToken], has_marks: bool) -> Text:
+    """Returns tokens in the colours of what became of them.
 
     Args:
-        first_id: the token that the full model picked after the prefill.
-        cycles: the cycles that followed.
+        tokens: of [`tokens_of_call`].
+        has_marks: whether signs tell it as well, for where there are no colours.
     """
     text = Text()
-
-    def append(ids, style: str) -> None:
-        text.append(_decode(tokenizer, list(ids)), style)
-
-    append([first_id], OWN)
-    for cycle in cycles:
-        append(cycle.drafted_ids[: cycle.num_accepted], KEPT)
-        append(cycle.drafted_ids[cycle.num_accepted :], ROLLED_BACK)
-        append([cycle.bonus_id], OWN)
+    for (_, _, fate), run in itertools.groupby(tokens, lambda token: (token.cycle, token.branch, token.fate)):
+        text.append_text(_marked("".join(token.text or token.name for token in run), fate, has_marks))
     return text
+
+
+def _marked(text: str, fate: str, has_marks: bool) -> Text:
+    start, end = MARKS[fate] if has_marks else ("", "")
+    return Text(f"{start}{text}{end}", STYLES[fate])

@@ -148,7 +148,8 @@ def tokens_of_call(stats: GenerationStats, tokenizer: PreTrainedTokenizerBase) -
 
     A cycle's are those of its draft that were kept, those that were rolled back, the losing continuations of a tree
     (only where they part from what was shown), and the full model's own. The texts of `"kept"` and `"own"` tokens put
-    together are the output's.
+    together are the output's, without special tokens; where sentencepiece's bytes are no character, those that are one
+    have it nevertheless.
     """
     return TokenTracer(tokenizer).tokens(stats)
 
@@ -248,9 +249,11 @@ class _Decoder:
         text = self._decode(self.ids)
         if text.endswith("\ufffd") and not is_end:
             return ""
-        piece = text[len(self.context) :]
         new_ids = self.ids[self.num_context :]
-        if new_text := self._decode(new_ids):
+        new_text = self._decode(new_ids)
+        # Else bytes that are no character have spoilt those before them, which sentencepiece reads all or none.
+        piece = text[len(self.context) :] if text.startswith(self.context) else new_text
+        if new_text:
             self.ids, text = new_ids, new_text
         self.num_context, self.context = len(self.ids), text
         return piece
