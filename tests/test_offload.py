@@ -89,7 +89,9 @@ class Counter:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"draft_dtype": "bfloat16", "draft_scope": "all"}, {"reselect_every": 2}], ids=str
+    "fields",
+    [{}, {"draft_dtype": "bfloat16", "draft_scope": "all"}, {"reselect_every": 2}, {"tree_width": 3}],
+    ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "mistral", "gemma2"])
 def test_an_offloaded_model_drafts_as_it_does_in_memory(family, fields, offload):

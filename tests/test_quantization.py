@@ -206,6 +206,8 @@ def quantized_reasoner(request):
         {"method": "griffin"},
         {"method": "griffin", "draft_dtype": "bfloat16"},
         {"method": "griffin", "draft_dtype": "nf4", "draft_scope": "all"},
+        {"method": "griffin", "tree_width": 3},
+        {"method": "cats", "tree_width": 2},
     ],
     ids=str,
 )

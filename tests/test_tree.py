@@ -74,7 +74,7 @@ def test_at_least_45_families_take_a_tree():
 
 @given(
     family=st.sampled_from(["llama", "gpt2", "mistral", "gemma2", "gemma3_text"]),
-    method=st.sampled_from(["griffin", "cats"]),
+    method=st.sampled_from([{"method": "griffin"}, {"method": "griffin", "reselect_every": 2}, {"method": "cats"}]),
     tree_width=st.integers(1, 8),
     kernel_size=st.integers(2, 9),
     prompt_length=st.integers(2, 24),
@@ -105,7 +105,7 @@ def test_any_tree_gives_the_dense_output(
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "attention_mask": attention_mask, **options}
     dense = model.generate(prompt, **options)
     fields = {"kernel_size": kernel_size, "branch_cutoff": branch_cutoff, "draft_confidence": draft_confidence}
-    with make_sparse(model, method=method, density=density, threshold=1.0, tree_width=tree_width, **fields) as sparse:
+    with make_sparse(model, **method, density=density, threshold=1.0, tree_width=tree_width, **fields) as sparse:
         assert torch.equal(model.generate(prompt, **options, assistant_model=sparse), dense)
 
 
