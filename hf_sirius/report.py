@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 from . import __version__
+from .config import SiriusConfig
 from .tracing import Trace, TracedToken
 
 
@@ -19,6 +20,7 @@ NAMES = {
     "rolled_back": "drafted and rolled back",
     "branch": "of a branch that lost",
 }
+_SETTINGS = ("method", "density", "kernel_size", "threshold", "temperature")
 
 
 def write_report(trace: Trace, path: str | os.PathLike) -> None:
@@ -64,11 +66,11 @@ def _measures(trace: Trace):
         return "–" if value is None else format(value, form)
 
     rows = [
-        ("advance length (AAL)", shown(measures["aal"], ".2f"), f"of {measures['kernel_size']} tokens a cycle"),
+        ("AAL", shown(measures["aal"], ".2f"), f"tokens a cycle, of {measures['kernel_size']}"),
         ("acceptance rate", shown(measures["acceptance_rate"], ".1%"), f"of {measures['num_drafted']} drafted tokens"),
         ("rolled back", str(measures["num_rolled_back"]), "drafted tokens"),
-        ("draft density", shown(measures["draft_density"], ".3f"), "of the parameters, per draft step"),
-        ("effective density", shown(measures["effective_density"], ".3f"), "of the parameters, per token"),
+        ("draft density", shown(measures["draft_density"], ".3f"), "of all weights, a draft step"),
+        ("effective density", shown(measures["effective_density"], ".3f"), "of all weights, a token"),
         ("output", str(num_tokens), f"tokens in {measures['num_cycles']} cycles"),
     ]
     if trace.config["tree_width"] > 1:
@@ -78,8 +80,10 @@ def _measures(trace: Trace):
 
 
 def _settings(trace: Trace):
+    """Yields the settings that each call has, and others where they were chosen."""
+    defaults = {**SiriusConfig().to_dict(), **dict.fromkeys(_SETTINGS)}
     for name, value in trace.config.items():
-        if value is not None:
+        if value != defaults[name]:
             yield f"<li><b>{escape(name)}</b> {escape(str(value))}</li>"
 
 
@@ -209,7 +213,7 @@ dd strong { display: block; font-size: 1.4rem; line-height: 1.3; color: var(--te
 .legend .kept, .legend .own, .legend .rolled_back, .legend .branch { padding: 2px 6px; }
 .token { box-shadow: inset -1px 0 var(--page); cursor: help; }
 .kept { background: var(--kept); color: var(--kept-text); }
-.own { background: var(--own); color: var(--own-text); font-weight: 600; }
+.own { background: var(--own); color: var(--own-text); font-weight: 600; margin-left: 2px; }
 .rolled_back { background: var(--lost); color: var(--lost-text); text-decoration: line-through; }
 .branch { background: var(--branch); color: var(--branch-text); text-decoration: underline dotted; font-style: italic; }
 .token i { font: .8em ui-monospace, monospace; opacity: .85; }

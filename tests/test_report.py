@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import SiriusConfig, make_sparse, reasoner_path, reasoner_problems, trace
 from hf_sirius.cli import main
-from hf_sirius.evaluation import problem_prompt
 from hf_sirius.report import NAMES, report, write_report
 from hf_sirius.stats import GenerationStats
+from hf_sirius.tasks import problem_prompt
 from hf_sirius.tracing import Trace, TracedToken
 
 
@@ -103,7 +103,7 @@ def test_measures_and_settings_stand_above_the_tokens(show, traced):
     above = page.find_element(By.CSS_SELECTOR, ".measures").text.lower()
     measures = traced.measures
     for expected in (
-        f"advance length (aal)\n{measures['aal']:.2f}",
+        f"aal\n{measures['aal']:.2f}",
         f"acceptance rate\n{measures['acceptance_rate']:.1%}",
         f"rolled back\n{measures['num_rolled_back']}",
         f"draft density\n{measures['draft_density']:.3f}",
@@ -115,6 +115,7 @@ def test_measures_and_settings_stand_above_the_tokens(show, traced):
     settings = page.find_element(By.CSS_SELECTOR, ".settings").text
     for expected in ("method griffin", "density 0.3", "kernel_size 16", "threshold 0.1", "tree_width 4"):
         assert expected in settings
+    assert "branch_cutoff" not in settings  # nobody chose it
     tops = [page.find_element(By.CSS_SELECTOR, name).rect["y"] for name in (".measures", ".settings", ".token")]
     assert tops == sorted(tops)
 
