@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sirius
 from hf_sirius.benchmark import PeakMemory, offload_to_folder, widen
-from hf_sirius.evaluation import generator, problem_prompt
 from hf_sirius.offload import streaming_hook
+from hf_sirius.tasks import generator, problem_prompt
 
 
 def load(args, device: torch.device, folder: str):

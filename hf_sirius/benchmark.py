@@ -8,7 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .assistant import make_sparse
 from .config import SiriusConfig
-from .evaluation import generator, problem_prompt
 from .offload import streaming_hook
 from .reasoner import reasoner_path, reasoner_problems
+from .tasks import generator, problem_prompt
 from .twin import SparseTwin
 
 
@@ -61,7 +61,7 @@ def widen(model: LlamaForCausalLM, hidden_factor: int, neuron_factor: int) -> Ll
     return wide
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """Notes when tokens arrive, to tell the prefill from the decoding."""
 
     def __init__(self):
@@ -131,13 +131,17 @@ def _process_memory(name: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _timed(generate, memory: PeakMemory, inputs: dict, max_new_tokens: int) -> tuple[torch.Tensor, dict[str, float]]:
-    clock, device = _Clock(), memory.device
-    memory.restart()
-    _synchronize(device)
+def timed(
+    generate: Callable[..., torch.Tensor], inputs: Mapping, max_new_tokens: int, memory: PeakMemory | None = None
+) -> tuple[torch.Tensor, dict[str, float | None]]:
+    """Generates greedily; returns the output, and what it took in seconds, tokens and (if `memory` is given) bytes."""
+    clock, device = Clock(), inputs["input_ids"].device
+    if memory is not None:
+        memory.restart()
+    synchronize(device)
     start = time.perf_counter()
     output = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
-    _synchronize(device)
+    synchronize(device)
     end = time.perf_counter()
     return output, {
         "num_tokens": clock.num_tokens,
@@ -145,11 +149,12 @@ def _timed(generate, memory: PeakMemory, inputs: dict, max_new_tokens: int) -> t
         "decode_seconds_per_token": (end - clock.times[1]) / max(1, clock.num_tokens - 1),
         "seconds": end - start,
         "seconds_per_token": (end - start) / clock.num_tokens,  # answers may differ in length below threshold=1.0
-        "peak_memory_growth": memory.growth(),
+        "peak_memory_growth": None if memory is None else memory.growth(),
     }
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -173,7 +178,7 @@ def _alternate(
             outputs = {}
             for name, generate in generators.items():
                 bytes_before = streamed.num_bytes if streamed else 0
-                outputs[name], run = _timed(generate, memory, prompt.to(memory.device), max_new_tokens)
+                outputs[name], run = timed(generate, prompt.to(memory.device), max_new_tokens, memory)
                 if streamed:
                     run["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run["num_tokens"]
                 runs[name].append(run)
@@ -241,7 +246,7 @@ def bench_decode(
         `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of `num_problems`; `stats`;
         `selection`, what choosing and gathering the neurons takes beside a dense prefill of 64 tokens.
     """
-    prompts = _long_prompts(num_problems)
+    prompts = _tokenized_prompts(num_problems)
     model = _wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
     memory = _warm_up(model, prompts[0].to(device))
     with make_sparse(model, config) as sparse:
@@ -257,16 +262,16 @@ def _time_selection(model: PreTrainedModel, sparse: SparseTwin, num_repeats: int
     prompt = torch.randint(4, model.config.vocab_size, (1, 64), device=model.device)
     seconds: dict[str, list[float]] = {"prefill": [], "selection": []}
     for _ in range(num_repeats):
-        _synchronize(model.device)
+        synchronize(model.device)
         start = time.perf_counter()
         model(prompt)
-        _synchronize(model.device)
+        synchronize(model.device)
         middle = time.perf_counter()
         with sparse.new_call() as call:
             with call.observing(None):
                 model(prompt)
             call.method.select()
-            _synchronize(model.device)
+            synchronize(model.device)
             end = time.perf_counter()
         seconds["prefill"].append(middle - start)
         seconds["selection"].append((end - middle) - (middle - start))
@@ -303,7 +308,7 @@ def bench_offload(
     with contextlib.ExitStack() as cleanup:
         if folder is None:
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hf_sirius_offload_"))
-        prompts = _long_prompts(num_problems)
+        prompts = _tokenized_prompts(num_problems)
         model = _wide_reasoner(hidden_factor, neuron_factor, dtype)
         offload_to_folder(model, folder, device)
         streamed = _StreamedBytes(model)
@@ -333,10 +338,14 @@ def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device:
     disk_offload(model, folder, execution_device=torch.device(device))
 
 
-def _long_prompts(num_problems: int) -> list:
+def long_prompts() -> list[str]:
+    """Returns the embedded reasoner's 20 long problems as prompts; their answers have over 300 tokens."""
+    return [problem_prompt(problem["question"]) for problem in reasoner_problems("long")]
+
+
+def _tokenized_prompts(num_problems: int) -> list:
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
-    problems = reasoner_problems("long")[:num_problems]
-    return [tokenizer(problem_prompt(problem["question"]), return_tensors="pt") for problem in problems]
+    return [tokenizer(prompt, return_tensors="pt") for prompt in long_prompts()[:num_problems]]
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:

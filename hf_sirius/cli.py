@@ -3,10 +3,14 @@
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 
 from . import __version__
+
+
+_NUM_SHOWN = 20  # candidates of hf-sirius tune
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_options(sweep.add_argument_group("what does not vary (SiriusConfig)"), method="griffin")
     sweep.set_defaults(run=_sweep)
 
+    tune = commands.add_parser("tune", help="find the settings with the least time per token on this machine")
+    _add_tune_options(tune)
+    tune.set_defaults(run=_tune)
+
     bench = commands.add_parser("bench", help="time dense and corrected generation in alternation")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True)
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
@@ -112,6 +120,7 @@ def _add_model_options(parser, required: bool = False) -> None:
     _add(parser, "--model", **model, help="id on the hub, or path ('reasoner' for the embedded one)")
     _add(parser, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
     _add(parser, "--device", help="device of the model (default: cuda if there is one, else cpu)")
+    _add(parser, "--quantization", choices=("8bit", "4bit"), help="of the weights, by bitsandbytes (default: none)")
 
 
 def _add_generation_options(parser) -> None:
@@ -139,7 +148,38 @@ def _add_task_options(parser) -> None:
     _add(parser, "--output_dir", help=directory_help)
 
 
-def _add_config_options(group, method: str | None = None) -> None:
+def _add_tune_options(parser) -> None:
+    _add_model_options(parser)
+    prompts_help = "a file with a prompt on each line, or a .jsonl file of objects with a prompt or a question "
+    prompts_help += "(default: long problems of the embedded reasoner, if that is the model)"
+    _add(parser, "--prompts", help=prompts_help)
+    _add(parser, "--num_prompts", type=_positive, default=3, help="the first so many (default: 3)")
+    _add(parser, "--chat", action="store_true", help="put each into the tokenizer's chat template")
+    _add(parser, "--max_new_tokens", type=_positive, default=100, help="length of the outputs (default: 100)")
+    factors = ("HIDDEN", "NEURONS")
+    widen_help = "make the reasoner's hidden size and neurons so many times larger, with the same outputs"
+    _add(parser, "--widen", type=_positive, nargs=2, metavar=factors, help=widen_help)
+    grid = parser.add_argument_group("candidates (every combination is predicted)")
+    _add(grid, "--methods", nargs="+", help="default: griffin cats")
+    _add(grid, "--densities", type=float, nargs="+", help="default: 0.5 0.3")
+    _add(grid, "--kernel_sizes", type=int, nargs="+", help="default: 4 8 16 24 32")
+    agreement_help = "share of the output's tokens, such as 0.98, that must be the full model's argmax (default: all, "
+    agreement_help += "with threshold 1.0)"
+    _add(grid, "--agreement", type=float, help=agreement_help)
+    thresholds_help = "candidates beside 1.0 with --agreement (default: 0.1 0.3 0.5 0.9)"
+    _add(grid, "--thresholds", type=float, nargs="+", help=thresholds_help)
+    _add(parser, "--num_measured", type=_positive, default=1, help="of the best, how many are measured (default: 1)")
+    _add(parser, "--num_repeats", type=_positive, default=2, help="how often each output is measured (default: 2)")
+    _add(parser, "--output", help="directory to save the best SiriusConfig to")
+    _add(parser, "--json", help="file to write all figures to")
+    group = parser.add_argument_group("what does not vary (SiriusConfig)")
+    left_out = ("method", "density", "kernel_size", "threshold", "draft_confidence", "reselect_every", "tree_width")
+    left_out += ("branch_cutoff",)
+    _add_config_options(group, left_out=left_out)
+    parser.set_defaults(**dict.fromkeys(left_out))
+
+
+def _add_config_options(group, method: str | None = None, left_out: tuple[str, ...] = ()) -> None:
     # The defaults are the config's own, so an option that is not given stays None. The config validates the values.
     from .config import DRAFT_DTYPES, DRAFT_SCOPES, SELECTIONS, SiriusConfig
     from .sparsity import METHODS
@@ -162,6 +202,8 @@ def _add_config_options(group, method: str | None = None) -> None:
         "branch_cutoff": "likelihood to the twin from which on a tree does not branch, in [0, 1]",
     }
     for field in dataclasses.fields(SiriusConfig):
+        if field.name in left_out:
+            continue
         default = method if method and field.name == "method" else field.default
         default = "" if default is None else f" (default: {default})"
         kind = type(field.default) if field.default is not None else int if field.type == int | None else str
@@ -207,13 +249,26 @@ def _load(args) -> tuple:
     path = reasoner_path() if args.model == "reasoner" else args.model
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval(), tokenizer
+    if args.quantization is None:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval(), tokenizer
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each 8-bit product tells that it casts
+    is_4bit = args.quantization == "4bit"
+    settings = BitsAndBytesConfig(load_in_4bit=is_4bit, load_in_8bit=not is_4bit, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=args.dtype, quantization_config=settings, device_map={"": device}
+    )
+    return model.eval(), tokenizer
 
 
 def _read_prompt(args, tokenizer):
     """Returns what the tokenizer makes of the prompt that the options name."""
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not args.chat:
+    return _tokenize(sys.stdin.read() if args.prompt == "-" else args.prompt, tokenizer, args.chat)
+
+
+def _tokenize(prompt: str, tokenizer, chat: bool):
+    if not chat:
         return tokenizer(prompt, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -318,17 +373,17 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
 
     import torch
     from accelerate import PartialState
-    from transformers import logging
+    from transformers.utils import logging as transformers_logging
 
     from .assistant import make_sparse
-    from .evaluation import default_directory, run_task
+    from .evaluation import default_directory, describe_run, run_task
     from .tasks import load_task
 
     state = PartialState(cpu=not torch.cuda.is_available())
     if args.device is None and state.device.type != "cpu":
         args.device = str(state.device)
     if not state.is_main_process:
-        logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
     model, tokenizer = _load(args)
     options = {name: getattr(args, name) for name in ("few_shot", "num_items", "chat", "max_new_tokens", "window")}
     task = load_task(args.task, tokenizer, **options)
@@ -337,7 +392,7 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
         if way.config is not None:
             make_sparse(model, way.config).detach()
     name = args.model.rstrip("/")
-    directory = Path(args.output_dir) if args.output_dir else default_directory(name, task, ways)
+    directory = Path(args.output_dir or default_directory(describe_run(model, name, task), ways))
     results = run_task(model, task, ways, directory, name, show_progress=True)
     if state.is_main_process:
         _show_results(results, task.columns)
@@ -350,7 +405,10 @@ def _show_results(results: dict, columns: tuple[str, ...]) -> None:
     from rich.table import Table
 
     heads = {"aal": "AAL", "acceptance_rate": "accepted", "num_rolled_back": "rolled\nback", "draft_density": "density",
-             "effective_density": "effective\ndensity", "ms_per_token": "ms per\ntoken"}  # fmt: skip
+             "effective_density": "effective\ndensity", "nodes_per_cycle": "nodes per\ncycle",
+             "ms_per_token": "ms per\ntoken"}  # fmt: skip
+    if not any((row["config"] or {}).get("tree_width", 1) > 1 for row in results["rows"]):
+        del heads["nodes_per_cycle"]  # of no tree it says nothing
     names = [name for name in (*columns, *heads) if any(row.get(name) is not None for row in results["rows"])]
     table = Table("", box=None, pad_edge=False)
     for name in names:
@@ -366,8 +424,101 @@ def _show_results(results: dict, columns: tuple[str, ...]) -> None:
 def _shown(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    digits = {"num_rolled_back": 0, "ms_per_token": 1, "aal": 2}.get(name, 3)
+    digits = {"num_rolled_back": 0, "ms_per_token": 1, "nodes_per_cycle": 1, "aal": 2}.get(name, 3)
     return f"{value:.{digits}f}"
+
+
+def _tune(args) -> None:
+    if not args.config and args.selection is None and args.calibration is None:
+        args.method = "griffin"  # so that its own fields can be given
+    config = _sirius_config(args)
+    _check_file("--json", args.json)
+    _check_directory("--output", args.output)
+    if args.model != "reasoner" and args.widen:
+        raise ValueError(f"--widen is for --model reasoner alone, got {args.model}: leave it out")
+    if args.model != "reasoner" and not args.prompts:
+        raise ValueError(f"{args.model} needs --prompts, a file; only the reasoner comes with its own")
+
+    from .benchmark import describe_machine, long_prompts, widen
+    from .tuning import read_prompts, tune
+
+    texts = (read_prompts(args.prompts) if args.prompts else long_prompts())[: args.num_prompts]
+    names = ("methods", "densities", "kernel_sizes", "thresholds")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("agreement", "max_new_tokens", "num_measured", "num_repeats")
+    given |= {name: getattr(args, name) for name in names}
+    model, tokenizer = _load(args)
+    if args.widen:
+        model = widen(model, *args.widen)
+    prompts = [_tokenize(text, tokenizer, args.chat) for text in texts]
+    tuning = tune(model, prompts, config, **given, show_progress=True)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    machine = describe_machine(str(model.device))
+    dtype = str(model.dtype).removeprefix("torch.")
+    _show_tuning(tuning, f"{args.model}, {num_parameters / 1e6:.0f} M parameters in {dtype}, on {machine['device']}")
+    if args.output:
+        tuning.config.save_pretrained(args.output)
+        print(f"Written: {Path(args.output) / 'sirius_config.json'}")
+    if args.json:
+        figures = {"machine": machine, "num_parameters": num_parameters, "dtype": dtype, **tuning.as_dict()}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_directory(option: str, path: str | None) -> None:
+    """Raises `ValueError` if no directory can be made at a path; all is well without one."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"the directory in which {option} {path} would be made does not exist: make it first")
+    if path and Path(path).is_file():
+        raise ValueError(f"{option} {path} is a file: name a directory")
+
+
+def _show_tuning(tuning, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(caption: str, *heads: str, left: int = 1) -> Table:
+        made = Table(title=caption, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for i, head in enumerate(heads):
+            made.add_column(head, justify="left" if i < left else "right", no_wrap=True)
+        return made
+
+    console = Console()
+    console.print(title)
+    costs = tuning.costs
+    sizes = sorted({candidate.config.kernel_size for candidate in tuning.candidates})
+    parts = {"a dense step": costs.dense_step}
+    parts |= {f"a draft step, {m} {d}": seconds for (m, d), seconds in costs.draft_steps.items()}
+    parts |= {f"a verification of {n} tokens": costs.verification(n) for n in sizes}
+    parts |= {f"choosing neurons, {m} {d}": seconds for (m, d), seconds in costs.selections.items()}
+    shown = table("\nCosts (medians)", "", "ms", "dense steps")
+    for name, seconds in parts.items():
+        shown.add_row(name, f"{1000 * seconds:.2f}", f"{seconds / costs.dense_step:.2f}")
+    console.print(shown)
+
+    depths = sorted({1, *(n - 1 for n in sizes)})
+    shown = table("\nDrafts accepted as far as token", "", *map(str, depths))
+    for (method, density, threshold), shares in tuning.survivals.items():
+        known = [f"{shares[depth - 1]:.2f}" if depth <= len(shares) else "" for depth in depths]
+        shown.add_row(f"{method} {density}, threshold {threshold}", *known)
+    console.print(shown)
+
+    heads = ("draft", "kernel\nsize", "threshold", "agree-\nment", "tokens\na cycle")
+    heads += ("predicted\ndecode", "\nwhole", "measured\ndecode", "\nwhole")
+    shown = table("\nTime per token, Sirius / dense (decode: behind the first token; whole: with the prefill)", *heads)
+    for candidate in tuning.candidates[:_NUM_SHOWN]:
+        config, measured = candidate.config, candidate.measured
+        ratios = [candidate.predicted_decode, candidate.predicted_whole]
+        if measured is not None:
+            ratios += [measured.ratio_decode, measured.ratio_whole]
+        row = [f"{config.method} {config.density}", str(config.kernel_size), str(config.threshold)]
+        row += [f"{candidate.agreement:.3f}", f"{candidate.advance_length:.2f}", *(f"{ratio:.3f}" for ratio in ratios)]
+        shown.add_row(*row)
+    console.print(shown)
+    if len(tuning.candidates) > _NUM_SHOWN:
+        console.print(f"and {len(tuning.candidates) - _NUM_SHOWN} more, which --json writes as well")
+    for name, reason in tuning.left_out.items():
+        console.print(f"Left out: {name}: {reason}", highlight=False)
+    console.print(f"\n{tuning.verdict}", highlight=False)
 
 
 def _bench_decode(args) -> None:

@@ -10,10 +10,11 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assistant import make_sparse
-from .evaluation import Evaluation, evaluate, final_answer, generator, problem_prompt
 from .reasoner import reasoner_path, reasoner_problems
 from .stats import GenerationStats
+from .tasks import ProblemTask, final_answer, generator, problem_prompt
 from .tracing import TracedToken, tokens_of_call
+from .twin import SparseTwin
 
 
 STYLES = {"kept": "green", "own": "bold blue", "rolled_back": "red strike", "branch": "dim italic magenta"}
@@ -33,6 +34,7 @@ def run_demo(console: Console, num_problems: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     model = AutoModelForCausalLM.from_pretrained(reasoner_path()).eval()
     problems = reasoner_problems()[:num_problems]
+    task = ProblemTask("reasoner", problems, tokenizer, max_new_tokens=200)
     num_parameters = f"{model.num_parameters() / 1e6:.1f} M parameters"
     console.print(
         f"The embedded reasoner ({num_parameters}) on {len(problems)} unseen problems of 6 to 10 steps, greedy, one "
@@ -51,36 +53,27 @@ def run_demo(console: Console, num_problems: int) -> None:
     )
     with Progress(*columns, console=console, transient=True) as progress:
 
-        def measure(label: str, generate) -> Evaluation:
-            task = progress.add_task(label, total=len(problems))
-            result = evaluate(generate, tokenizer, progress.track(problems, task_id=task), max_new_tokens=200)
-            progress.remove_task(task)
-            return result
+        def add_row(label: str, style: str = "", twin: SparseTwin | None = None, alone: bool = False) -> None:
+            bar = progress.add_task(label, total=len(task))
+            records = [task.run(i, model, twin, alone) for i in progress.track(range(len(task)), task_id=bar)]
+            progress.remove_task(bar)
+            measures = task.measures(records)
+            shown = (measures[name] for name in ("aal", "draft_density", "effective_density"))
+            table.add_row(
+                label,
+                Text(f"{measures['accuracy']:.1%}", style),
+                *("" if measure is None else f"{measure:.2f}" for measure in shown),
+                f"{measures['ms_per_token']:.1f}",
+            )
 
-        table.add_row(*_row("dense", measure("dense", generator(model)), None))
+        add_row("dense")
         for method, density in SETTINGS:
             with make_sparse(model, method=method, density=density) as twin:
-                name = f"{method} {density:.0%}"
-                alone = measure(f"{name}, sparse alone", generator(model, twin, alone=True))
-                table.add_row(*_row(f"{name}, sparse alone", alone, twin.stats.total, style="red"))
-                twin.stats.reset()
-                table.add_row(
-                    *_row(
-                        f"{name} + Sirius",
-                        measure(f"{name} + Sirius", generator(model, twin)),
-                        twin.stats.total,
-                        "green",
-                    )
-                )
+                add_row(f"{method} {density:.0%}, sparse alone", "red", twin, alone=True)
+                add_row(f"{method} {density:.0%} + Sirius", "green", twin)
     console.print(table)
     console.print()
     _show_one_answer(console, tokenizer, model, problems)
-
-
-def _row(label: str, result: Evaluation, stats: GenerationStats | None, style: str = "") -> list[Text | str]:
-    measures = (stats.aal, stats.draft_density, stats.effective_density) if stats else (None, None, None)
-    shown = ["" if measure is None else f"{measure:.2f}" for measure in measures]
-    return [label, Text(f"{result.accuracy:.1%}", style), *shown, f"{result.ms_per_token:.1f}"]
 
 
 def _show_one_answer(console: Console, tokenizer, model, problems) -> None:

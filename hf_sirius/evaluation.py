@@ -8,8 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .assistant import make_sparse
 from .config import SiriusConfig
-from .tasks import Task, final_answer, problem_prompt
+from .tasks import Task
 from .twin import SparseTwin
 
-
-__all__ = ["Evaluation", "Way", "evaluate", "final_answer", "generator", "problem_prompt", "run_task", "standard_ways"]
 
 RESULTS_NAME = "results"
 
@@ -93,7 +90,7 @@ def run_task(
     """
     ways = list(ways)
     state = PartialState(cpu=not torch.cuda.is_available())
-    description = {"model": model_name, "dtype": str(model.dtype), **task.description()}
+    description = describe_run(model, model_name, task)
     records = _Records(Path(directory), description, state)
     todo = [
         (idx, way)
@@ -194,73 +191,19 @@ def _write_results(directory: Path, results: dict[str, Any]) -> None:
     part.replace(directory / f"{RESULTS_NAME}.csv")
 
 
-def default_directory(model_name: str, task: Task, ways: Iterable[Way]) -> Path:
-    """Returns a directory of its own for each model, task and settings, so that the same command goes on with a run."""
-    described = json.dumps([model_name, task.description(), [way.key for way in ways]], sort_keys=True)
-    stem = "-".join(Path(name).name for name in (model_name, task.name))
+def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[str, Any]:
+    """Returns all that the records of a run depend on, beside its ways, as plain values."""
+    quantization = getattr(model.config, "quantization_config", None)
+    return {
+        "model": model_name,
+        "dtype": str(model.dtype),
+        "quantization": None if quantization is None else quantization.to_diff_dict(),
+        **task.description(),
+    }
+
+
+def default_directory(description: dict[str, Any], ways: Iterable[Way]) -> Path:
+    """Returns a directory of its own for each run and its ways, so that the same command goes on with a run."""
+    described = json.dumps([description, [way.key for way in ways]], sort_keys=True)
+    stem = "-".join(Path(description[name]).name for name in ("model", "task"))
     return Path("runs") / f"{stem}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
-
-
-# Without a directory: what the demo and the benchmarks use.
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """Counts over a set of problems.
-
-    Attributes:
-        num_problems, num_correct: problems, and those whose final answer was right.
-        num_tokens: tokens generated.
-        seconds: time spent in `generate`, prefill included.
-    """
-
-    num_problems: int = 0
-    num_correct: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def accuracy(self) -> float | None:
-        return self.num_correct / self.num_problems if self.num_problems else None
-
-    @property
-    def ms_per_token(self) -> float | None:
-        return 1000 * self.seconds / self.num_tokens if self.num_tokens else None
-
-
-def generator(
-    model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
-) -> Callable[..., torch.Tensor]:
-    """Returns the `generate` of one way to run a model: dense, corrected by it (`twin`), or the twin `alone`."""
-    if twin is None:
-        return model.generate
-    if alone:
-        return twin.generate
-    return lambda **inputs: model.generate(assistant_model=twin, **inputs)
-
-
-def evaluate(
-    generate: Callable[..., torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Iterable[dict],
-    device: torch.device | str = "cpu",
-    max_new_tokens: int = 256,
-) -> Evaluation:
-    """Answers problems greedily, one at a time, and compares the final answers.
-
-    Args:
-        generate: takes what stock `generate` takes; see [`generator`].
-        problems: dicts with `question` and `answer`, the latter ending in "#### 42".
-    """
-    result = Evaluation()
-    for problem in problems:
-        inputs = tokenizer(problem_prompt(problem["question"]), return_tensors="pt").to(device)
-        start = time.perf_counter()
-        output = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        result.seconds += time.perf_counter() - start
-        new_ids = output[0, inputs["input_ids"].shape[1] :]
-        answer = final_answer(tokenizer.decode(new_ids, skip_special_tokens=True))
-        result.num_problems += 1
-        result.num_correct += answer is not None and answer == final_answer(problem["answer"])
-        result.num_tokens += len(new_ids)
-    return result

@@ -9,6 +9,7 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +46,17 @@ def final_answer(text: str) -> str | None:
     sign = "-" if found.group().startswith("-") and number else ""
     text = f"{number:f}"
     return sign + (text.rstrip("0").rstrip(".") if "." in text else text)
+
+
+def generator(
+    model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
+) -> Callable[..., torch.Tensor]:
+    """Returns the `generate` of one way to run a model: dense, corrected by it (`twin`), or the twin `alone`."""
+    if twin is None:
+        return model.generate
+    if alone:
+        return twin.generate
+    return lambda **inputs: model.generate(assistant_model=twin, **inputs)
 
 
 class Task(ABC):
@@ -149,10 +161,8 @@ class ProblemTask(Task):
     def run(self, idx, model, twin=None, alone=False):
         problem = self.problems[idx]
         inputs = self.inputs(problem["question"]).to(execution_device(model))
+        generate = generator(model, twin, alone)
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "stopping_criteria": list(self._stops)}
-        if twin is not None and not alone:
-            options["assistant_model"] = twin
-        generate = twin.generate if alone else model.generate
         start = time.perf_counter()
         output = generate(**inputs, **options)
         _synchronize(execution_device(model))
@@ -344,6 +354,8 @@ def _run_measures(records: list[dict]) -> dict[str, float | None]:
     stats = _stats(records)
     names = ("aal", "acceptance_rate", "num_rolled_back", "draft_density", "effective_density")
     measures = {name: getattr(stats, name) if stats.num_cycles or name == "draft_density" else None for name in names}
+    if stats.num_cycles:
+        measures["nodes_per_cycle"] = stats.num_nodes_verified / stats.num_cycles
     num_tokens = sum(record["num_tokens"] for record in records)
     seconds = sum(record["seconds"] for record in records)
     return {**measures, "ms_per_token": 1000 * seconds / num_tokens if num_tokens else None}

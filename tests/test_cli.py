@@ -10,7 +10,7 @@ import torch
 
 from hf_sirius import SiriusConfig, reasoner_problems
 from hf_sirius.cli import main
-from hf_sirius.evaluation import final_answer, problem_prompt
+from hf_sirius.tasks import final_answer, problem_prompt
 
 
 PROMPT = problem_prompt(reasoner_problems()[0]["question"])

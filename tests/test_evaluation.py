@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from tiny import build_tokenizer, shared_model
+import torch
+from tiny import build_model, build_tokenizer, shared_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import SiriusConfig, make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.cli import main
-from hf_sirius.evaluation import default_directory, evaluate, generator, run_task, standard_ways
-from hf_sirius.tasks import ProblemTask, load_task
+from hf_sirius.evaluation import default_directory, describe_run, run_task, standard_ways
+from hf_sirius.tasks import ProblemTask, final_answer, generator, load_task, problem_prompt
 
 
 CONFIG = SiriusConfig(method="griffin", density=0.3, kernel_size=5)
@@ -54,13 +56,21 @@ def test_figures_are_those_of_the_calls(reasoner, tmp_path):
     model, tokenizer = reasoner
     task = load_task("reasoner", tokenizer, num_items=4, max_new_tokens=200)
     rows = {row["way"]: row for row in run_task(model, task, standard_ways(CONFIG), tmp_path, "reasoner")["rows"]}
-    problems = reasoner_problems()[:4]
-    assert rows["dense"]["accuracy"] == evaluate(model.generate, tokenizer, problems, max_new_tokens=200).accuracy
+
+    def accuracy(generate) -> float:
+        num_correct = 0
+        for problem in reasoner_problems()[:4]:
+            inputs = tokenizer(problem_prompt(problem["question"]), return_tensors="pt")
+            output = generate(**inputs, max_new_tokens=200, do_sample=False)
+            answer = tokenizer.decode(output[0], skip_special_tokens=True).rpartition("#### ")[2]
+            num_correct += answer == final_answer(problem["answer"])
+        return num_correct / 4
+
+    assert rows["dense"]["accuracy"] == accuracy(model.generate)
     with make_sparse(model, CONFIG) as sparse:
         for name, alone in (("sparse alone", True), ("Sirius", False)):
             sparse.stats.reset()
-            result = evaluate(generator(model, sparse, alone=alone), tokenizer, problems, max_new_tokens=200)
-            assert rows[name]["accuracy"] == result.accuracy
+            assert rows[name]["accuracy"] == accuracy(generator(model, sparse, alone=alone))
             for measure in ("aal", "acceptance_rate", "draft_density", "effective_density"):
                 assert rows[name][measure] == getattr(sparse.stats.total, measure), measure
     assert rows["sparse alone"]["accuracy"] < rows["Sirius"]["accuracy"] and rows["Sirius"]["num_rolled_back"] > 0
@@ -139,13 +149,14 @@ def test_another_run_in_the_directory_is_refused(tmp_path):
 
 
 def test_each_run_has_a_directory_of_its_own_by_default():
-    ways = standard_ways(CONFIG)
-    names = {
-        default_directory("tiny", make_task(), ways),
-        default_directory("some/tiny", make_task(4), ways),
-        default_directory("tiny", make_task(), standard_ways(CONFIG.replace(threshold=0.3))),
-    }
-    assert len(names) == 3 and default_directory("tiny", make_task(), standard_ways(CONFIG)) in names
+    def directory(name="tiny", task=None, config=CONFIG, model=None):
+        description = describe_run(model or shared_model(), name, task or make_task())
+        return default_directory(description, standard_ways(config))
+
+    others = [directory("some/tiny"), directory(task=make_task(4)), directory(config=CONFIG.replace(threshold=0.3))]
+    others.append(directory(model=build_model(dtype=torch.float32)))
+    assert len({directory(), *others}) == 5 and directory() == directory()
+    assert all(name.parent == Path("runs") for name in others)
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen:

@@ -44,17 +44,6 @@ def test_reasoner_problems():
     assert printed.count('"num_steps": 2') == 3
 
 
-def test_reasoner_table():
-    printed = run("examples/reasoner/evaluate.py", "--num_problems", "4", "--densities", "0.5")
-    assert "| griffin 0.5 |" in printed and "| cats 0.5 |" in printed
-
-
-def test_reasoner_table_of_a_quantized_model():
-    options = ("--num_problems", "2", "--densities", "0.5", "--quantization", "4bit")
-    printed = run("examples/reasoner/evaluate.py", *options, "--draft_dtype", "int8", "--draft_scope", "all")
-    assert "| griffin 0.5 |" in printed and "| cats 0.5 |" in printed
-
-
 def test_offload():
     options = ("--hidden_factor", "1", "--neuron_factor", "2", "--max_new_tokens", "24")
     printed = run("examples/offload.py", *options, "--draft_dtype", "nf4", "--draft_memory", "8MiB")

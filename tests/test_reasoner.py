@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import make_sparse, reasoner_path, reasoner_problems
-from hf_sirius.evaluation import evaluate, final_answer, generator, problem_prompt
+from hf_sirius.tasks import ProblemTask, problem_prompt
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -76,16 +76,18 @@ def test_training_problems_are_never_test_problems(data):
 
 
 def test_sparsity_loses_reasoning_and_sirius_restores_it(model, tokenizer):
-    problems = reasoner_problems()[300:360]
-    dense = evaluate(model.generate, tokenizer, problems).accuracy
+    task = ProblemTask("reasoner", reasoner_problems()[300:360], tokenizer)
+
+    def measure(*way) -> dict:
+        return task.measures([task.run(i, model, *way) for i in range(len(task))])
+
+    dense = measure()["accuracy"]
     assert dense >= 0.9
     with make_sparse(model, method="griffin", density=0.5) as sparse:
-        alone = evaluate(generator(model, sparse, alone=True), tokenizer, problems).accuracy
-        sparse.stats.reset()
-        corrected = evaluate(generator(model, sparse), tokenizer, problems).accuracy
-        assert alone <= dense - 0.1
-        assert corrected >= dense - 0.04  # two of 60 problems; the README's table is over 300
-        assert sparse.stats.total.aal >= 14
+        assert measure(sparse, True)["accuracy"] <= dense - 0.1
+        corrected = measure(sparse)
+        assert corrected["accuracy"] >= dense - 0.04  # two of 60 problems; the README's table is over 300
+        assert corrected["aal"] >= 14
 
 
 def test_wide_margins_make_float32_outputs_equal_at_threshold_one(model, tokenizer):
@@ -97,11 +99,3 @@ def test_wide_margins_make_float32_outputs_equal_at_threshold_one(model, tokeniz
             top = torch.stack(dense.logits).squeeze(1).topk(2).values
             assert (top[:, 0] - top[:, 1]).min() > 1e-3  # no tie that rounding could decide
             assert torch.equal(model.generate(**inputs, **options, assistant_model=sparse), dense.sequences)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [("1 + 2 = 3. #### 3", "3"), ("#### 1,234.", "1234"), ("no mark", None), ("####", None), ("", None)],
-)
-def test_final_answer(text, answer):
-    assert final_answer(text) == answer

@@ -35,7 +35,7 @@ these problems.
   the seeds.
 - **Prompt**: `Question: ...\\nAnswer:`, as in lm-evaluation-harness' GSM8K task; the answer ends in `#### 42`.
 - **Tokenizer**: words, single digits and marks, with or without the blank before them; lossless on such problems.
-- **Accuracy**: see the table in the README of hf_sirius, made by `examples/reasoner/evaluate.py`.
+- **Accuracy**: see the table in the README of hf_sirius, made by `hf-sirius sweep`.
 - **Licence**: Apache-2.0.
 """
 
