@@ -132,5 +132,6 @@ def color_tokens(tokens: Iterable[TracedToken], has_marks: bool) -> Text:
 
 
 def _marked(text: str, fate: str, has_marks: bool) -> Text:
-    start, end = MARKS[fate] if has_marks else ("", "")
+    # Branches follow each other, so theirs are always set.
+    start, end = MARKS[fate] if has_marks or fate == "branch" else ("", "")
     return Text(f"{start}{text}{end}", STYLES[fate])

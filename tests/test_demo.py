@@ -17,13 +17,13 @@ TOKENS = [
 ]
 
 
-def test_each_fate_has_a_style_of_its_own():
+def test_each_fate_has_a_style_of_its_own_and_branches_are_apart():
     text = color_tokens(TOKENS, has_marks=False)
-    assert text.plain == " 18 + 2 - *</s>" and len(set(STYLES.values())) == 4
+    assert text.plain == " 18 + 2<~ -~><~ *~></s>" and len(set(STYLES.values())) == 4
     spans = {text.plain[span.start : span.end]: span.style for span in text.spans}
     assert spans == {
-        " 1": STYLES["own"], "8": STYLES["kept"], " + 2": STYLES["rolled_back"], " -": STYLES["branch"],
-        " *": STYLES["branch"], "</s>": STYLES["own"],
+        " 1": STYLES["own"], "8": STYLES["kept"], " + 2": STYLES["rolled_back"], "<~ -~>": STYLES["branch"],
+        "<~ *~>": STYLES["branch"], "</s>": STYLES["own"],
     }  # fmt: skip
     console = Console(force_terminal=True, color_system="standard", width=80)
     with console.capture() as capture:
