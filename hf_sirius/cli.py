@@ -502,18 +502,20 @@ def _show_tuning(tuning, title: str) -> None:
         shown.add_row(f"{method} {density}, threshold {threshold}", *known)
     console.print(shown)
 
-    heads = ("draft", "kernel\nsize", "threshold", "agree-\nment", "tokens\na cycle")
+    lossless = all(candidate.config.threshold == 1.0 for candidate in tuning.candidates)
+    heads = ("draft", "kernel\nsize", *(() if lossless else ("thres-\nhold", "agree-\nment")), "tokens\na cycle")
     heads += ("predicted\ndecode", "\nwhole", "measured\ndecode", "\nwhole")
-    shown = table("\nTime per token, Sirius / dense (decode: behind the first token; whole: with the prefill)", *heads)
+    shown = table("\nTime per token, Sirius / dense", *heads)
     for candidate in tuning.candidates[:_NUM_SHOWN]:
         config, measured = candidate.config, candidate.measured
         ratios = [candidate.predicted_decode, candidate.predicted_whole]
         if measured is not None:
             ratios += [measured.ratio_decode, measured.ratio_whole]
-        row = [f"{config.method} {config.density}", str(config.kernel_size), str(config.threshold)]
-        row += [f"{candidate.agreement:.3f}", f"{candidate.advance_length:.2f}", *(f"{ratio:.3f}" for ratio in ratios)]
-        shown.add_row(*row)
+        row = [f"{config.method} {config.density}", str(config.kernel_size)]
+        row += [] if lossless else [str(config.threshold), f"{candidate.agreement:.3f}"]
+        shown.add_row(*row, f"{candidate.advance_length:.2f}", *(f"{ratio:.3f}" for ratio in ratios))
     console.print(shown)
+    console.print("decode: behind the first token, choosing neurons included; whole: with the prefill")
     if len(tuning.candidates) > _NUM_SHOWN:
         console.print(f"and {len(tuning.candidates) - _NUM_SHOWN} more, which --json writes as well")
     for name, reason in tuning.left_out.items():

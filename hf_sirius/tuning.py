@@ -1,0 +1,619 @@
+"""Choosing a config for a machine: the parts of a generation are timed, the time of every setting is predicted from
+them, and the best ones are measured.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .assistant import make_sparse
+from .benchmark import Clock, synchronize, timed
+from .config import SiriusConfig
+from .offload import execution_device
+from .stats import Cycle
+from .tasks import generator, problem_prompt
+from .twin import SparseTwin
+
+
+METHODS = ("griffin", "cats")
+DENSITIES = (0.5, 0.3)
+KERNEL_SIZES = (4, 8, 16, 24, 32)
+THRESHOLDS = (0.1, 0.3, 0.5, 0.9)
+_DEFAULTS = SiriusConfig()
+# Fields that only one method takes.
+_OWN_FIELDS = {
+    "cats": ("selection", "calibration"),
+    "griffin": ("draft_dtype", "draft_scope", "draft_memory", "reselect_every"),
+}
+# With these a cycle is not kernel_size - 1 single drafted tokens and one verification, which is what is predicted.
+_NOT_PREDICTED = ("draft_confidence", "reselect_every", "tree_width")
+
+
+# method, density, threshold
+Setting = tuple[str, float, float]
+
+
+# The prediction
+
+
+def survival(cycles: Sequence[Cycle]) -> list[float]:
+    """Returns S(1), S(2), ...: the probability that the first i tokens of a draft are all accepted.
+
+    The estimate of Kaplan and Meier (1958): a draft counts at each position that it reached, however early it was cut
+    short. The list ends with the longest draft whose earlier tokens were accepted.
+    """
+    shares: list[float] = []
+    for i in itertools.count():
+        # Those that had a token here, and all before it accepted.
+        reached = [c.num_accepted > i for c in cycles if i < len(c.drafted_ids) and i <= c.num_accepted]
+        if not reached:
+            return shares
+        shares.append((shares[-1] if shares else 1.0) * sum(reached) / len(reached))
+
+
+def match_rates(cycles: Sequence[Cycle]) -> list[float]:
+    """Returns for each token of an output, but for its first one, how probably it is accepted where it is drafted.
+
+    That is known, 0 or 1, of all tokens that were drafted here. Of one that followed an accepted draft as the full
+    model's own it is the share of accepted ones among those known (0 if there is none).
+    """
+    rates: list[float | None] = []
+    for cycle in cycles:
+        is_known = cycle.num_accepted < len(cycle.drafted_ids)
+        rates += [1.0] * cycle.num_accepted + [0.0 if is_known else None]
+    known = [rate for rate in rates if rate is not None]
+    mean = statistics.fmean(known) if known else 0.0
+    return [mean if rate is None else rate for rate in rates]
+
+
+def expected_events(rates: Sequence[float], kernel_size: int, max_tokens: int) -> tuple[float, dict[int, float]]:
+    """Returns how many draft steps an output takes, and how many verifications by their number of tokens, on average.
+
+    Cycles are played over the output, from wherever one may begin. Whether a token would be accepted is taken to be
+    independent of the others, and of where its cycle began.
+
+    Args:
+        rates: for each token of the output behind its first one, the probability that it is accepted if drafted.
+        kernel_size: tokens per cycle.
+        max_tokens: how many the length would have allowed behind the first one; where the output has fewer, an EOS
+            ended it, before which a draft stops, if it comes to it.
+    """
+    begins = np.zeros(len(rates) + 1)  # the probability that a cycle begins at each token
+    begins[0] = 1.0
+    num_steps, verifications = 0.0, Counter()
+    for start, share in enumerate(begins[:-1]):  # grows meanwhile
+        num_left = len(rates) - start
+        num_drafted = min(kernel_size - 1, max_tokens - start - 1)
+        reaches = float(share)  # the probability of a draft from here whose tokens were accepted so far
+        for i in range(min(num_drafted, num_left - 1)):
+            begins[start + i + 1] += reaches * (1 - rates[start + i])
+            reaches *= rates[start + i]
+        if num_drafted >= num_left:  # it comes to the EOS, which costs a step
+            num_steps += reaches * num_left
+            verifications[num_left] += reaches
+            share = share - reaches
+        else:
+            begins[start + num_drafted + 1] += reaches
+        num_steps += share * num_drafted
+        verifications[num_drafted + 1] += share
+    return float(num_steps), {size: float(number) for size, number in sorted(verifications.items()) if number}
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What the parts of a generation take on this machine, medians in seconds.
+
+    Attributes:
+        dense_step: one token of the dense model.
+        verifications: a forward of the dense model over so many tokens, and the loop's work up to the next draft.
+        draft_steps: one drafted token, by method and density.
+        selections: choosing and gathering the neurons after the prefill, by method and density.
+    """
+
+    dense_step: float
+    verifications: dict[int, float]
+    draft_steps: dict[tuple[str, float], float]
+    selections: dict[tuple[str, float], float]
+
+    def verification(self, num_tokens: int) -> float:
+        """Returns the seconds of a verification, between the sizes that were timed by interpolation."""
+        known = {1: self.dense_step, **self.verifications}
+        return float(np.interp(num_tokens, sorted(known), [known[size] for size in sorted(known)]))
+
+    def decode_seconds(self, config: SiriusConfig, num_steps: float, verifications: Mapping[int, float]) -> float:
+        """Returns what an output takes behind its first token, from what `expected_events` counts."""
+        setting = config.method, config.density
+        verifying = sum(number * self.verification(size) for size, number in verifications.items())
+        return self.selections[setting] + num_steps * self.draft_steps[setting] + verifying
+
+
+# The result
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Dense and corrected generations in alternation.
+
+    Attributes:
+        decode, whole: Sirius' seconds per token / the dense ones, of each pair of generations: behind the first token,
+            and of all.
+        agreement: as in [`Candidate`], of these outputs.
+    """
+
+    decode: tuple[float, ...]
+    whole: tuple[float, ...]
+    agreement: float
+
+    @property
+    def ratio_decode(self) -> float:
+        return statistics.median(self.decode)
+
+    @property
+    def ratio_whole(self) -> float:
+        return statistics.median(self.whole)
+
+    @property
+    def num_faster(self) -> int:
+        """Pairs in which Sirius was the faster one, by both ratios."""
+        return sum(max(pair) < 1 for pair in zip(self.decode, self.whole, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One setting.
+
+    Attributes:
+        config: of the twin.
+        advance_length: tokens per cycle that are predicted, those of cycles that are cut short included.
+        predicted_decode, predicted_whole: Sirius' seconds per token / the dense ones; the median over the prompts.
+        agreement: the share of the output's tokens that are the dense model's argmax, given the output before them.
+        measured: if it was.
+    """
+
+    config: SiriusConfig
+    advance_length: float
+    predicted_decode: float
+    predicted_whole: float
+    agreement: float = 1.0
+    measured: Measurement | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"config": self.config.to_dict(), "measured": None}
+        if self.measured is not None:
+            ratios = {"ratio_decode": self.measured.ratio_decode, "ratio_whole": self.measured.ratio_whole}
+            values["measured"] = {**ratios, **dataclasses.asdict(self.measured)}
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What [`tune`] found.
+
+    Attributes:
+        best: of the candidates that were measured, the one with the least time per token behind the first one.
+        candidates: all that were allowed, the best predicted ones first.
+        costs: what the prediction is made of.
+        survivals: how far drafts were accepted, as in [`survival`], by method, density and threshold.
+        left_out: settings that were not candidates, and why.
+    """
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    costs: Costs
+    survivals: dict[tuple[str, float, float], list[float]]
+    left_out: dict[str, str]
+
+    @property
+    def config(self) -> SiriusConfig:
+        return self.best.config
+
+    @property
+    def predicted_ratio(self) -> float:
+        """Sirius' time per token behind the first one (*decode*) / the dense one, before it was measured."""
+        return self.best.predicted_decode
+
+    @property
+    def measured_ratio(self) -> float:
+        """The same as it was measured, the median over pairs of generations."""
+        return self.best.measured.ratio_decode
+
+    @property
+    def helps(self) -> bool:
+        """Whether Sirius is faster beyond noise: in at least three of four pairs of generations, prefill included."""
+        return self.best.measured.num_faster >= 0.75 * len(self.best.measured.decode)
+
+    @property
+    def verdict(self) -> str:
+        """Says plainly whether Sirius helps, and what decides it."""
+        config, costs, measured = self.config, self.costs, self.best.measured
+        setting = f"{config.method} at density {config.density}, kernel_size {config.kernel_size}"
+        setting += f", threshold {config.threshold}"
+        ratios = (
+            f"{measured.ratio_decode:.2f} of the dense time per token ({measured.ratio_whole:.2f} with the prefill)"
+        )
+        faster = f"faster in {measured.num_faster} of {len(measured.decode)} pairs of generations"
+        draft = costs.draft_steps[config.method, config.density] / costs.dense_step
+        verification = costs.verification(config.kernel_size) / costs.dense_step
+        why = (
+            f"A draft step costs {draft:.2f} of a dense step, a verification of {config.kernel_size} tokens "
+            f"{verification:.2f} dense steps, and a cycle gains {self.best.advance_length:.1f} tokens."
+        )
+        if self.helps:
+            return f"Sirius helps on this machine: {setting}, takes {ratios}, {faster}. {why}"
+        noise = ""
+        if max(measured.ratio_decode, measured.ratio_whole) < 1:
+            noise = ", which is within noise (it would have to be faster in three of four)"
+        return (
+            f"Sirius does not help on this machine: the best setting ({setting}) takes {ratios}, {faster}{noise}. {why}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain values."""
+        costs = dataclasses.asdict(self.costs)
+        for name in ("draft_steps", "selections"):
+            costs[name] = {" ".join(map(str, key)): value for key, value in costs[name].items()}
+        return {
+            "config": self.config.to_dict(),
+            "predicted_ratio": self.predicted_ratio,
+            "measured_ratio": self.measured_ratio,
+            "helps": self.helps,
+            "verdict": self.verdict,
+            "candidates": [candidate.as_dict() for candidate in self.candidates],
+            "costs": costs,
+            "survivals": {" ".join(map(str, key)): shares for key, shares in self.survivals.items()},
+            "left_out": self.left_out,
+        }
+
+
+# The measurements
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One generation in its parts; seconds. Of a dense one every step counts as a verification."""
+
+    output_ids: torch.LongTensor
+    to_first_token: float
+    selection: float
+    draft_steps: list[float]
+    verifications: list[float]
+    cycles: list[Cycle]
+
+    @property
+    def num_decoded(self) -> int:
+        """Tokens behind the first one."""
+        return sum(cycle.advance_length for cycle in self.cycles) or len(self.verifications)
+
+
+def _run_in_parts(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, **options) -> _Run:
+    """Generates, and notes when each forward begins: the time from one to the next is what the first one costs."""
+    begins: list[tuple[bool, float]] = []
+    clock, device = Clock(), inputs["input_ids"].device
+
+    def note(module, _):
+        begins.append((module is not model, time.perf_counter()))
+
+    with contextlib.ExitStack() as undo:
+        for module in filter(None, (model, twin)):
+            undo.callback(module.register_forward_pre_hook(note).remove)
+        synchronize(device)
+        start = time.perf_counter()
+        output_ids = generator(model, twin)(**inputs, **options, do_sample=False, streamer=clock)
+        synchronize(device)
+        end = time.perf_counter()
+    first_token = clock.times[1]
+    begins = [(is_draft, moment) for is_draft, moment in begins if moment > first_token]
+    parts: dict[bool, list[float]] = {True: [], False: []}
+    for (is_draft, moment), (_, following) in itertools.pairwise([*begins, (False, end)]):
+        parts[is_draft].append(following - moment)
+    return _Run(
+        output_ids=output_ids,
+        to_first_token=first_token - start,
+        selection=(begins[0][1] if begins else end) - first_token,
+        draft_steps=parts[True],
+        verifications=parts[False],
+        cycles=[] if twin is None else twin.stats.cycles,
+    )
+
+
+@torch.no_grad()
+def token_agreement(model: PreTrainedModel, prompts: Sequence[Mapping], outputs: Sequence[torch.LongTensor]) -> float:
+    """Returns the share of the outputs' tokens that are the dense model's argmax, given the output before them.
+
+    Args:
+        model: the dense model.
+        prompts: with `input_ids`, long [1, prompt_length].
+        outputs: long [1, length] of each, which begins with its prompt.
+    """
+    num_equal = num_tokens = 0
+    for inputs, output_ids in zip(prompts, outputs, strict=True):
+        new_ids = output_ids[:, inputs["input_ids"].shape[1] :]
+        expected_ids = model(output_ids).logits[:, -new_ids.shape[1] - 1 : -1].argmax(dim=-1)
+        num_equal += (expected_ids.to(new_ids.device) == new_ids).sum().item()
+        num_tokens += new_ids.numel()
+    return num_equal / num_tokens
+
+
+def _agreement(
+    model: PreTrainedModel, config: SiriusConfig, prompts: Sequence[Mapping], outputs: Sequence[torch.LongTensor]
+) -> float:
+    return 1.0 if config.threshold == 1.0 else token_agreement(model, prompts, outputs)
+
+
+def _measure(
+    model: PreTrainedModel,
+    config: SiriusConfig,
+    prompts: Sequence[Mapping],
+    num_repeats: int,
+    max_new_tokens: int,
+    progress: tqdm,
+) -> Measurement:
+    ratios: dict[str, list[float]] = {"decode_seconds_per_token": [], "seconds_per_token": []}
+    with make_sparse(model, config) as twin:
+        for _ in range(num_repeats):
+            outputs = []
+            for inputs in prompts:
+                _, dense = timed(generator(model), inputs, max_new_tokens)
+                output_ids, sirius = timed(generator(model, twin), inputs, max_new_tokens)
+                outputs.append(output_ids)
+                for name, values in ratios.items():
+                    values.append(sirius[name] / dense[name])
+                progress.update()
+    return Measurement(*map(tuple, ratios.values()), agreement=_agreement(model, config, prompts, outputs))
+
+
+def read_prompts(path: str | os.PathLike) -> list[str]:
+    """Returns the texts of a file: each line of a `.jsonl` is an object with a `prompt` (or a `question`, as in
+    [`load_problems`]), of any other file a prompt. Empty lines are passed over.
+
+    Raises:
+        `ValueError` with the number of the first line that is no prompt, `OSError` if the file cannot be read.
+    """
+    prompts = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        place = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8").strip()
+            value = json.loads(text) if text and Path(path).suffix == ".jsonl" else {"prompt": text}
+        except ValueError as error:
+            raise ValueError(f"{place}: not valid ({error}): mend or remove the line") from error
+        value = value if isinstance(value, dict) else {}
+        prompt = value.get("prompt", value.get("question"))
+        if not isinstance(prompt, str):
+            raise ValueError(f'{place}: a prompt is an object with the text "prompt" or "question", got {text!r}')
+        if prompt:
+            prompts.append(prompt if "prompt" in value else problem_prompt(prompt))
+    if not prompts:
+        raise ValueError(f"{path} has no prompt: write one on each line")
+    return prompts
+
+
+def _checked_prompts(prompts: Sequence[Mapping], device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Returns the prompts on a device; raises `ValueError` or `TypeError` if they are none."""
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("tune needs at least one prompt to write outputs for, got none")
+    for inputs in prompts:
+        if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), torch.Tensor):
+            raise TypeError(
+                "each prompt must be what tokenizer(text, return_tensors='pt') returns, with input_ids, got "
+                f"{type(inputs).__name__}"
+            )
+        shape = tuple(inputs["input_ids"].shape)
+        if len(shape) != 2 or shape[0] != 1 or not shape[1]:
+            raise ValueError(f"each prompt must be one sequence, input_ids [1, prompt_length], got {list(shape)}")
+        if "attention_mask" in inputs and not inputs["attention_mask"].all():
+            raise ValueError("a prompt is padded: tokenize each by itself")
+    return [{name: value.to(device) for name, value in inputs.items()} for inputs in prompts]
+
+
+def _check_numbers(config: SiriusConfig, agreement: float | None, **least: tuple[int, int]) -> None:
+    for name in _NOT_PREDICTED:
+        if getattr(config, name) != getattr(_DEFAULTS, name):
+            raise ValueError(
+                f"tune predicts drafts of kernel_size - 1 tokens, chosen for once: leave {name} out of its config"
+            )
+    if agreement is not None and not 0 < agreement < 1:
+        raise ValueError(
+            f"agreement must be in (0, 1), a share of the tokens, got {agreement}; without one all have to agree"
+        )
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _with_method(config: SiriusConfig, method: str, **fields: Any) -> SiriusConfig:
+    """Returns a config of a method, without the fields that belong to the others."""
+    others = [name for owner, names in _OWN_FIELDS.items() if owner != method for name in names]
+    return config.replace(method=method, **{name: getattr(_DEFAULTS, name) for name in others}, **fields)
+
+
+def _key(config: SiriusConfig) -> Setting:
+    return config.method, config.density, config.threshold
+
+
+def _name(method: str, density: float, threshold: float) -> str:
+    return f"{method} {density}, threshold {threshold}"
+
+
+def _costs(dense_runs: list[_Run], runs: dict[Setting, list[_Run]], sized_runs: list[_Run]) -> Costs:
+    dense_step = statistics.median(itertools.chain(*(run.verifications for run in dense_runs)))
+    parts: dict[str, dict[Any, list[float]]] = {name: defaultdict(list) for name in ("verify", "draft", "select")}
+    for run in [*itertools.chain(*runs.values()), *sized_runs]:
+        for cycle, seconds in zip(run.cycles, run.verifications, strict=True):
+            parts["verify"][len(cycle.drafted_ids) + 1].append(seconds)
+    for (method, density, _), of_setting in runs.items():
+        for run in of_setting:
+            parts["draft"][method, density] += run.draft_steps
+            parts["select"][method, density].append(run.selection)
+    medians = {
+        # Where no output was long enough for a draft, none will be counted either.
+        name: {key: statistics.median(values or [dense_step]) for key, values in sorted(part.items())}
+        for name, part in parts.items()
+    }
+    return Costs(dense_step, medians["verify"], medians["draft"], medians["select"])
+
+
+def _predict(
+    config: SiriusConfig, costs: Costs, dense_runs: list[_Run], runs: list[_Run], max_new_tokens: int
+) -> Candidate:
+    """Predicts a setting from runs with another kernel size."""
+    ratios: dict[str, list[float]] = {"decode": [], "whole": []}
+    num_decoded = num_cycles = 0
+    for dense, run in zip(dense_runs, runs, strict=True):
+        num_steps, verifications = expected_events(match_rates(run.cycles), config.kernel_size, max_new_tokens - 1)
+        seconds = costs.decode_seconds(config, num_steps, verifications)
+        ratios["decode"].append(seconds / run.num_decoded / costs.dense_step)
+        dense_seconds = dense.to_first_token + dense.num_decoded * costs.dense_step
+        per_token = (run.to_first_token + seconds) / (run.num_decoded + 1)
+        ratios["whole"].append(per_token / (dense_seconds / (dense.num_decoded + 1)))
+        num_decoded += run.num_decoded
+        num_cycles += sum(verifications.values())
+    return Candidate(config, num_decoded / num_cycles, *map(statistics.median, ratios.values()))
+
+
+def tune(
+    model: PreTrainedModel,
+    prompts: Sequence[Mapping],
+    config: SiriusConfig | None = None,
+    *,
+    methods: Sequence[str] = METHODS,
+    densities: Sequence[float] = DENSITIES,
+    kernel_sizes: Sequence[int] = KERNEL_SIZES,
+    agreement: float | None = None,
+    thresholds: Sequence[float] = THRESHOLDS,
+    max_new_tokens: int = 100,
+    num_measured: int = 1,
+    num_repeats: int = 2,
+    show_progress: bool = False,
+) -> Tuning:
+    """Finds the config with the least time per token for this model, these prompts and this machine.
+
+    Each method, density and threshold writes every prompt's output once, with the largest kernel size: that tells what
+    a draft step takes, and which tokens are accepted. What a verification takes is timed for each kernel size, in short
+    outputs. From this follows the time of every combination, and the best are measured in alternation with the dense
+    model.
+
+    Args:
+        model: the dense model.
+        prompts: what the tokenizer makes of each, with `input_ids`, long [1, prompt_length].
+        config: what does not vary; each method takes the fields that it knows.
+        methods, densities, kernel_sizes: every combination is a candidate.
+        agreement: in (0, 1), the least share of the outputs' tokens that must be the dense model's argmax, given the
+            output before them. By default `threshold` is 1.0, so that all are.
+        thresholds: candidates beside 1.0 where an agreement is given.
+        max_new_tokens: of the outputs, which are greedy; at least 2.
+        num_measured: how many candidates are measured, the best predicted ones first; at least 1.
+        num_repeats: how often each output is measured, at least 1.
+        show_progress: whether a bar is shown.
+
+    Raises:
+        `TypeError` for prompts that are not tokenized; `ValueError` for a value that is not allowed, a config with
+        `draft_confidence`, `tree_width` or `reselect_every`, outputs that all end with their first token, or if no
+        candidate works with the model. One that does not is told in `left_out`.
+    """
+    config = config or _DEFAULTS
+    prompts = _checked_prompts(prompts, execution_device(model))
+    minima = {"max_new_tokens": (max_new_tokens, 2), "num_measured": (num_measured, 1), "num_repeats": (num_repeats, 1)}
+    _check_numbers(config, agreement, **minima)
+    thresholds = sorted({1.0, *(thresholds if agreement is not None else ())})
+    kernel_sizes = sorted(set(kernel_sizes))
+    # All are made before anything runs, so that a wrong value is told at once.
+    grid = [
+        [_with_method(config, method, density=density, threshold=threshold, kernel_size=n) for n in kernel_sizes]
+        for method, density, threshold in dict.fromkeys(itertools.product(methods, densities, thresholds))
+    ]
+    if not any(grid):
+        raise ValueError("methods, densities and kernel_sizes must each name one candidate at least")
+    with tqdm(disable=not show_progress, unit="run", desc="tune") as progress:
+        dense_runs, runs, sized_runs, left_out = _run_all(model, prompts, grid, max_new_tokens, progress)
+        writes = [dense.num_decoded > 0 for dense in dense_runs]
+        if not any(writes):
+            raise ValueError("every output ends with its first token, behind which there is nothing to speed up")
+        prompts, dense_runs = (list(itertools.compress(values, writes)) for values in (prompts, dense_runs))
+        runs = {key: list(itertools.compress(of_key, writes)) for key, of_key in runs.items()}
+        costs = _costs(dense_runs, runs, sized_runs)
+        candidates = []
+        for configs in grid:
+            if (key := _key(configs[0])) not in runs:
+                continue
+            agreed = _agreement(model, configs[0], prompts, [run.output_ids for run in runs[key]])
+            if agreement is not None and agreed < agreement:
+                left_out[_name(*key)] = f"only {agreed:.3f} of the tokens agree"
+                continue
+            predicted = [_predict(c, costs, dense_runs, runs[key], max_new_tokens) for c in configs]
+            candidates += [dataclasses.replace(candidate, agreement=agreed) for candidate in predicted]
+        candidates.sort(key=lambda candidate: candidate.predicted_decode)
+        measured: list[Candidate] = []
+        progress.total = progress.n + len(prompts) * num_repeats * min(num_measured, len(candidates))
+        for i, candidate in enumerate(candidates):
+            if len(measured) == num_measured:
+                break
+            measurement = _measure(model, candidate.config, prompts, num_repeats, max_new_tokens, progress)
+            candidates[i] = dataclasses.replace(candidate, measured=measurement)
+            # Another kernel size draws the model's own tokens at other places. Where threshold is 1.0 all agree.
+            if agreement is None or measurement.agreement >= agreement:
+                measured.append(candidates[i])
+    return Tuning(
+        best=min(measured, key=lambda candidate: candidate.measured.ratio_decode),
+        candidates=tuple(candidates),
+        costs=costs,
+        survivals={key: survival([cycle for run in of_key for cycle in run.cycles]) for key, of_key in runs.items()},
+        left_out=left_out,
+    )
+
+
+def _run_all(
+    model: PreTrainedModel, prompts: list[Mapping], grid: list[list[SiriusConfig]], max_new_tokens: int, progress: tqdm
+) -> tuple[list[_Run], dict[Setting, list[_Run]], list[_Run], dict[str, str]]:
+    """Returns dense runs, those of each setting with its last kernel size, short ones with the other kernel sizes, and
+    the settings that do not work, with the reason.
+    """
+    left_out: dict[str, str] = {}
+    with contextlib.ExitStack() as cleanup:
+        timed(generator(model), prompts[0], 8)  # what loads with the first use is nobody's
+        twins: dict[Setting, SparseTwin] = {}
+        for config in (configs[-1] for configs in grid):
+            try:
+                twin = cleanup.enter_context(make_sparse(model, config))
+                timed(generator(model, twin), prompts[0], 8)
+                twins[_key(config)] = twin
+            except (ValueError, ImportError) as error:
+                left_out[_name(*_key(config))] = str(error)
+        if not twins:
+            raise ValueError(f"no candidate works with this {type(model).__name__}: {next(iter(left_out.values()))}")
+        # What a verification takes does not depend on the draft.
+        others = next(configs[:-1] for configs in grid if _key(configs[-1]) in twins)
+        sized_twins = [cleanup.enter_context(make_sparse(model, config)) for config in others]
+
+        progress.total = len(prompts) * (1 + len(twins) + len(sized_twins))
+        dense_runs, sized_runs = [], []
+        runs: dict[Setting, list[_Run]] = {key: [] for key in twins}
+        for inputs in prompts:  # in turn, so that what else the machine does meets all alike
+            dense_runs.append(_run_in_parts(model, None, inputs, max_new_tokens=max_new_tokens))
+            progress.update()
+            for key, twin in twins.items():
+                runs[key].append(_run_in_parts(model, twin, inputs, max_new_tokens=max_new_tokens))
+                progress.update()
+            for twin in sized_twins:
+                # Two full cycles, as far as they occur.
+                length = min(2 * twin.sirius_config.kernel_size + 1, max_new_tokens)
+                run = _run_in_parts(model, twin, inputs, max_new_tokens=length, min_new_tokens=length)
+                sized_runs.append(run)
+                progress.update()
+    return dense_runs, runs, sized_runs, left_out
