@@ -214,7 +214,7 @@ dd strong { display: block; font-size: 1.4rem; line-height: 1.3; color: var(--te
 .token { box-shadow: inset -1px 0 var(--page); cursor: help; }
 .kept { background: var(--kept); color: var(--kept-text); }
 .own { background: var(--own); color: var(--own-text); font-weight: 600; margin-left: 2px; }
-.rolled_back { background: var(--lost); color: var(--lost-text); text-decoration: line-through; }
+.rolled_back { background: var(--lost); color: var(--lost-text); }
 .branch { background: var(--branch); color: var(--branch-text); text-decoration: underline dotted; font-style: italic; }
 .token i { font: .8em ui-monospace, monospace; opacity: .85; }
 .newline::before { content: "↵"; }
