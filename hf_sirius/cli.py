@@ -95,12 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     _add(offload, "--lengths", type=_positive, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
     _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")
     offload.set_defaults(run=_bench_offload)
+    tree = benchmarks.add_parser("tree", help="memory that a cycle takes after a long prompt, by tree width")
+    _add(tree, "--tree_widths", type=_positive, nargs="+", default=[1, 2, 4, 8, 16])
+    _add(tree, "--context_length", type=_positive, default=4000, help="tokens of the prompt (default: 4000)")
+    _add(tree, "--max_new_tokens", type=_positive, default=100, help="length of the outputs (default: 100)")
+    tree.set_defaults(run=_bench_tree)
     for parser_, num_problems in ((decode, 3), (offload, 1)):
         _add(parser_, "--hidden_factor", type=_positive, default=9, help="times its hidden size (default: 9)")
         _add(parser_, "--neuron_factor", type=_positive, default=16, help="times its neurons (default: 16)")
         help_ = f"long ones to answer (default: {num_problems})"
         _add(parser_, "--num_problems", type=_positive, default=num_problems, help=help_)
         _add(parser_, "--num_repeats", type=_positive, default=3, help="how often all are timed (default: 3)")
+    for parser_ in (decode, offload, tree):
         _add(parser_, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
         _add(parser_, "--device", default="cpu", help="device that computes (default: cpu)")
         _add(parser_, "--json", help="file to write the figures to; by default they go to standard output")
@@ -436,6 +442,8 @@ def _tune(args) -> None:
     _check_directory("--output", args.output)
     if args.model != "reasoner" and args.widen:
         raise ValueError(f"--widen is for --model reasoner alone, got {args.model}: leave it out")
+    if args.quantization and args.widen:
+        raise ValueError("--widen repeats weights that are not quantized: leave --quantization or --widen out")
     if args.model != "reasoner" and not args.prompts:
         raise ValueError(f"{args.model} needs --prompts, a file; only the reasoner comes with its own")
 
@@ -547,6 +555,19 @@ def _bench_offload(args) -> None:
         return lines
 
     _bench(args, "bench_offload", names, summary)
+
+
+def _bench_tree(args) -> None:
+    def summary(figures: dict) -> list[str]:
+        total = figures["state_bytes"] / 2**20
+        lines = [f"The states of {figures['context_length']} tokens take {total:.1f} MiB; a cycle grows by:"]
+        for width, run in figures["widths"].items():
+            growths = [run[name] / 2**20 for name in ("median_growth", "peak_growth")]
+            nodes = f"{run['nodes_drafted']:.0f} nodes drafted, {run['nodes_verified']:.0f} verified"
+            lines.append(f"width {width}: {growths[0]:.2f} MiB (median; at most {growths[1]:.2f}), {nodes}")
+        return lines
+
+    _bench(args, "bench_tree", ("tree_widths", "context_length", "max_new_tokens", "device"), summary)
 
 
 def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:

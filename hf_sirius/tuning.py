@@ -42,6 +42,8 @@ _OWN_FIELDS = {
 _NOT_PREDICTED = ("draft_confidence", "reselect_every", "tree_width")
 
 
+_DENSE, _SIZED = "dense", "sized"
+_NUM_PACE_STEPS = 10
 # method, density, threshold
 Setting = tuple[str, float, float]
 
@@ -293,6 +295,16 @@ class _Run:
     draft_steps: list[float]
     verifications: list[float]
     cycles: list[Cycle]
+
+    def scaled(self, factor: float) -> "_Run":
+        """Returns the run with all its times multiplied."""
+        return dataclasses.replace(
+            self,
+            to_first_token=factor * self.to_first_token,
+            selection=factor * self.selection,
+            draft_steps=[factor * seconds for seconds in self.draft_steps],
+            verifications=[factor * seconds for seconds in self.verifications],
+        )
 
     @property
     def num_decoded(self) -> int:
@@ -569,6 +581,9 @@ def tune(
             # Another kernel size draws the model's own tokens at other places. Where threshold is 1.0 all agree.
             if agreement is None or measurement.agreement >= agreement:
                 measured.append(candidates[i])
+            else:
+                name = f"{_name(*_key(candidate.config))}, kernel_size {candidate.config.kernel_size}"
+                left_out[name] = f"only {measurement.agreement:.3f} of the measured outputs' tokens agree"
     return Tuning(
         best=min(measured, key=lambda candidate: candidate.measured.ratio_decode),
         candidates=tuple(candidates),
@@ -583,6 +598,9 @@ def _run_all(
 ) -> tuple[list[_Run], dict[Setting, list[_Run]], list[_Run], dict[str, str]]:
     """Returns dense runs, those of each setting with its last kernel size, short ones with the other kernel sizes, and
     the settings that do not work, with the reason.
+
+    Where other work slows the machine down for a while, that is taken out of the times: each run stands between two
+    short dense ones.
     """
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as cleanup:
@@ -602,18 +620,26 @@ def _run_all(
         sized_twins = [cleanup.enter_context(make_sparse(model, config)) for config in others]
 
         progress.total = len(prompts) * (1 + len(twins) + len(sized_twins))
-        dense_runs, sized_runs = [], []
-        runs: dict[Setting, list[_Run]] = {key: [] for key in twins}
-        for inputs in prompts:  # in turn, so that what else the machine does meets all alike
-            dense_runs.append(_run_in_parts(model, None, inputs, max_new_tokens=max_new_tokens))
-            progress.update()
-            for key, twin in twins.items():
-                runs[key].append(_run_in_parts(model, twin, inputs, max_new_tokens=max_new_tokens))
+        timeline: list[tuple[Any, _Run]] = []  # in turn, so that what else the machine does meets all alike
+        paces = [_pace(model, prompts[0])]
+        for inputs in prompts:
+            for key, twin in [(_DENSE, None), *twins.items(), *((_SIZED, twin) for twin in sized_twins)]:
+                lengths = {"max_new_tokens": max_new_tokens}
+                if key == _SIZED:  # two full cycles, as far as they occur
+                    length = min(2 * twin.sirius_config.kernel_size + 1, max_new_tokens)
+                    lengths = {"max_new_tokens": length, "min_new_tokens": length}
+                timeline.append((key, _run_in_parts(model, twin, inputs, **lengths)))
+                paces.append(_pace(model, inputs))
                 progress.update()
-            for twin in sized_twins:
-                # Two full cycles, as far as they occur.
-                length = min(2 * twin.sirius_config.kernel_size + 1, max_new_tokens)
-                run = _run_in_parts(model, twin, inputs, max_new_tokens=length, min_new_tokens=length)
-                sized_runs.append(run)
-                progress.update()
-    return dense_runs, runs, sized_runs, left_out
+    usual = statistics.median(paces)
+    runs: dict[Any, list[_Run]] = {key: [] for key in (_DENSE, *twins, _SIZED)}
+    for (key, run), *around in zip(timeline, paces[:-1], paces[1:], strict=True):
+        runs[key].append(run.scaled(usual / statistics.fmean(around)))
+    return runs.pop(_DENSE), runs, runs.pop(_SIZED), left_out
+
+
+def _pace(model: PreTrainedModel, inputs: Mapping) -> float:
+    """Returns the median seconds of a few dense steps: how fast the machine is just now."""
+    length = _NUM_PACE_STEPS + 1
+    run = _run_in_parts(model, None, inputs, max_new_tokens=length, min_new_tokens=length)
+    return statistics.median(run.verifications)

@@ -279,6 +279,7 @@ def test_a_candidate_whose_measured_outputs_agree_too_little_is_passed_over(monk
     monkeypatch.setattr(tuning, "_measure", lambda *args: next(measurements))
     result = tune(shared_model(), prompts(1), agreement=0.6, methods=["cats"], densities=[0.5], **SHORT)
     assert result.best is result.candidates[1] and result.measured_ratio == 0.9
+    assert list(result.left_out.values()) == ["only 0.500 of the measured outputs' tokens agree"]
 
 
 def test_agreement_is_of_the_new_tokens_with_the_argmax_behind_what_is_there():
@@ -394,6 +395,7 @@ def test_command_measures_a_prompt_file_with_an_agreement(tmp_path, capsys, monk
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--model", "other"], "other needs --prompts"),
         (["--model", "other", "--widen", "2", "2"], "--widen is for --model reasoner alone"),
+        (["--quantization", "8bit", "--widen", "2", "2"], "leave --quantization or --widen out"),
         (["--draft_dtype", "int3"], "draft_dtype must be"),
     ],
 )
