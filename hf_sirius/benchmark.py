@@ -8,6 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 import transformers
 from accelerate import disk_offload
 from accelerate.utils.offload import PrefixedDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .assistant import make_sparse
@@ -129,6 +132,52 @@ class PeakMemory:
 def _process_memory(name: str) -> int:
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, and the most that were alive at once since `restart`. What a
+    kernel needs within itself does not show.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._alive: dict[int, int] = {}
+        self.num_bytes = self.peak = self._start = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive[storage._cdata] = storage.nbytes()
+                    self.num_bytes += storage.nbytes()
+                    weakref.finalize(storage, self._forget, storage._cdata)
+        self.peak = max(self.peak, self.num_bytes)
+        return outputs
+
+    def _forget(self, key: int) -> None:
+        self.num_bytes -= self._alive.pop(key)
+
+    def restart(self) -> int:
+        """Returns the peak over what is alive at its beginning, and begins anew."""
+        growth = self.peak - self._start
+        self._start = self.peak = self.num_bytes
+        return growth
+
+
+class _CycleMemory(BaseStreamer):
+    """Notes by how much each cycle's live tensors grew."""
+
+    def __init__(self, live: _LiveBytes):
+        self.live = live
+        self.growths: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.growths.append(self.live.restart())
+
+    def end(self) -> None:
+        pass
 
 
 def timed(
@@ -318,6 +367,51 @@ def bench_offload(
             description = _describe(model, sparse, torch.device(device))
             by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, memory, streamed) for n in lengths}
     return {**description, "lengths": by_length}
+
+
+def bench_tree(
+    config: SiriusConfig,
+    tree_widths: Sequence[int] = (1, 2, 4, 8, 16),
+    context_length: int = 4000,
+    max_new_tokens: int = 100,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measures by how much memory grows within a cycle after a long prompt, for trees of several widths. The model is
+    the embedded reasoner as it is.
+
+    Returns:
+        dict: `machine`, `model`, `config`, `state_bytes` of the prompt's KV-cache, and for each width, under `widths`,
+        by how many bytes of tensors a cycle grew at most beyond those before it, as the median (`median_growth`) and
+        the most (`peak_growth`) over cycles, with `nodes_drafted` and `nodes_verified` per cycle. A cycle in which the
+        cache runs out of room copies a layer's states; the first one, which makes the room, is left out.
+    """
+    model = _wide_reasoner(1, 1, dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    text = "\n".join(f"{problem_prompt(p['question'])} {p['answer']}" for p in reasoner_problems())
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
+    if ids.shape[1] < context_length:
+        raise ValueError(f"the embedded problems have {ids.shape[1]} tokens: ask for a context_length of at most that")
+    by_width, description, state_bytes = {}, {}, 0
+    for tree_width in tree_widths:
+        with make_sparse(model, config, tree_width=tree_width) as sparse, _LiveBytes() as live:
+            memory, cache = _CycleMemory(live), DynamicCache(config=model.config)
+            model.generate(
+                ids[:, :context_length], assistant_model=sparse, max_new_tokens=max_new_tokens, do_sample=False,
+                streamer=memory, past_key_values=cache, eos_token_id=None,
+            )  # fmt: skip
+            stats = sparse.stats
+            description = _describe(model, sparse, torch.device(device))
+            layers = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+            state_bytes = sum(s.nbytes for s in layers) * context_length // cache.get_seq_length()
+            by_width[tree_width] = {
+                # After the prompt, the prefill and the first cycle.
+                "median_growth": statistics.median(memory.growths[3:]),
+                "peak_growth": max(memory.growths[3:]),
+                "nodes_drafted": stats.num_nodes_drafted / stats.num_cycles,
+                "nodes_verified": stats.num_nodes_verified / stats.num_cycles,
+            }
+    return {**description, "context_length": context_length, "state_bytes": state_bytes, "widths": by_width}
 
 
 def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device: str) -> None:

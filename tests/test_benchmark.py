@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import build_model, make_prompt
 
-from hf_sirius.benchmark import widen
+from hf_sirius import SiriusConfig
+from hf_sirius.benchmark import _LiveBytes, bench_tree, widen
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -22,3 +23,25 @@ def test_widening_changes_no_logit(factors, tied):
 def test_factors_below_one_are_refused():
     with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
         widen(build_model(), 0, 2)
+
+
+def test_live_bytes_are_those_of_tensors_that_are_alive():
+    with _LiveBytes() as live:
+        kept = torch.zeros(1000, dtype=torch.uint8)
+        live.restart()
+        for _ in range(3):
+            torch.ones(5000, dtype=torch.uint8)  # gone at once
+        kept.view(10, 100).add_(1)  # no memory of its own
+        assert live.restart() == 5000 and live.num_bytes == 1000
+
+
+def test_a_trees_memory_is_measured_by_its_width():
+    config = SiriusConfig(method="griffin", density=0.1, threshold=1.0, kernel_size=9)
+    figures = bench_tree(config, tree_widths=(1, 4), context_length=300, max_new_tokens=30)
+    one, four = figures["widths"][1], figures["widths"][4]
+    assert 0 < one["median_growth"] < four["median_growth"] <= four["peak_growth"]
+    assert one["nodes_verified"] < four["nodes_verified"] < four["nodes_drafted"]
+    # A copy of the states for each continuation would show.
+    assert four["median_growth"] < figures["state_bytes"]
+    with pytest.raises(ValueError, match="ask for a context_length of at most that"):
+        bench_tree(config, context_length=10**7)
