@@ -246,7 +246,7 @@ def test_text_is_text(show):
         TracedToken(3, HOSTILE, "", "own", 0.5, 0, 0),
         TracedToken(4, "\n", "", "kept", 0.5, 1, 1),
         TracedToken(5, "", HOSTILE, "rolled_back", None, 1, 2),
-        TracedToken(6, HOSTILE, "", "branch", None, 1, 2, branch=1, after=HOSTILE),
+        TracedToken(6, HOSTILE, "", "branch", None, 1, 2, branch=1, after="<b>&amp;"),
         TracedToken(7, "", "", "own", 0.5, 1, 2),
     ]
     config = {**SiriusConfig(tree_width=2).to_dict(), "method": HOSTILE}
@@ -257,6 +257,7 @@ def test_text_is_text(show):
     shown = page.execute_script("return [...document.querySelectorAll('.token')].map(e => e.textContent)")
     assert shown == [HOSTILE, "\n", HOSTILE, "·", HOSTILE]
     assert HOSTILE in page.find_element(By.CSS_SELECTOR, ".settings").text
+    assert page.find_element(By.CSS_SELECTOR, ".after").text == "<b>&amp;"
     newline = page.find_elements(By.CSS_SELECTOR, ".token")[1]
     assert newline.rect["width"] > 0  # so that it can be pointed at
     # A script that got in all the same would not be run.
