@@ -81,6 +81,6 @@ def test_python_of_the_readme(tmp_path, monkeypatch):
     assert "####" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["generate", "pipeline", "streaming_chat", "calibration", "offload"])
+@pytest.mark.parametrize("name", ["generate", "pipeline", "streaming_chat", "calibration", "offload", "app"])
 def test_every_example_is_in_the_readme(name):
     assert f"{name}.py" in (ROOT / "README.md").read_text()
