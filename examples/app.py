@@ -1,7 +1,7 @@
 """A page to try Sirius in: each token of the answer appears as soon as it is verified, coloured by what became of it.
 
-python examples/app.py
-python examples/app.py --model Qwen/Qwen3-8B --dtype bfloat16
+    python examples/app.py
+    python examples/app.py --model Qwen/Qwen3-8B --dtype bfloat16
 
 It needs Gradio: pip install hf_sirius[demo]
 """
