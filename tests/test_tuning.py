@@ -176,6 +176,18 @@ def test_parts_add_up_to_the_whole():
     assert min(parts) > 0
 
 
+def test_times_are_those_at_the_usual_pace(monkeypatch):
+    """While everything takes longer, a dense step does so as well."""
+    paces = iter([1.0, 3.0, 1.0, 1.0])
+    monkeypatch.setattr(tuning, "_pace", lambda *args: next(paces))
+    run = tuning._Run(make_prompt(), 2.0, 4.0, [6.0], [8.0], [])
+    monkeypatch.setattr(tuning, "_run_in_parts", lambda *args, **options: run)
+    grid = [[SiriusConfig(method="griffin", threshold=1.0, kernel_size=n) for n in (3, 6)]]
+    dense, runs, sized, _ = tuning._run_all(shared_model(), prompts(1), grid, 8, mock.Mock())
+    half = tuning._Run(run.output_ids, 1.0, 2.0, [3.0], [4.0], [])
+    assert (dense, list(runs.values()), sized) == ([half], [[half]], [run])
+
+
 # The choice
 
 
@@ -204,6 +216,7 @@ def test_a_verdict_says_plainly_that_sirius_does_not_help_and_why():
     [
         (measurement(0.5, 0.6, 0.7, 1.2), True, False),
         (measurement(0.5, 0.6, 1.1, 1.2), False, True),
+        (measurement(0.5, 0.6, 0.7, 1.1, 1.2), False, True),
         (measurement(0.9, 0.95, 0.9, 1.0), True, False),
         (measurement(0.5, 0.6, 0.7, whole=1.05), False, False),
     ],
