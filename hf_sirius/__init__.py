@@ -18,6 +18,7 @@ _EXPORTS = {
     "reasoner_path": "reasoner",
     "reasoner_problems": "reasoner",
     "trace": "tracing",
+    "tune": "tuning",
 }
 
 __all__ = ["__version__", *_EXPORTS]

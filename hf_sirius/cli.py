@@ -506,7 +506,9 @@ def _show_tuning(tuning, title: str) -> None:
     depths = sorted({1, *(n - 1 for n in sizes)})
     shown = table("\nDrafts accepted as far as token", "", *map(str, depths))
     for (method, density, threshold), shares in tuning.survivals.items():
-        known = [f"{shares[depth - 1]:.2f}" if depth <= len(shares) else "" for depth in depths]
+        # Behind a token that no draft got past all is lost; else nothing is known.
+        rest = "0.00" if shares and shares[-1] == 0 else ""
+        known = [f"{shares[depth - 1]:.2f}" if depth <= len(shares) else rest for depth in depths]
         shown.add_row(f"{method} {density}, threshold {threshold}", *known)
     console.print(shown)
 

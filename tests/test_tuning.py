@@ -181,11 +181,15 @@ def test_times_are_those_at_the_usual_pace(monkeypatch):
     paces = iter([1.0, 3.0, 1.0, 1.0])
     monkeypatch.setattr(tuning, "_pace", lambda *args: next(paces))
     run = tuning._Run(make_prompt(), 2.0, 4.0, [6.0], [8.0], [])
-    monkeypatch.setattr(tuning, "_run_in_parts", lambda *args, **options: run)
+    runner = mock.Mock(return_value=run)
+    monkeypatch.setattr(tuning, "_run_in_parts", runner)
     grid = [[SiriusConfig(method="griffin", threshold=1.0, kernel_size=n) for n in (3, 6)]]
     dense, runs, sized, _ = tuning._run_all(shared_model(), prompts(1), grid, 8, mock.Mock())
     half = tuning._Run(run.output_ids, 1.0, 2.0, [3.0], [4.0], [])
     assert (dense, list(runs.values()), sized) == ([half], [[half]], [run])
+    # Two full cycles with the smaller kernel size, which no EOS cuts short.
+    lengths = [call.kwargs for call in runner.call_args_list]
+    assert lengths == [{"max_new_tokens": 8}] * 2 + [{"max_new_tokens": 7, "min_new_tokens": 7}]
 
 
 # The choice
