@@ -386,6 +386,8 @@ def bench_tree(
         the most (`peak_growth`) over cycles, with `nodes_drafted` and `nodes_verified` per cycle. A cycle in which the
         cache runs out of room copies a layer's states; the first one, which makes the room, is left out.
     """
+    if max_new_tokens < 2 * (config.kernel_size or 16) + 2:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is too short for two cycles: ask for more tokens")
     model = _wide_reasoner(1, 1, dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     text = "\n".join(f"{problem_prompt(p['question'])} {p['answer']}" for p in reasoner_problems())

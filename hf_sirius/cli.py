@@ -79,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(grid, "--tree_widths", type=int, nargs="+", default=[])
     _add(sweep, "--plot", help="file to draw to (default: sweep.png in the output directory)")
     _add(sweep, "--no_plots", action="store_true", help="draw nothing (needs no matplotlib)")
-    _add_config_options(sweep.add_argument_group("what does not vary (SiriusConfig)"), method="griffin")
-    sweep.set_defaults(run=_sweep)
+    group = sweep.add_argument_group("what does not vary (SiriusConfig)")
+    _add_config_options(group, method="griffin", left_out=("threshold",))
+    sweep.set_defaults(run=_sweep, threshold=None)
 
     tune = commands.add_parser("tune", help="find the settings with the least time per token on this machine")
     _add_tune_options(tune)
@@ -349,10 +350,13 @@ def _sweep(args) -> None:
     from .sweep import check_plots, plot_sweep, sweep_ways
     from .tasks import TextTask
 
-    if args.method is None and not args.config:
+    # cats saves no time yet, so it is not the default; but cats' own options ask for it.
+    if not (args.method or args.methods or args.config or args.selection or args.calibration):
         args.method = "griffin"
+    if args.no_plots and args.plot:
+        raise ValueError("--plot names a file to draw to, but --no_plots was given too: leave one out")
     if not args.no_plots:
-        check_plots()
+        check_plots(args.plot)
     _check_file("--plot", args.plot)
 
     def ways(config, task):
@@ -377,15 +381,13 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
     """
     config = _sirius_config(args)  # a wrong value is told before anything is loaded
 
-    import torch
-    from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
 
     from .assistant import make_sparse
-    from .evaluation import default_directory, describe_run, run_task
+    from .evaluation import default_directory, describe_run, process_state, run_task
     from .tasks import load_task
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = process_state()
     if args.device is None and state.device.type != "cpu":
         args.device = str(state.device)
     if not state.is_main_process:

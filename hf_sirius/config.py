@@ -21,6 +21,11 @@ SELECTIONS = ("threshold", "topk")
 DRAFT_DTYPES = ("bfloat16", "float16", "int8", "nf4")
 MAX_TREE_WIDTH = 16
 DRAFT_SCOPES = ("mlp", "all")
+# Fields that only one method takes.
+_OWN_FIELDS = {
+    "cats": ("selection", "calibration"),
+    "griffin": ("draft_dtype", "draft_scope", "draft_memory", "reselect_every"),
+}
 _DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",
     "user_agent",
@@ -154,6 +159,13 @@ class SiriusConfig(PushToHubMixin):
         """Returns a copy with the given fields changed, validated anew."""
         check_field_names(fields)
         return dataclasses.replace(self, **fields)
+
+    def with_method(self, method: str, **fields: Any) -> "SiriusConfig":
+        """Returns a copy for another method, without the fields that belong to the one it had."""
+        check_method_name(method)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        others = [name for owner, names in _OWN_FIELDS.items() if owner != method for name in names]
+        return self.replace(method=method, **{**{name: defaults[name] for name in others}, **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain values; a calibration is left out, as it has a file of its own."""

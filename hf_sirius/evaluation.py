@@ -5,6 +5,7 @@ over one process or many.
 import contextlib
 import csv
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -18,8 +19,10 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from . import __version__
 from .assistant import make_sparse
 from .config import SiriusConfig
+from .offload import execution_device
 from .tasks import Task
 from .twin import SparseTwin
 
@@ -43,12 +46,12 @@ class Way:
 
     def description(self) -> dict[str, Any]:
         """Returns all that its records depend on, as plain values."""
-        config = None
-        if self.config is not None:
-            config = self.config.to_dict()
-            if self.config.calibration is not None:
-                config["calibration"] = str(self.config.calibration.thresholds(self.config.density))
-        return {"config": config, "alone": self.alone}
+        calibration = None
+        if self.config is not None and self.config.calibration is not None:
+            thresholds = str(self.config.calibration.thresholds(self.config.density))
+            calibration = hashlib.sha256(thresholds.encode()).hexdigest()[:16]
+        config = None if self.config is None else self.config.to_dict()
+        return {"config": config, "calibration": calibration, "alone": self.alone}
 
     @property
     def key(self) -> str:
@@ -89,19 +92,18 @@ def run_task(
         `ValueError` if the directory holds another run, or a record that cannot be read.
     """
     ways = list(ways)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    for way in ways:
+        task.check(model, way.config, way.alone)
+    state = process_state()
     description = describe_run(model, model_name, task)
     records = _Records(Path(directory), description, state)
-    todo = [
-        (idx, way)
-        for idx in range(len(task))
-        for way in ways
-        if (way.key, idx) not in records.done and idx % state.num_processes == state.process_index
-    ]
-    num_items = len(range(state.process_index, len(task), state.num_processes))
+    # Whole items, so that the ways of each are run by one process, in alternation.
+    missing = [i for i in range(len(task)) if any((way.key, i) not in records.done for way in ways)]
+    mine = missing[state.process_index :: state.num_processes]
+    todo = [(idx, way) for idx in mine for way in ways if (way.key, idx) not in records.done]
     progress = tqdm(
-        total=num_items * len(ways),
-        initial=num_items * len(ways) - len(todo),
+        total=len(mine) * len(ways),
+        initial=len(mine) * len(ways) - len(todo),
         disable=not show_progress or not state.is_main_process,
         unit="item",
         desc=task.name,
@@ -109,14 +111,19 @@ def run_task(
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(progress)
         twins: dict[str, SparseTwin] = {}
+        warm: set[str] = set()
         for idx, way in todo:
             if way.config is not None and way.key not in twins:
                 twins[way.key] = cleanup.enter_context(make_sparse(model, way.config))
+            if way.key not in warm:
+                task.warm_up(model, twins.get(way.key), way.alone)
+                warm.add(way.key)
             record = task.run(idx, model, twins.get(way.key), way.alone)
             records.append({"way": way.key, "item": idx, **record})
             progress.update()
-    # Each process has what it read and what it made; of items read by all, one copy counts.
-    gathered = {key: record for part in gather_object([records.done]) for key, record in part.items()}
+    gathered = {**records.read}  # by every process
+    for part in gather_object([records.made]):
+        gathered.update(part)
     rows = []
     for way in ways:
         of_way = [gathered[way.key, idx] for idx in range(len(task))]
@@ -139,15 +146,21 @@ class _Records:
         text = json.dumps(description, indent=2)
         if run_file.exists() and json.loads(run_file.read_text(encoding="utf-8")) != description:
             raise ValueError(
-                f"{str(directory)!r} holds another run (see its run.json): name another directory, or remove it"
+                f"{str(directory)!r} holds another run (see its run.json): name another directory, or remove this one"
+            )
+        if not run_file.exists() and any(directory.glob("records-*.jsonl")):
+            raise ValueError(
+                f"{str(directory)!r} holds records without the run.json that tells of which run they are: name another "
+                "directory, or remove this one"
             )
         state.wait_for_everyone()
         if state.is_main_process and not run_file.exists():
             _write(run_file, text)
-        self.done: dict[tuple[str, int], dict] = {}
+        self.read: dict[tuple[str, int], dict] = {}
+        self.made: dict[tuple[str, int], dict] = {}
         for file in sorted(directory.glob("records-*.jsonl")):
             for record in _read_records(file, state):
-                self.done[record["way"], record["item"]] = record
+                self.read[record["way"], record["item"]] = record
         state.wait_for_everyone()  # before anybody writes
         self._file = directory / f"records-{state.process_index}.jsonl"
 
@@ -156,7 +169,12 @@ class _Records:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.done[record["way"], record["item"]] = record
+        self.made[record["way"], record["item"]] = record
+
+    @property
+    def done(self) -> dict[tuple[str, int], dict]:
+        """All records, by way and item."""
+        return {**self.read, **self.made}
 
 
 def _read_records(file: Path, state: PartialState) -> Iterator[dict]:
@@ -181,7 +199,7 @@ def _write(file: Path, text: str) -> None:
 def _write_results(directory: Path, results: dict[str, Any]) -> None:
     _write(directory / f"{RESULTS_NAME}.json", json.dumps(results, indent=2))
     settings = [field.name for field in dataclasses.fields(SiriusConfig) if field.name != "calibration"]
-    names = [name for name in results["rows"][0] if name not in ("config", "way")]
+    names = [name for name in results["rows"][-1] if name not in ("config", "calibration", "way")]
     part = directory / f"{RESULTS_NAME}.csv.part"
     with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["way", *settings, *names], extrasaction="ignore")
@@ -191,6 +209,22 @@ def _write_results(directory: Path, results: dict[str, Any]) -> None:
     part.replace(directory / f"{RESULTS_NAME}.csv")
 
 
+def process_state() -> PartialState:
+    """Returns the state of accelerate's processes, which wait for each other as long as an item may take."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(days=30))
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Returns a digest of the ends of every weight that is loaded, by which to know a model again."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            values = parameter.detach().reshape(-1)
+            ends = torch.cat([values[:8], values[-8:]]).float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {ends.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
 def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[str, Any]:
     """Returns all that the records of a run depend on, beside its ways, as plain values."""
     quantization = getattr(model.config, "quantization_config", None)
@@ -198,6 +232,10 @@ def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[st
         "model": model_name,
         "dtype": str(model.dtype),
         "quantization": None if quantization is None else quantization.to_diff_dict(),
+        "weights": _fingerprint(model),
+        "device": execution_device(model).type,
+        "attention": model.config._attn_implementation,
+        "hf_sirius": __version__,
         **task.description(),
     }
 

@@ -29,9 +29,7 @@ def sweep_ways(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> list[
     ways = {}
     for values in itertools.product(*grid.values()):
         fields = dict(zip(grid, values, strict=True))
-        if fields.get("method", config.method) != "cats":
-            fields = {"selection": "threshold", "calibration": None, **fields}
-        corrected = config.replace(**fields)
+        corrected = config.with_method(fields.pop("method", config.method), **fields)
         # The draft by itself knows no cycles.
         alone = corrected.replace(threshold=config.threshold, kernel_size=config.kernel_size, tree_width=1)
         for way in (
@@ -49,14 +47,19 @@ def _name(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> str:
     return ", ".join([f"{config.method} {config.density}", *parts])
 
 
-def check_plots() -> None:
-    """Raises `ImportError` if matplotlib is missing."""
+def check_plots(path: str | os.PathLike | None = None) -> None:
+    """Raises `ImportError` if matplotlib is missing, `ValueError` for an ending that it does not write."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "plots need matplotlib: pip install hf_sirius[plot], or leave them out with --no_plots"
         ) from error
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path is not None and Path(path).suffix.lstrip(".").lower() not in endings:
+        raise ValueError(f"a plot must end in one of {sorted(endings)}, got {str(path)!r}")
 
 
 def plot_sweep(results: dict[str, Any], path: str | os.PathLike) -> None:

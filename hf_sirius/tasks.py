@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from .config import SiriusConfig
 from .offload import execution_device
 from .reasoner import reasoner_problems
 from .stats import GenerationStats
@@ -26,7 +27,12 @@ from .verification import is_accepted
 
 
 STOP_STRINGS = ("Question:",)  # where a model without a chat template goes on to a problem of its own
-_NUMBER = re.compile(r"[-+]?[$€£]?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")
+# A number behind the mark, maybe with a currency or emphasis about it; not the beginning of "3/4", "10:30" or "1e5",
+# nor the number of a heading, which a text goes on behind ("#### 1. Compute ...").
+_ANSWER = re.compile(
+    r"####[ \t]*[*$€£\\({\[]*(?:boxed\{)?(?P<sign>[-−+]?)[$€£]?[ \t]*(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)"
+    r"(?![\d/:]|[eE]\d|\.\d|\.[ \t]+\w)"
+)
 
 
 def problem_prompt(question: str) -> str:
@@ -35,17 +41,16 @@ def problem_prompt(question: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """Returns the number behind the first "####", in its shortest decimal form, or `None` where there is none."""
-    _, mark, rest = text.partition("####")
-    if not mark or not (found := _NUMBER.match(rest.strip())):
+    """Returns the number behind the first "####" that has one, in its shortest decimal form, or `None`."""
+    if not (found := _ANSWER.search(text)):
         return None
     try:
-        number = Decimal(found.group(1).replace(",", ""))
+        number = f"{Decimal(found['number'].replace(',', '')):f}"
     except InvalidOperation:
         return None
-    sign = "-" if found.group().startswith("-") and number else ""
-    text = f"{number:f}"
-    return sign + (text.rstrip("0").rstrip(".") if "." in text else text)
+    if "." in number:
+        number = number.rstrip("0").rstrip(".")
+    return f"-{number}" if found["sign"] in ("-", "−") and number != "0" else number
 
 
 def generator(
@@ -87,6 +92,16 @@ class Task(ABC):
             twin: its twin; `None` runs the dense model.
             alone: whether the twin runs without correction.
         """
+
+    def check(  # noqa: B027
+        self, model: PreTrainedModel, config: SiriusConfig | None = None, alone: bool = False
+    ) -> None:
+        """Raises `ValueError` if the task cannot be run in this way (as in [`Way`]) with this model."""
+
+    def warm_up(  # noqa: B027
+        self, model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
+    ) -> None:
+        """Has what loads with the first use be nobody's time."""
 
     @abstractmethod
     def measures(self, records: list[dict]) -> dict[str, float | None]:
@@ -158,6 +173,10 @@ class ProblemTask(Task):
         shots = [f"{problem_prompt(example['question'])} {example['answer']}\n\n" for example in self.few_shot]
         return self.tokenizer("".join(shots) + problem_prompt(question), return_tensors="pt")
 
+    def warm_up(self, model, twin=None, alone=False):
+        inputs = self.inputs(self.problems[0]["question"]).to(execution_device(model))
+        generator(model, twin, alone)(**inputs, max_new_tokens=8, do_sample=False)
+
     def run(self, idx, model, twin=None, alone=False):
         problem = self.problems[idx]
         inputs = self.inputs(problem["question"]).to(execution_device(model))
@@ -213,9 +232,13 @@ class TextTask(Task):
             raise ValueError(f"a window must have at least 4 tokens, got {window}")
         self.name, self.window = name, window
         self.windows: list[list[int]] = []
+        # Each window begins as a text of its own would: with BOS, for a tokenizer that writes one.
+        empty = tokenizer("")["input_ids"]
+        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id in empty else []
+        size = window - len(start)
         for text in texts:
-            ids = tokenizer(text, verbose=False)["input_ids"]
-            self.windows += [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            self.windows += [start + ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
         self.windows = self.windows[:max_windows]
         if not self.windows:
             raise ValueError(
@@ -228,21 +251,28 @@ class TextTask(Task):
     def description(self) -> dict[str, Any]:
         return {"task": self.name, "num_items": len(self), "digest": _digest(self.windows), "window": self.window}
 
+    def check(self, model, config=None, alone=False):
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and self.window > limit:
+            raise ValueError(
+                f"a window of {self.window} tokens is longer than the {limit} positions of the "
+                f"{type(model).__name__}: pass a smaller window"
+            )
+        if config is not None and config.tree_width > 1:
+            raise ValueError(
+                f"plain text is read along one path, but tree_width={config.tree_width} was given: use tree_width=1"
+            )
+        if config is not None and not alone:
+            raise ValueError("plain text is read, and not corrected: run its draft alone")
+
     @torch.no_grad()
     def run(self, idx, model, twin=None, alone=False):
-        if twin is not None and twin.sirius_config.tree_width > 1:
-            raise ValueError(
-                f"plain text is read along one path, but tree_width={twin.sirius_config.tree_width} was given: use "
-                "tree_width=1"
-            )
         ids = torch.tensor([self.windows[idx]], device=execution_device(model))
         half = self.window // 2
         prompt, rest, targets = ids[:, :half], ids[:, half:-1], ids[:, half:]
-        start = time.perf_counter()
         if twin is None:
             logits = model(ids[:, :-1], use_cache=False).logits[0, half - 1 :].float()
-            _synchronize(execution_device(model))
-            return self._record(logits, targets[0], time.perf_counter() - start)
+            return self._record(logits, targets[0])
         with twin.new_call() as call:
             with call.observing(None):
                 outputs = model(prompt, use_cache=True, return_dict=True)
@@ -250,23 +280,21 @@ class TextTask(Task):
             first = outputs.logits[:, -1:]  # after the prompt both are one model
             with call.method.drafting():
                 logits = twin(rest, past_key_values=outputs.past_key_values, return_dict=True).logits
-        _synchronize(execution_device(model))
-        seconds = time.perf_counter() - start
         logits = torch.cat([first, logits], dim=1)[0].float()
         dense = model(ids[:, :-1], use_cache=False).logits[0, half:].float()
         drafted_ids = logits[1:].argmax(dim=-1)
         config = twin.sirius_config
         return {
-            **self._record(logits, targets[0], seconds),
+            **self._record(logits, targets[0]),
             "num_compared": len(drafted_ids),
             "num_agreeing": int((drafted_ids == dense.argmax(dim=-1)).sum()),
             "num_accepted": int(is_accepted(drafted_ids, dense, config.threshold, config.temperature).sum()),
             "counts": twin.stats.counts(),
         }
 
-    def _record(self, logits: torch.Tensor, targets: torch.Tensor, seconds: float) -> dict:
+    def _record(self, logits: torch.Tensor, targets: torch.Tensor) -> dict:
         loss = torch.nn.functional.cross_entropy(logits.double(), targets.to(logits.device), reduction="sum")
-        return {"num_tokens": len(targets), "loss": loss.item(), "seconds": seconds, "counts": None}
+        return {"num_tokens": len(targets), "loss": loss.item(), "counts": None}
 
     def measures(self, records):
         num_tokens = sum(record["num_tokens"] for record in records)
@@ -354,8 +382,7 @@ def _run_measures(records: list[dict]) -> dict[str, float | None]:
     stats = _stats(records)
     names = ("aal", "acceptance_rate", "num_rolled_back", "draft_density", "effective_density")
     measures = {name: getattr(stats, name) if stats.num_cycles or name == "draft_density" else None for name in names}
-    if stats.num_cycles:
-        measures["nodes_per_cycle"] = stats.num_nodes_verified / stats.num_cycles
+    measures["nodes_per_cycle"] = stats.num_nodes_verified / stats.num_cycles if stats.num_cycles else None
     num_tokens = sum(record["num_tokens"] for record in records)
     seconds = sum(record["seconds"] for record in records)
     return {**measures, "ms_per_token": 1000 * seconds / num_tokens if num_tokens else None}

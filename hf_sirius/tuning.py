@@ -33,11 +33,6 @@ DENSITIES = (0.5, 0.3)
 KERNEL_SIZES = (4, 8, 16, 24, 32)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.9)
 _DEFAULTS = SiriusConfig()
-# Fields that only one method takes.
-_OWN_FIELDS = {
-    "cats": ("selection", "calibration"),
-    "griffin": ("draft_dtype", "draft_scope", "draft_memory", "reselect_every"),
-}
 # With these a cycle is not kernel_size - 1 single drafted tokens and one verification, which is what is predicted.
 _NOT_PREDICTED = ("draft_confidence", "reselect_every", "tree_width")
 
@@ -449,12 +444,6 @@ def _check_numbers(config: SiriusConfig, agreement: float | None, **least: tuple
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def _with_method(config: SiriusConfig, method: str, **fields: Any) -> SiriusConfig:
-    """Returns a config of a method, without the fields that belong to the others."""
-    others = [name for owner, names in _OWN_FIELDS.items() if owner != method for name in names]
-    return config.replace(method=method, **{name: getattr(_DEFAULTS, name) for name in others}, **fields)
-
-
 def _key(config: SiriusConfig) -> Setting:
     return config.method, config.density, config.threshold
 
@@ -547,7 +536,7 @@ def tune(
     kernel_sizes = sorted(set(kernel_sizes))
     # All are made before anything runs, so that a wrong value is told at once.
     grid = [
-        [_with_method(config, method, density=density, threshold=threshold, kernel_size=n) for n in kernel_sizes]
+        [config.with_method(method, density=density, threshold=threshold, kernel_size=n) for n in kernel_sizes]
         for method, density, threshold in dict.fromkeys(itertools.product(methods, densities, thresholds))
     ]
     if not any(grid):

@@ -14,7 +14,7 @@ import torch
 from tiny import build_model, build_tokenizer, shared_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sirius import SiriusConfig, make_sparse, reasoner_path, reasoner_problems
+from hf_sirius import SiriusConfig, calibrate, make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.cli import main
 from hf_sirius.evaluation import default_directory, describe_run, run_task, standard_ways
 from hf_sirius.tasks import ProblemTask, final_answer, generator, load_task, problem_prompt
@@ -146,6 +146,37 @@ def test_another_run_in_the_directory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="which is a file"):
         run_tiny(tmp_path / "run.json")
     assert (tmp_path / "records-0.jsonl").read_bytes() == before
+
+
+def test_other_weights_are_another_run(tmp_path):
+    model = build_model(seed=3)
+    run_task(model, make_task(1), standard_ways(CONFIG), tmp_path, "tiny")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="holds another run"):
+        run_task(model, make_task(1), standard_ways(CONFIG), tmp_path, "tiny")
+
+
+def test_records_without_their_description_are_refused(tmp_path):
+    run_tiny(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds records without the run"):
+        run_tiny(tmp_path)
+
+
+def test_a_tree_s_nodes_are_in_both_files(tmp_path):
+    run_tiny(tmp_path, make_task(1), standard_ways(CONFIG.replace(tree_width=3)))
+    with open(tmp_path / "results.csv", newline="") as file:
+        nodes = [line["nodes_per_cycle"] for line in csv.DictReader(file)]
+    assert nodes[0] == "" and float(nodes[2]) == read_results(tmp_path)["rows"][2]["nodes_per_cycle"]
+
+
+def test_a_calibration_is_part_of_the_way_and_its_config_can_be_read_back():
+    model, texts = shared_model(), [{"input_ids": list(range(1, 40))}]
+    config = SiriusConfig(calibration=calibrate(model, None, texts, progress=False))
+    way = standard_ways(config)[2]
+    assert way.key != standard_ways(SiriusConfig())[2].key and way.description()["calibration"]
+    assert SiriusConfig.from_dict(way.description()["config"]) == SiriusConfig()
 
 
 def test_each_run_has_a_directory_of_its_own_by_default():

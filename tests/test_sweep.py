@@ -36,6 +36,17 @@ def test_what_varies_is_named():
     assert {way.config.kernel_size for way in ways[2:]} == {4}
 
 
+def test_each_method_takes_the_fields_that_it_knows():
+    config = SiriusConfig(method="griffin", draft_dtype="bfloat16", draft_scope="all")
+    ways = sweep_ways(config, {"method": ["griffin", "cats"]})
+    assert {(way.config.method, way.config.draft_dtype) for way in ways[1:]} == {
+        ("griffin", "bfloat16"),
+        ("cats", None),
+    }
+    topk = sweep_ways(SiriusConfig(selection="topk"), {"method": ["griffin", "cats"]})
+    assert {way.config.selection for way in topk[1:] if way.config.method == "cats"} == {"topk"}
+
+
 def test_a_value_that_is_not_allowed_is_refused():
     with pytest.raises(ValueError, match="threshold must be in"):
         sweep_ways(BASE, {"threshold": [0.1, 1.5]})
@@ -84,6 +95,10 @@ def test_matplotlib_missing_is_told_before_anything_runs(tmp_path, capsys, monke
 def test_bad_places_are_told_before_anything_runs(tmp_path, capsys):
     assert main(["sweep", "--plot", str(tmp_path / "no" / "such.png")]) == 2
     assert "does not exist: make it first" in capsys.readouterr().err
+    assert main(["sweep", "--plot", str(tmp_path / "plot.foo")]) == 2
+    assert "a plot must end in one of" in capsys.readouterr().err
+    assert main(["sweep", "--plot", str(tmp_path / "plot.png"), "--no_plots"]) == 2
+    assert "leave one out" in capsys.readouterr().err
     text = tmp_path / "t.txt"
     text.write_text("Ann has 17 apples. " * 200)
     assert main(["sweep", "--task", str(text), "--window", "16", "--output_dir", str(tmp_path / "run")]) == 2

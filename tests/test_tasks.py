@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import build_model, build_tokenizer, make_prompt, shared_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_sirius import make_sparse
+from hf_sirius import SiriusConfig, make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.tasks import ProblemTask, TextTask, final_answer, load_problems, load_task
 
 
@@ -40,6 +40,15 @@ def write_lines(path, *lines: str):
         ("#### 18.00\nQuestion: #### 4", "18"),
         ("#### .5", "0.5"),
         ("#### 100", "100"),
+        ("#### Step 1: add\nso\n#### 10", "10"),
+        ("#### 1. Compute the sum\n#### 42", "42"),
+        ("#### $-5", "-5"),
+        ("#### −5", "-5"),
+        ("#### **42**", "42"),
+        ("#### \\boxed{42}", "42"),
+        ("#### 13/4", None),
+        ("#### 1.5e3", None),
+        ("#### 10:30", None),
         ("#### none", None),
         ("####", None),
         ("42", None),
@@ -245,5 +254,28 @@ def test_a_draft_of_all_neurons_agrees_everywhere():
 
 
 def test_trees_are_refused_for_text():
-    with make_sparse(shared_model(), tree_width=2) as sparse, pytest.raises(ValueError, match="use tree_width=1"):
-        text_task().run(0, shared_model(), sparse)
+    with pytest.raises(ValueError, match="use tree_width=1"):
+        text_task().check(shared_model(), SiriusConfig(tree_width=2), alone=True)
+
+
+def test_text_is_not_corrected():
+    with pytest.raises(ValueError, match="run its draft alone"):
+        text_task().check(shared_model(), SiriusConfig())
+    text_task().check(shared_model(), SiriusConfig(), alone=True)
+    text_task().check(shared_model())
+
+
+def test_a_window_beyond_the_models_positions_is_refused():
+    model = build_model("gpt2", max_position_embeddings=12, n_positions=12)
+    with pytest.raises(ValueError, match="16 tokens is longer than the 12 positions"):
+        text_task().check(model)
+
+
+def test_every_window_begins_with_bos_where_the_tokenizer_writes_one():
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    text = " ".join(problem["question"] for problem in reasoner_problems()[:3])
+    windows = TextTask("text", [text], tokenizer, window=16).windows
+    assert len(windows) > 3 and {window[0] for window in windows} == {tokenizer.bos_token_id}
+    assert {len(window) for window in windows} == {16}
+    read = [i for window in windows for i in window[1:]]
+    assert read == tokenizer(text, add_special_tokens=False)["input_ids"][: len(read)]
