@@ -16,8 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
 import hf_sirius
-from hf_sirius.report import NAMES
-from hf_sirius.tracing import TokenTracer
+from hf_sirius.tracing import FATES, TokenTracer
 
 
 PROBLEM = hf_sirius.reasoner_problems()[0]["question"]
@@ -53,7 +52,7 @@ def marked(fate: str, text: str, tip: str = "") -> str:
 
 def colored(token) -> str:
     likelihood = "" if token.likelihood is None else f", likelihood {token.likelihood:.1%}"
-    return marked(token.fate, token.text or token.name, f"cycle {token.cycle}: {NAMES[token.fate]}{likelihood}")
+    return marked(token.fate, token.text or token.name, f"cycle {token.cycle}: {FATES[token.fate]}{likelihood}")
 
 
 def measures(stats, num_tokens: int, seconds: float) -> str:
@@ -163,7 +162,7 @@ def build(model, tokenizer) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=3):
                 answer = gr.HTML(label="Answer", show_label=True, container=True, padding=True, elem_id="answer")
-                legend = "".join(marked(fate, name) for fate, name in NAMES.items())
+                legend = "".join(marked(fate, name) for fate, name in FATES.items())
                 gr.HTML(f'<div class="legend">{legend}</div>')
             with gr.Column(scale=2):
                 shown = gr.HTML(label="Measures", show_label=True, container=True, padding=True, elem_id="measures")

@@ -25,7 +25,7 @@ from .assistant import make_sparse
 from .config import SiriusConfig
 from .offload import streaming_hook
 from .reasoner import reasoner_path, reasoner_problems
-from .tasks import generator, problem_prompt
+from .tasks import generator, problem_prompt, synchronize
 from .twin import SparseTwin
 
 
@@ -200,12 +200,6 @@ def timed(
         "seconds_per_token": (end - start) / clock.num_tokens,  # answers may differ in length below threshold=1.0
         "peak_memory_growth": None if memory is None else memory.growth(),
     }
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _alternate(

@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         _add(parser_, "--device", default="cpu", help="device that computes (default: cpu)")
         _add(parser_, "--json", help="file to write the figures to; by default they go to standard output")
         group = parser_.add_argument_group("sparsity and correction (SiriusConfig)")
-        _add_config_options(group, method="griffin")
+        _add_config_options(group, method="griffin", left_out=("tree_width",) if parser_ is tree else ())
+    tree.set_defaults(tree_width=None)
     return parser
 
 
@@ -452,7 +453,7 @@ def _tune(args) -> None:
     from .benchmark import describe_machine, long_prompts, widen
     from .tuning import read_prompts, tune
 
-    texts = (read_prompts(args.prompts) if args.prompts else long_prompts())[: args.num_prompts]
+    texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts())[: args.num_prompts]
     names = ("methods", "densities", "kernel_sizes", "thresholds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     names = ("agreement", "max_new_tokens", "num_measured", "num_repeats")

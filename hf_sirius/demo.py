@@ -13,19 +13,13 @@ from .assistant import make_sparse
 from .reasoner import reasoner_path, reasoner_problems
 from .stats import GenerationStats
 from .tasks import ProblemTask, final_answer, generator, problem_prompt
-from .tracing import TracedToken, tokens_of_call
+from .tracing import FATES, TracedToken, tokens_of_call
 from .twin import SparseTwin
 
 
 STYLES = {"kept": "green", "own": "bold blue", "rolled_back": "red strike", "branch": "dim italic magenta"}
 # Where there are no colours, after `wdiff`.
 MARKS = {"kept": ("", ""), "own": ("{+", "+}"), "rolled_back": ("[-", "-]"), "branch": ("<~", "~>")}
-NAMES = {
-    "kept": "drafted and kept",
-    "own": "the full model's own",
-    "rolled_back": "rolled back",
-    "branch": "branches that lost",
-}
 SETTINGS = (("griffin", 0.5), ("griffin", 0.3), ("cats", 0.1))
 
 
@@ -114,7 +108,7 @@ def _show_tokens(console: Console, title: str, tokenizer: PreTrainedTokenizerBas
     tokens = list(tokens_of_call(stats, tokenizer))
     console.print(Text.assemble(("\n" + title, "bold")), color_tokens(tokens, has_marks))
     shown = [fate for fate in STYLES if any(token.fate == fate for token in tokens)]
-    console.print(Text("\n(").append_text(Text(", ").join(_marked(NAMES[f], f, has_marks) for f in shown)).append(")"))
+    console.print(Text("\n(").append_text(Text(", ").join(_marked(FATES[f], f, has_marks) for f in shown)).append(")"))
     console.print(Text(str(stats), "dim"))
 
 

@@ -10,16 +10,9 @@ from string import Template
 
 from . import __version__
 from .config import SiriusConfig
-from .tracing import Trace, TracedToken
+from .tracing import FATES, Trace, TracedToken
 
 
-# What a token is called, where it is shown and in the legend.
-NAMES = {
-    "kept": "drafted and kept",
-    "own": "the full model's own",
-    "rolled_back": "drafted and rolled back",
-    "branch": "of a branch that lost",
-}
 _SETTINGS = ("method", "density", "kernel_size", "threshold", "temperature")
 
 
@@ -37,7 +30,7 @@ def report(trace: Trace) -> str:
     became of it, with the full model's likelihood of it at the pointer, the focus or a touch.
     """
     cycles = [list(tokens) for _, tokens in itertools.groupby(trace.tokens, lambda token: token.cycle)]
-    fates = [fate for fate in NAMES if fate != "branch" or trace.config["tree_width"] > 1]
+    fates = [fate for fate in FATES if fate != "branch" or trace.config["tree_width"] > 1]
     return _PAGE.substitute(
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(_STYLE)}'; script-src '{_hash(_SCRIPT)}'",
         version=__version__,
@@ -48,7 +41,7 @@ def report(trace: Trace) -> str:
         settings="\n".join(_settings(trace)),
         prompt=escape(trace.prompt),
         answer=escape(trace.text),
-        legend="\n".join(f"<li>{_marked(fate, NAMES[fate])}</li>" for fate in fates),
+        legend="\n".join(f"<li>{_marked(fate, FATES[fate])}</li>" for fate in fates),
         cycles="\n".join(map(_cycle, cycles)),
     )
 
@@ -112,7 +105,7 @@ def _end(text: str, length: int = 16) -> str:
 
 def _token(token: TracedToken) -> str:
     likelihood = "the full model was not asked" if token.likelihood is None else _percent(token.likelihood)
-    tip = f"{NAMES[token.fate]}, token {token.position + 1}, id {token.token_id}"
+    tip = f"{FATES[token.fate]}, token {token.position + 1}, id {token.token_id}"
     # What adds no text must be seen all the same.
     text = escape(token.text) or f"<i>{escape(token.name) or '·'}</i>"
     text = text.replace("\n", '<i class="newline"></i>\n')

@@ -64,6 +64,12 @@ def generator(
     return lambda **inputs: model.generate(assistant_model=twin, **inputs)
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Task(ABC):
     """Items that can be run in several ways, one at a time.
 
@@ -184,7 +190,7 @@ class ProblemTask(Task):
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "stopping_criteria": list(self._stops)}
         start = time.perf_counter()
         output = generate(**inputs, **options)
-        _synchronize(execution_device(model))
+        synchronize(execution_device(model))
         seconds = time.perf_counter() - start
         new_ids = output[0, inputs["input_ids"].shape[1] :]
         text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
@@ -398,8 +404,3 @@ def _stats(records: list[dict]) -> GenerationStats:
 
 def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

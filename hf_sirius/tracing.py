@@ -15,7 +15,13 @@ from .stats import Cycle, GenerationStats
 from .twin import SparseTwin
 
 
-FATES = ("kept", "own", "rolled_back", "branch")
+# What may become of a token, and what that is called where it is shown.
+FATES = {
+    "kept": "drafted and kept",
+    "own": "the full model's own",
+    "rolled_back": "drafted and rolled back",
+    "branch": "of a branch that lost",
+}
 
 
 @dataclasses.dataclass(frozen=True)

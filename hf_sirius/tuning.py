@@ -20,11 +20,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .assistant import make_sparse
-from .benchmark import Clock, synchronize, timed
+from .benchmark import Clock, timed
 from .config import SiriusConfig
 from .offload import execution_device
 from .stats import Cycle
-from .tasks import generator, problem_prompt
+from .tasks import generator, problem_prompt, synchronize
 from .twin import SparseTwin
 
 
@@ -384,9 +384,13 @@ def _measure(
     return Measurement(*map(tuple, ratios.values()), agreement=_agreement(model, config, prompts, outputs))
 
 
-def read_prompts(path: str | os.PathLike) -> list[str]:
+def read_prompts(path: str | os.PathLike, chat: bool = False) -> list[str]:
     """Returns the texts of a file: each line of a `.jsonl` is an object with a `prompt` (or a `question`, as in
     [`load_problems`]), of any other file a prompt. Empty lines are passed over.
+
+    Args:
+        path: of the file.
+        chat: whether the texts are for a chat template, in which a question stands by itself.
 
     Raises:
         `ValueError` with the number of the first line that is no prompt, `OSError` if the file cannot be read.
@@ -404,7 +408,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
         if not isinstance(prompt, str):
             raise ValueError(f'{place}: a prompt is an object with the text "prompt" or "question", got {text!r}')
         if prompt:
-            prompts.append(prompt if "prompt" in value else problem_prompt(prompt))
+            prompts.append(prompt if chat or "prompt" in value else problem_prompt(prompt))
     if not prompts:
         raise ValueError(f"{path} has no prompt: write one on each line")
     return prompts
@@ -497,7 +501,7 @@ def tune(
     densities: Sequence[float] = DENSITIES,
     kernel_sizes: Sequence[int] = KERNEL_SIZES,
     agreement: float | None = None,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] | None = None,
     max_new_tokens: int = 100,
     num_measured: int = 1,
     num_repeats: int = 2,
@@ -517,7 +521,7 @@ def tune(
         methods, densities, kernel_sizes: every combination is a candidate.
         agreement: in (0, 1), the least share of the outputs' tokens that must be the dense model's argmax, given the
             output before them. By default `threshold` is 1.0, so that all are.
-        thresholds: candidates beside 1.0 where an agreement is given.
+        thresholds: candidates beside 1.0 where an agreement is given, [`THRESHOLDS`] by default.
         max_new_tokens: of the outputs, which are greedy; at least 2.
         num_measured: how many candidates are measured, the best predicted ones first; at least 1.
         num_repeats: how often each output is measured, at least 1.
@@ -532,7 +536,14 @@ def tune(
     prompts = _checked_prompts(prompts, execution_device(model))
     minima = {"max_new_tokens": (max_new_tokens, 2), "num_measured": (num_measured, 1), "num_repeats": (num_repeats, 1)}
     _check_numbers(config, agreement, **minima)
-    thresholds = sorted({1.0, *(thresholds if agreement is not None else ())})
+    if thresholds is not None and agreement is None:
+        raise ValueError(
+            "thresholds below 1.0 are candidates where not all tokens have to agree: pass an agreement, such as 0.98, "
+            "or leave thresholds out"
+        )
+    if agreement is not None and thresholds is None:
+        thresholds = THRESHOLDS
+    thresholds = sorted({1.0, *(thresholds or ())})
     kernel_sizes = sorted(set(kernel_sizes))
     # All are made before anything runs, so that a wrong value is told at once.
     grid = [

@@ -121,7 +121,9 @@ def test_texts_are_those_of_the_whole(name, first_id, of_call):
         parts = [token for token in tokens if token.cycle == number]
         drafted = [token for token in parts if token.fate in ("kept", "rolled_back")]
         assert tuple(token.token_id for token in drafted) == cycle.drafted_ids
-        if drafted and drafted[-1].fate == "rolled_back":
+        # Where the output ends within a draft, it may do so within a character.
+        ends_within = number == len(of_call) and all(token.fate != "own" for token in parts)
+        if drafted and drafted[-1].fate == "rolled_back" and not ends_within:
             check(texts(before + drafted), output_of(before) + list(cycle.drafted_ids))
         for leaf, leaf_ids in enumerate(cycle.branches.leaf_ids if cycle.branches else ()):
             branch = [token for token in parts if token.branch == leaf]

@@ -348,6 +348,7 @@ def test_offloaded_models_take_griffin(tmp_path):
         ({"densities": [0.5, 1.5]}, "density must be in"),
         ({"agreement": 1.0}, r"agreement must be in \(0, 1\), a share of the tokens, got 1.0"),
         ({"agreement": 0}, "agreement must be in"),
+        ({"thresholds": [0.5]}, "pass an agreement"),
         ({"agreement": 0.9, "thresholds": [2.0]}, "threshold must be in"),
         ({"max_new_tokens": 1}, "max_new_tokens must be at least 2, got 1"),
         ({"num_measured": 0}, "num_measured must be at least 1"),
@@ -428,6 +429,7 @@ def test_prompts_of_a_file(tmp_path):
     assert read_prompts(text) == ["one", '{"prompt": 2}']
     lines.write_text('{"prompt": "one\\ntwo"}\n\n{"question": "How many?", "answer": "#### 1"}\n')
     assert read_prompts(lines) == ["one\ntwo", "Question: How many?\nAnswer:"]
+    assert read_prompts(lines, chat=True) == ["one\ntwo", "How many?"]
 
 
 @pytest.mark.parametrize(
