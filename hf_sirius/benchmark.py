@@ -428,9 +428,14 @@ def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device:
     disk_offload(model, folder, execution_device=torch.device(device))
 
 
-def long_prompts() -> list[str]:
-    """Returns the embedded reasoner's 20 long problems as prompts; their answers have over 300 tokens."""
-    return [problem_prompt(problem["question"]) for problem in reasoner_problems("long")]
+def long_prompts(chat: bool = False) -> list[str]:
+    """Returns the embedded reasoner's 20 long problems as prompts; their answers have over 300 tokens.
+
+    Args:
+        chat: whether they are for a chat template, in which a question stands by itself.
+    """
+    questions = [problem["question"] for problem in reasoner_problems("long")]
+    return questions if chat else [problem_prompt(question) for question in questions]
 
 
 def _tokenized_prompts(num_problems: int) -> list:

@@ -256,6 +256,10 @@ def _load(args) -> tuple:
 
     path = reasoner_path() if args.model == "reasoner" else args.model
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    dtype = getattr(torch, args.dtype, None)
+    if args.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype must be auto, float32, bfloat16, float16 or float64, got {args.dtype}")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if args.quantization is None:
         return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval(), tokenizer
@@ -268,6 +272,16 @@ def _load(args) -> tuple:
         path, dtype=args.dtype, quantization_config=settings, device_map={"": device}
     )
     return model.eval(), tokenizer
+
+
+def _check_device(device: str) -> None:
+    """Raises `ValueError` if nothing can be put on a device."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used ({error}): name another one, such as cpu") from error
 
 
 def _read_prompt(args, tokenizer):
@@ -453,7 +467,7 @@ def _tune(args) -> None:
     from .benchmark import describe_machine, long_prompts, widen
     from .tuning import read_prompts, tune
 
-    texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts())[: args.num_prompts]
+    texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts(args.chat))[: args.num_prompts]
     names = ("methods", "densities", "kernel_sizes", "thresholds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     names = ("agreement", "max_new_tokens", "num_measured", "num_repeats")
@@ -580,6 +594,7 @@ def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
         args.method = "griffin"  # cats saves no time yet
     config = _sirius_config(args)
     _check_file("--json", args.json)
+    _check_device(args.device)
 
     import torch
 

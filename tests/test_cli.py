@@ -73,6 +73,9 @@ def test_prompt_from_standard_input(monkeypatch, capsys):
         (["--density", "0"], "density must be in (0, 1]"),
         (["--kernel_size", "1"], "kernel_size must be at least 2"),
         (["--calibration", "nowhere"], "no calibration at"),
+        (["--dtype", "float23"], "--dtype must be auto, float32"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--device", "gpu"], "--device gpu cannot be used"),
     ],
 )
 def test_a_wrong_value_is_told_in_one_line(options, told, capsys):
