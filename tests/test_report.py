@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import SiriusConfig, make_sparse, reasoner_path, reasoner_problems, trace
 from hf_sirius.cli import main
-from hf_sirius.report import NAMES, report, write_report
+from hf_sirius.report import report, write_report
 from hf_sirius.stats import GenerationStats
 from hf_sirius.tasks import problem_prompt
-from hf_sirius.tracing import Trace, TracedToken
+from hf_sirius.tracing import FATES, Trace, TracedToken
 
 
 PROMPT = problem_prompt(reasoner_problems()[0]["question"])
@@ -80,14 +80,14 @@ def tip(page) -> str:
 def test_each_token_is_seen_in_the_style_of_what_became_of_it(show, traced):
     page = show(traced)
     looks = {}
-    for fate in NAMES:
+    for fate in FATES:
         shown = styles(page, f".token.{fate}")
         assert len(shown) == sum(token.fate == fate for token in traced.tokens) > 0
         assert all(style["visible"] for style in shown)
         assert len({json.dumps(style) for style in shown}) == 1
         looks[fate] = shown[0]
         assert styles(page, f".legend .{fate}") == [shown[0]]
-    assert [fate for fate in NAMES if "line-through" in looks[fate]["line"]] == ["rolled_back"]
+    assert [fate for fate in FATES if "line-through" in looks[fate]["line"]] == ["rolled_back"]
     assert len({look["background"] for look in looks.values()}) == len({look["color"] for look in looks.values()}) == 4
     texts = page.execute_script(
         "return [...document.querySelectorAll('.token')].map(e => [e.textContent, e.classList[0]])"
@@ -138,7 +138,7 @@ def test_cycles_are_set_apart(show, traced):
 def test_the_likelihood_is_told_at_the_pointer(show, traced):
     page = show(traced)
     assert tip(page) == ""
-    for fate in NAMES:
+    for fate in FATES:
         token = next(token for token in traced.tokens if token.fate == fate and token.text.strip())
         element = page.find_elements(By.CSS_SELECTOR, ".token")[in_page(traced).index(token)]
         page.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
@@ -153,7 +153,7 @@ def expected_tip(token: TracedToken) -> str:
     if token.likelihood is not None:
         share = "below 0.01%" if 0 < token.likelihood < 1e-4 else f"{token.likelihood:.2%}"
         likelihood = f"likelihood {share}"
-    return f"{likelihood}\n{NAMES[token.fate]}, token {token.position + 1}, id {token.token_id}"
+    return f"{likelihood}\n{FATES[token.fate]}, token {token.position + 1}, id {token.token_id}"
 
 
 def test_the_likelihood_is_told_by_the_keyboard(show, traced):
@@ -212,7 +212,7 @@ def test_nothing_is_wider_than_the_screen(show, traced, width):
 def test_all_can_be_read_in_light_and_dark(show, traced, scheme):
     page = show(traced, scheme=scheme)
     selectors = ["body", "h1", "h1 small", "dt", "dd", "dd strong", ".settings b", ".text", ".hint", ".head", ".after"]
-    selectors += [f".token.{fate}" for fate in NAMES]
+    selectors += [f".token.{fate}" for fate in FATES]
     for selector in selectors:
         ratio = page.execute_script(
             """let element = document.querySelector(arguments[0]);
