@@ -33,9 +33,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sirius
-from hf_sirius.benchmark import PeakMemory, offload_to_folder, widen
+from hf_sirius.benchmark import offload_to_folder, widen
+from hf_sirius.memory import PeakMemory
 from hf_sirius.offload import streaming_hook
-from hf_sirius.tasks import generator, problem_prompt
+from hf_sirius.problems import problem_prompt
+from hf_sirius.timing import generator
 
 
 def load(args, device: torch.device, folder: str):

@@ -18,11 +18,12 @@ from transformers.utils.quantization_config import QuantizationMethod
 from .cache import IS_5_17
 from .call import Call
 from .config import SiriusConfig, check_field_names
-from .drafting import SettledCriteria, SiriusCandidateGenerator, TreeCandidateGenerator
+from .drafting import SettledCriteria, SiriusCandidateGenerator
 from .mlp import find_mlps
 from .offload import check_offload, execution_device, is_offloaded
 from .quantization import check_draft_dtype
 from .tree import check_tree
+from .tree_drafting import TreeCandidateGenerator
 from .twin import SparseTwin, build_twin, check_batch_size
 
 

@@ -1,31 +1,25 @@
 """Timing: dense and corrected generation in alternation, in one process, as medians and ratios."""
 
 import contextlib
-import gc
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from accelerate import disk_offload
-from accelerate.utils.offload import PrefixedDataset
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .assistant import make_sparse
 from .config import SiriusConfig
-from .offload import streaming_hook
+from .memory import LiveBytes, PeakMemory, StreamedBytes
+from .problems import long_prompts, problem_prompt
 from .reasoner import reasoner_path, reasoner_problems
-from .tasks import generator, problem_prompt, synchronize
+from .timing import TimedRun, describe_machine, generator, synchronize, timed_run
 from .twin import SparseTwin
 
 
@@ -64,112 +58,10 @@ def widen(model: LlamaForCausalLM, hidden_factor: int, neuron_factor: int) -> Ll
     return wide
 
 
-class Clock(BaseStreamer):
-    """Notes when tokens arrive, to tell the prefill from the decoding."""
-
-    def __init__(self):
-        self.times: list[float] = []
-        self.num_tokens = -1  # the prompt comes first
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        self.num_tokens += 1 if len(self.times) == 1 else value.numel()
-
-    def end(self) -> None:
-        self.times.append(time.perf_counter())
-
-
-class _StreamedBytes:
-    """Counts the bytes that accelerate takes from CPU memory or the offload folder (whose pages may be cached)."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.num_bytes = 0
-        for module in model.modules():
-            if (hook := streaming_hook(module)) is not None:
-                hook.weights_map = _CountedWeights(hook.weights_map, self)
-
-
-class _CountedWeights(PrefixedDataset):
-    def __init__(self, weights: Mapping, counter: _StreamedBytes):
-        super().__init__(weights, prefix="")
-        self.counter = counter
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight = super().__getitem__(name)
-        self.counter.num_bytes += weight.nbytes
-        return weight
-
-
-class PeakMemory:
-    """Measures by how much memory grew since this was made: the device's, or this process' on a CPU (Linux alone)."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.is_known = device.type == "cuda" or os.path.exists("/proc/self/clear_refs")
-        gc.collect()
-        if device.type == "cuda":
-            self._before = torch.cuda.memory_allocated(device)
-        elif self.is_known:
-            self._before = _process_memory("VmRSS")
-        self.restart()
-
-    def restart(self) -> None:
-        """Has the peak count from here on."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif self.is_known:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-
-    def growth(self) -> int | None:
-        """Returns the peak less what was there at first, in bytes, or `None` where that is not known."""
-        if self.device.type == "cuda":
-            return max(0, torch.cuda.max_memory_allocated(self.device) - self._before)
-        return max(0, _process_memory("VmHWM") - self._before) if self.is_known else None
-
-
-def _process_memory(name: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, and the most that were alive at once since `restart`. What a
-    kernel needs within itself does not show.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._alive: dict[int, int] = {}
-        self.num_bytes = self.peak = self._start = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._alive:
-                    self._alive[storage._cdata] = storage.nbytes()
-                    self.num_bytes += storage.nbytes()
-                    weakref.finalize(storage, self._forget, storage._cdata)
-        self.peak = max(self.peak, self.num_bytes)
-        return outputs
-
-    def _forget(self, key: int) -> None:
-        self.num_bytes -= self._alive.pop(key)
-
-    def restart(self) -> int:
-        """Returns the peak over what is alive at its beginning, and begins anew."""
-        growth = self.peak - self._start
-        self._start = self.peak = self.num_bytes
-        return growth
-
-
 class _CycleMemory(BaseStreamer):
     """Notes by how much each cycle's live tensors grew."""
 
-    def __init__(self, live: _LiveBytes):
+    def __init__(self, live: LiveBytes):
         self.live = live
         self.growths: list[int] = []
 
@@ -180,28 +72,6 @@ class _CycleMemory(BaseStreamer):
         pass
 
 
-def timed(
-    generate: Callable[..., torch.Tensor], inputs: Mapping, max_new_tokens: int, memory: PeakMemory | None = None
-) -> tuple[torch.Tensor, dict[str, float | None]]:
-    """Generates greedily; returns the output, and what it took in seconds, tokens and (if `memory` is given) bytes."""
-    clock, device = Clock(), inputs["input_ids"].device
-    if memory is not None:
-        memory.restart()
-    synchronize(device)
-    start = time.perf_counter()
-    output = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
-    synchronize(device)
-    end = time.perf_counter()
-    return output, {
-        "num_tokens": clock.num_tokens,
-        "seconds_to_first_token": clock.times[1] - start,
-        "decode_seconds_per_token": (end - clock.times[1]) / max(1, clock.num_tokens - 1),
-        "seconds": end - start,
-        "seconds_per_token": (end - start) / clock.num_tokens,  # answers may differ in length below threshold=1.0
-        "peak_memory_growth": None if memory is None else memory.growth(),
-    }
-
-
 def _alternate(
     model: PreTrainedModel,
     sparse: SparseTwin,
@@ -209,37 +79,46 @@ def _alternate(
     num_repeats: int,
     max_new_tokens: int,
     memory: PeakMemory,
-    streamed: _StreamedBytes | None = None,
+    streamed: StreamedBytes | None = None,
 ) -> dict[str, Any]:
     """Has the model write every answer dense and corrected in turn; returns medians, and medians of pairs' ratios."""
-    generators = {"dense": generator(model), "sirius": generator(model, sparse)}
-    runs: dict[str, list[dict]] = {name: [] for name in generators}
-    num_identical = 0
+    twins = {"dense": None, "sirius": sparse}
+    runs: dict[str, list[TimedRun]] = {name: [] for name in twins}
+    figures: dict[str, list[dict]] = {name: [] for name in twins}
     sparse.stats.reset()
-    for repeat in range(num_repeats):
+    for _ in range(num_repeats):
         for prompt in prompts:
-            outputs = {}
-            for name, generate in generators.items():
+            for name, twin in twins.items():
+                memory.restart()
                 bytes_before = streamed.num_bytes if streamed else 0
-                outputs[name], run = timed(generate, prompt.to(memory.device), max_new_tokens, memory)
-                if streamed:
-                    run["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run["num_tokens"]
+                run = timed_run(model, twin, prompt.to(memory.device), max_new_tokens=max_new_tokens)
                 runs[name].append(run)
-            if repeat == 0:
-                num_identical += torch.equal(outputs["dense"], outputs["sirius"])
+                figures[name].append(
+                    {
+                        "num_tokens": run.num_tokens,
+                        "seconds_to_first_token": run.to_first_token,
+                        "selection_seconds": run.selection,
+                        **{f"{part}_seconds_per_token": seconds for part, seconds in run.per_token.items()},
+                        "seconds": run.seconds,
+                        "peak_memory_growth": memory.growth(),
+                    }
+                )
+                if streamed:
+                    figures[name][-1]["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run.num_tokens
 
     def median(name: str, key: str) -> float | None:
-        values = [run[key] for run in runs[name]]
+        values = [of_run[key] for of_run in figures[name]]
         return None if None in values else statistics.median(values)
 
-    def ratio(key: str) -> float:
-        return statistics.median(s[key] / d[key] for s, d in zip(runs["sirius"], runs["dense"], strict=True))
-
+    pairs = list(zip(runs["sirius"], runs["dense"], strict=True))
+    ratios = {
+        f"ratio_{part}": statistics.median(s.per_token[part] / d.per_token[part] for s, d in pairs)
+        for part in ("steps", "decode", "whole")
+    }
     return {
-        **{name: {key: median(name, key) for key in runs[name][0]} for name in runs},
-        "ratio_decode": ratio("decode_seconds_per_token"),
-        "ratio_whole": ratio("seconds_per_token"),
-        "num_identical": num_identical,
+        **{name: {key: median(name, key) for key in figures[name][0]} for name in figures},
+        **ratios,
+        "num_identical": sum(torch.equal(s.output_ids, d.output_ids) for s, d in pairs[: len(prompts)]),
         "num_problems": len(prompts),
         "stats": sparse.stats.total.as_dict(),
     }
@@ -281,13 +160,14 @@ def bench_decode(
 ) -> dict[str, Any]:
     """Times the widened reasoner, dense and with a twin, in memory, on long problems.
 
-    Both write every answer in turn, `num_repeats` times. `decode` counts from the first token on, which for the twin
-    includes the gathering of its neurons; `whole` counts the prefill as well.
+    Both write every answer in turn, `num_repeats` times. `steps` counts drafting and verifying, `decode` all from the
+    first token on, which for the twin includes the gathering of its neurons, and `whole` the prefill as well.
 
     Returns:
-        dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_decode` and
-        `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of `num_problems`; `stats`;
-        `selection`, what choosing and gathering the neurons takes beside a dense prefill of 64 tokens.
+        dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_steps`,
+        `ratio_decode` and `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of
+        `num_problems`; `stats`; `selection`, what choosing and gathering the neurons takes beside a dense prefill of 64
+        tokens.
     """
     prompts = _tokenized_prompts(num_problems)
     model = _wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
@@ -354,7 +234,7 @@ def bench_offload(
         prompts = _tokenized_prompts(num_problems)
         model = _wide_reasoner(hidden_factor, neuron_factor, dtype)
         offload_to_folder(model, folder, device)
-        streamed = _StreamedBytes(model)
+        streamed = StreamedBytes(model)
         with make_sparse(model, config) as sparse:  # which loads bitsandbytes, if need be
             memory = _warm_up(model, prompts[0].to(device))
             _warm_up(model, prompts[0].to(device), sparse)
@@ -390,7 +270,7 @@ def bench_tree(
         raise ValueError(f"the embedded problems have {ids.shape[1]} tokens: ask for a context_length of at most that")
     by_width, description, state_bytes = {}, {}, 0
     for tree_width in tree_widths:
-        with make_sparse(model, config, tree_width=tree_width) as sparse, _LiveBytes() as live:
+        with make_sparse(model, config, tree_width=tree_width) as sparse, LiveBytes() as live:
             memory, cache = _CycleMemory(live), DynamicCache(config=model.config)
             model.generate(
                 ids[:, :context_length], assistant_model=sparse, max_new_tokens=max_new_tokens, do_sample=False,
@@ -428,36 +308,6 @@ def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device:
     disk_offload(model, folder, execution_device=torch.device(device))
 
 
-def long_prompts(chat: bool = False) -> list[str]:
-    """Returns the embedded reasoner's 20 long problems as prompts; their answers have over 300 tokens.
-
-    Args:
-        chat: whether they are for a chat template, in which a question stands by itself.
-    """
-    questions = [problem["question"] for problem in reasoner_problems("long")]
-    return questions if chat else [problem_prompt(question) for question in questions]
-
-
 def _tokenized_prompts(num_problems: int) -> list:
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     return [tokenizer(prompt, return_tensors="pt") for prompt in long_prompts()[:num_problems]]
-
-
-def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """Returns what a reader needs to know of the machine that made a figure."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor_name(),
-        "num_cores": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux
-        return platform.processor() or platform.machine()

@@ -464,8 +464,10 @@ def _tune(args) -> None:
     if args.model != "reasoner" and not args.prompts:
         raise ValueError(f"{args.model} needs --prompts, a file; only the reasoner comes with its own")
 
-    from .benchmark import describe_machine, long_prompts, widen
-    from .tuning import read_prompts, tune
+    from .benchmark import widen
+    from .problems import long_prompts, read_prompts
+    from .timing import describe_machine
+    from .tuning import tune
 
     texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts(args.chat))[: args.num_prompts]
     names = ("methods", "densities", "kernel_sizes", "thresholds")
@@ -613,7 +615,8 @@ def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
 def _ratios(figures: dict) -> str:
     return (
         f"{figures['num_identical']} of {figures['num_problems']} answers identical; time of Sirius / dense: "
-        f"decode {figures['ratio_decode']:.3f}, whole generation {figures['ratio_whole']:.3f}"
+        f"decode {figures['ratio_decode']:.3f} ({figures['ratio_steps']:.3f} without choosing the neurons), "
+        f"whole generation {figures['ratio_whole']:.3f}"
     )
 
 

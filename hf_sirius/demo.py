@@ -10,9 +10,11 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assistant import make_sparse
+from .problems import final_answer, problem_prompt
 from .reasoner import reasoner_path, reasoner_problems
 from .stats import GenerationStats
-from .tasks import ProblemTask, final_answer, generator, problem_prompt
+from .tasks import ProblemTask
+from .timing import generator
 from .tracing import FATES, TracedToken, tokens_of_call
 from .twin import SparseTwin
 

@@ -1,19 +1,16 @@
 """The candidate generator that the stock assisted-decoding loop asks for drafts, cycle by cycle."""
 
 import contextlib
-import dataclasses
-import math
 
 import torch
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .cache import IS_5_17, roomy, stepwise_windows, stop_recording, wide_windows
+from .cache import IS_5_17, roomy, stepwise_windows, stop_recording
 from .call import Call
 from .stats import Branches, Cycle
-from .tree import Leaf, Tree, TreeReader, best_path, keep_nodes, keep_rows
 from .twin import SparseTwin, mask_of_new_tokens
-from .verification import VerificationHook, is_accepted, likelihood
+from .verification import VerificationHook, likelihood
 
 
 class SettledCriteria(StoppingCriteriaList):
@@ -284,175 +281,3 @@ def _check_mask(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
             "inputs_embeds, or of the new tokens alone), or leave the padding out"
         )
     del model_kwargs["attention_mask"]
-
-
-class TreeCandidateGenerator(SiriusCandidateGenerator):
-    """Drafts a tree: each level is one forward of the twin, and the verification reads the whole tree in one.
-
-    The stock loop compares, and keeps, the very tensor that it was handed. So it is handed a path of the tree's depth;
-    hooks on the dense model turn the verification into one of the tree, and then write the path that won into that
-    tensor, and leave its logits and its states alone. After a path that ends early comes a token that is not the dense
-    model's own, at which the loop stops.
-    """
-
-    def _draft(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.LongTensor, list[torch.Tensor]]:
-        num_levels = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
-        self._is_cut = num_levels < self.config.kernel_size - 1
-        cache = model_kwargs["past_key_values"]
-        given = self.twin.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=1, is_first_iteration=False, **model_kwargs
-        )
-        position = given.get("position_ids")
-        if position is None:
-            position = input_ids.new_tensor([[input_ids.shape[1] - 1]])
-        reader = TreeReader(self.call.model, cache, position, model_kwargs.get("attention_mask"))
-        tree = self._grow(input_ids, num_levels, cache, reader, given)
-        num_drafted = len(tree) - 1
-        tree = tree.pruned()
-        depth = max(tree.depths)
-        path = tree.path_ids(tree.depths.index(depth))
-        # On the device to which the loop would move it, which would make another tensor of it.
-        candidate_ids = torch.cat([input_ids, input_ids.new_tensor([path])], dim=-1).to(self.call.model.device)
-        leaf_ids = tuple(tree.path_ids(leaf.node) for leaf in tree.leaves)
-        self._branches = Branches(
-            leaf_ids=leaf_ids,
-            leaf_likelihoods=tuple((None,) * len(ids) for ids in leaf_ids),
-            winner=0,
-            num_nodes_drafted=num_drafted,
-            num_nodes_verified=0,
-            first_advance_length=0,
-        )
-        self._is_cut |= not depth
-        if depth:
-            self._observed.enter_context(self._verifying(tree, reader, cache, candidate_ids))
-        return candidate_ids, []
-
-    def _grow(self, input_ids, num_levels, cache, reader, given) -> Tree:
-        """Returns the drafted tree, the nodes that lead nowhere included."""
-        width, temperature = self.config.tree_width, self.config.temperature
-        tree = Tree(input_ids[0, -1].item())
-        scores_of: dict[int, tuple[torch.Tensor, ...]] = {0: ()}
-        unread, first, finished = [0], 0, []
-        try:
-            with (
-                self.call.method.drafting(),
-                wide_windows(cache, width * num_levels + 1),
-                stepwise_windows(cache),
-            ):
-                for _ in range(num_levels):
-                    inputs = reader.inputs(tree, first, {**given, "past_key_values": cache})
-                    logits = self.twin(**inputs, return_dict=True).logits
-                    first = len(tree)
-                    offers = [(leaf.log_prob, leaf.node, None) for leaf in finished]
-                    level_scores = {}
-                    for i, leaf in enumerate(unread):
-                        leaf_ids = self._ids_at(input_ids, tree, leaf)
-                        scores = logits[:, i].to(dtype=torch.float32, device=input_ids.device, copy=True)
-                        level_scores[leaf] = scores = self.logits_processor(leaf_ids, scores)
-                        log_probs = (scores[0] / temperature).log_softmax(dim=-1)
-                        log_probs, token_ids = log_probs.topk(min(width, scores.shape[-1]))
-                        if log_probs[0].exp() > self.config.branch_cutoff:
-                            log_probs, token_ids = log_probs[:1], token_ids[:1]
-                        for log_prob, token_id in zip(log_probs.tolist(), token_ids.tolist(), strict=True):
-                            if log_prob > -math.inf:
-                                offers.append((tree.log_probs[leaf] + log_prob, leaf, token_id))
-                    unread, finished, is_sure = [], [], False
-                    for log_prob, leaf, token_id in sorted(offers, key=lambda offer: -offer[0])[:width]:
-                        if token_id is None:
-                            finished.append(Leaf(leaf, log_prob, is_end=True))
-                            continue
-                        leaf_ids = self._ids_at(input_ids, tree, leaf)
-                        next_ids = torch.cat([leaf_ids, leaf_ids.new_tensor([[token_id]])], dim=-1)
-                        if self._would_stop(next_ids, [*scores_of[leaf]], level_scores[leaf]):
-                            # As in a draft without branches, this token is the dense model's.
-                            finished.append(Leaf(leaf, log_prob, is_end=True))
-                            continue
-                        node = tree.add(leaf, token_id, log_prob)
-                        scores_of[node] = (*scores_of[leaf], level_scores[leaf]) if self._scores is not None else ()
-                        unread.append(node)
-                        is_sure |= math.exp(log_prob - tree.log_probs[leaf]) >= self.config.draft_confidence
-                    if not unread or not is_sure:
-                        break
-        finally:
-            cache.crop(-first)
-        leaves = [*finished, *(Leaf(node, tree.log_probs[node], is_end=False) for node in unread)]
-        tree.leaves = sorted(leaves, key=lambda leaf: -leaf.log_prob)
-        return tree
-
-    @contextlib.contextmanager
-    def _verifying(self, tree: Tree, reader: TreeReader, cache: Cache, candidate_ids: torch.LongTensor):
-        """Within the block, the dense model's next forward in this context reads the tree, and leaves the path that
-        wins.
-        """
-        model, depth = self.call.model, max(tree.depths)
-        verified_ids = candidate_ids[:, : candidate_ids.shape[1] - depth]
-
-        def read_tree(module, args, inputs):
-            if Call.current() is self.call:
-                inputs = reader.inputs(tree, 0, inputs)
-            return args, inputs
-
-        def keep_best(module, args, outputs):
-            if Call.current() is not self.call:
-                return
-            undo.close()  # before the processors, which may make forwards of their own
-            path, rejecting_scores, likelihoods = self._judge(tree, verified_ids, outputs.logits)
-            kept_ids = [tree.token_ids[node] for node in path]
-            # Not what the dense model is about to choose.
-            kept_ids += [(rejecting_scores.argmax().item() + 1) % rejecting_scores.shape[-1]] * (depth - len(path))
-            candidate_ids[:, verified_ids.shape[1] :] = candidate_ids.new_tensor([kept_ids])
-            kept = torch.tensor([0, *path, *[0] * (depth - len(path))], device=candidate_ids.device)
-            keep_nodes(cache, len(tree), kept)
-            keep_rows(outputs, len(tree), kept)
-            if self.hook is not None:
-                self.hook.shorten(verified_ids.shape[1] + len(path))
-            self._note_winner(tree, path, likelihoods)
-
-        with contextlib.ExitStack() as undo:
-            undo.callback(model.register_forward_pre_hook(read_tree, with_kwargs=True).remove)
-            undo.callback(model.register_forward_hook(keep_best).remove)
-            yield
-
-    def _judge(
-        self, tree: Tree, verified_ids: torch.LongTensor, logits: torch.Tensor
-    ) -> tuple[list[int], torch.Tensor, dict[int, float]]:
-        """Returns the path that wins, the dense model's processed logits behind it, float32 [1, vocab_size], and its
-        likelihood of the nodes whose parents it accepts.
-
-        Args:
-            logits: [1, num_nodes, vocab_size], the dense model's at each node.
-        """
-
-        def scores_at(node: int) -> torch.Tensor:
-            scores = logits[:, node].to(dtype=torch.float32, device=verified_ids.device, copy=True)
-            return self.logits_processor(self._ids_at(verified_ids, tree, node), scores)
-
-        reached, accepted, likelihoods = [0], {}, {}
-        for node in reached:  # grows meanwhile
-            if not (children := tree.children(node)):
-                continue
-            token_ids = verified_ids.new_tensor([tree.token_ids[child] for child in children])
-            scores = scores_at(node).expand(len(children), -1)
-            is_kept = is_accepted(token_ids, scores, self.config.threshold, self.config.temperature)
-            likelihoods.update(zip(children, self._likelihoods(token_ids[None], scores[None]), strict=True))
-            accepted[node] = [child for child, kept in zip(children, is_kept.tolist(), strict=True) if kept]
-            reached += accepted[node]
-        path = best_path(tree, accepted)
-        self._first_advance = tree.first_path_length(accepted) + 1
-        return path, scores_at(path[-1] if path else 0), likelihoods
-
-    def _note_winner(self, tree: Tree, path: list[int], likelihoods: dict[int, float]) -> None:
-        winner = next(i for i, leaf in enumerate(tree.leaves) if tree.path(leaf.node)[: len(path)] == path)
-        leaf = tree.leaves[winner]
-        self._is_cut |= leaf.is_end
-        self._drafted_ids = self._candidate_ids.new_tensor([tree.path_ids(leaf.node)])
-        self._branches = dataclasses.replace(
-            self._branches,
-            leaf_likelihoods=tuple(tuple(map(likelihoods.get, tree.path(leaf.node))) for leaf in tree.leaves),
-            winner=winner,
-            num_nodes_verified=len(tree) - 1,
-            first_advance_length=self._first_advance,
-        )
-
-    def _ids_at(self, input_ids: torch.LongTensor, tree: Tree, node: int) -> torch.LongTensor:
-        return torch.cat([input_ids, input_ids.new_tensor([tree.path_ids(node)], dtype=torch.long)], dim=-1)

@@ -6,11 +6,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,54 +17,15 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .config import SiriusConfig
 from .offload import execution_device
+from .problems import final_answer, load_problems, problem_prompt
 from .reasoner import reasoner_problems
 from .stats import GenerationStats
+from .timing import generator, synchronize
 from .twin import SparseTwin
 from .verification import is_accepted
 
 
 STOP_STRINGS = ("Question:",)  # where a model without a chat template goes on to a problem of its own
-# A number behind the mark, maybe with a currency or emphasis about it; not the beginning of "3/4", "10:30" or "1e5",
-# nor the number of a heading, which a text goes on behind ("#### 1. Compute ...").
-_ANSWER = re.compile(
-    r"####[ \t]*[*$€£\\({\[]*(?:boxed\{)?(?P<sign>[-−+]?)[$€£]?[ \t]*(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)"
-    r"(?![\d/:]|[eE]\d|\.\d|\.[ \t]+\w)"
-)
-
-
-def problem_prompt(question: str) -> str:
-    """Returns the prompt of a problem, the one of lm-evaluation-harness' GSM8K task."""
-    return f"Question: {question}\nAnswer:"
-
-
-def final_answer(text: str) -> str | None:
-    """Returns the number behind the first "####" that has one, in its shortest decimal form, or `None`."""
-    if not (found := _ANSWER.search(text)):
-        return None
-    try:
-        number = f"{Decimal(found['number'].replace(',', '')):f}"
-    except InvalidOperation:
-        return None
-    if "." in number:
-        number = number.rstrip("0").rstrip(".")
-    return f"-{number}" if found["sign"] in ("-", "−") and number != "0" else number
-
-
-def generator(
-    model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
-) -> Callable[..., torch.Tensor]:
-    """Returns the `generate` of one way to run a model: dense, corrected by it (`twin`), or the twin `alone`."""
-    if twin is None:
-        return model.generate
-    if alone:
-        return twin.generate
-    return lambda **inputs: model.generate(assistant_model=twin, **inputs)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Task(ABC):
@@ -355,33 +313,6 @@ def load_task(
     problems = reasoner_problems(embedded[name]) if name in embedded else load_problems(path)
     shots = load_problems(few_shot) if few_shot else []
     return ProblemTask(Path(name).name, problems[:num_items], tokenizer, shots, **options)
-
-
-def load_problems(path: str | os.PathLike) -> list[dict]:
-    """Returns the problems of a JSONL file of GSM8K's form: `question`, and an `answer` that ends in "#### 42".
-
-    Raises:
-        `ValueError` with the number of the first line that is no such problem; empty lines are passed over.
-    """
-    problems = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            problem = json.loads(line)
-        except ValueError as error:  # of the encoding as well
-            raise ValueError(f"{place}: not valid JSON ({error}): mend or remove the line") from error
-        if not isinstance(problem, dict) or not all(
-            isinstance(problem.get(name), str) for name in ("question", "answer")
-        ):
-            raise ValueError(f'{place}: a problem is an object with the texts "question" and "answer", got {problem!r}')
-        if final_answer(problem["answer"]) is None:
-            raise ValueError(f'{place}: the answer must end in "#### " and a number, got {problem["answer"][-40:]!r}')
-        problems.append(problem)
-    if not problems:
-        raise ValueError(f"{path} has no problem: each line is an object with the texts question and answer")
-    return problems
 
 
 def _run_measures(records: list[dict]) -> dict[str, float | None]:

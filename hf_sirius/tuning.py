@@ -5,26 +5,20 @@ them, and the best ones are measured.
 import contextlib
 import dataclasses
 import itertools
-import json
-import os
 import statistics
-import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .assistant import make_sparse
-from .benchmark import Clock, timed
 from .config import SiriusConfig
 from .offload import execution_device
-from .stats import Cycle
-from .tasks import generator, problem_prompt, synchronize
+from .prediction import Costs, expected_events, match_rates, survival
+from .timing import TimedRun, timed_run
 from .twin import SparseTwin
 
 
@@ -41,100 +35,6 @@ _DENSE, _SIZED = "dense", "sized"
 _NUM_PACE_STEPS = 10
 # method, density, threshold
 Setting = tuple[str, float, float]
-
-
-# The prediction
-
-
-def survival(cycles: Sequence[Cycle]) -> list[float]:
-    """Returns S(1), S(2), ...: the probability that the first i tokens of a draft are all accepted.
-
-    The estimate of Kaplan and Meier (1958): a draft counts at each position that it reached, however early it was cut
-    short. The list ends with the longest draft whose earlier tokens were accepted.
-    """
-    shares: list[float] = []
-    for i in itertools.count():
-        # Those that had a token here, and all before it accepted.
-        reached = [c.num_accepted > i for c in cycles if i < len(c.drafted_ids) and i <= c.num_accepted]
-        if not reached:
-            return shares
-        shares.append((shares[-1] if shares else 1.0) * sum(reached) / len(reached))
-
-
-def match_rates(cycles: Sequence[Cycle]) -> list[float]:
-    """Returns for each token of an output, but for its first one, how probably it is accepted where it is drafted.
-
-    That is known, 0 or 1, of all tokens that were drafted here. Of one that followed an accepted draft as the full
-    model's own it is the share of accepted ones among those known (0 if there is none).
-    """
-    rates: list[float | None] = []
-    for cycle in cycles:
-        is_known = cycle.num_accepted < len(cycle.drafted_ids)
-        rates += [1.0] * cycle.num_accepted + [0.0 if is_known else None]
-    known = [rate for rate in rates if rate is not None]
-    mean = statistics.fmean(known) if known else 0.0
-    return [mean if rate is None else rate for rate in rates]
-
-
-def expected_events(rates: Sequence[float], kernel_size: int, max_tokens: int) -> tuple[float, dict[int, float]]:
-    """Returns how many draft steps an output takes, and how many verifications by their number of tokens, on average.
-
-    Cycles are played over the output, from wherever one may begin. Whether a token would be accepted is taken to be
-    independent of the others, and of where its cycle began.
-
-    Args:
-        rates: for each token of the output behind its first one, the probability that it is accepted if drafted.
-        kernel_size: tokens per cycle.
-        max_tokens: how many the length would have allowed behind the first one; where the output has fewer, an EOS
-            ended it, before which a draft stops, if it comes to it.
-    """
-    begins = np.zeros(len(rates) + 1)  # the probability that a cycle begins at each token
-    begins[0] = 1.0
-    num_steps, verifications = 0.0, Counter()
-    for start, share in enumerate(begins[:-1]):  # grows meanwhile
-        num_left = len(rates) - start
-        num_drafted = min(kernel_size - 1, max_tokens - start - 1)
-        reaches = float(share)  # the probability of a draft from here whose tokens were accepted so far
-        for i in range(min(num_drafted, num_left - 1)):
-            begins[start + i + 1] += reaches * (1 - rates[start + i])
-            reaches *= rates[start + i]
-        if num_drafted >= num_left:  # it comes to the EOS, which costs a step
-            num_steps += reaches * num_left
-            verifications[num_left] += reaches
-            share = share - reaches
-        else:
-            begins[start + num_drafted + 1] += reaches
-        num_steps += share * num_drafted
-        verifications[num_drafted + 1] += share
-    return float(num_steps), {size: float(number) for size, number in sorted(verifications.items()) if number}
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """What the parts of a generation take on this machine, medians in seconds.
-
-    Attributes:
-        dense_step: one token of the dense model.
-        verifications: a forward of the dense model over so many tokens, and the loop's work up to the next draft.
-        draft_steps: one drafted token, by method and density.
-        selections: choosing and gathering the neurons after the prefill, by method and density.
-    """
-
-    dense_step: float
-    verifications: dict[int, float]
-    draft_steps: dict[tuple[str, float], float]
-    selections: dict[tuple[str, float], float]
-
-    def verification(self, num_tokens: int) -> float:
-        """Returns the seconds of a verification, between the sizes that were timed by interpolation."""
-        known = {1: self.dense_step, **self.verifications}
-        return float(np.interp(num_tokens, sorted(known), [known[size] for size in sorted(known)]))
-
-    def decode_seconds(self, config: SiriusConfig, num_steps: float, verifications: Mapping[int, float]) -> float:
-        """Returns what an output takes behind its first token, from what `expected_events` counts."""
-        setting = config.method, config.density
-        verifying = sum(number * self.verification(size) for size, number in verifications.items())
-        return self.selections[setting] + num_steps * self.draft_steps[setting] + verifying
 
 
 # The result
@@ -280,64 +180,6 @@ class Tuning:
 # The measurements
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """One generation in its parts; seconds. Of a dense one every step counts as a verification."""
-
-    output_ids: torch.LongTensor
-    to_first_token: float
-    selection: float
-    draft_steps: list[float]
-    verifications: list[float]
-    cycles: list[Cycle]
-
-    def scaled(self, factor: float) -> "_Run":
-        """Returns the run with all its times multiplied."""
-        return dataclasses.replace(
-            self,
-            to_first_token=factor * self.to_first_token,
-            selection=factor * self.selection,
-            draft_steps=[factor * seconds for seconds in self.draft_steps],
-            verifications=[factor * seconds for seconds in self.verifications],
-        )
-
-    @property
-    def num_decoded(self) -> int:
-        """Tokens behind the first one."""
-        return sum(cycle.advance_length for cycle in self.cycles) or len(self.verifications)
-
-
-def _run_in_parts(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, **options) -> _Run:
-    """Generates, and notes when each forward begins: the time from one to the next is what the first one costs."""
-    begins: list[tuple[bool, float]] = []
-    clock, device = Clock(), inputs["input_ids"].device
-
-    def note(module, _):
-        begins.append((module is not model, time.perf_counter()))
-
-    with contextlib.ExitStack() as undo:
-        for module in filter(None, (model, twin)):
-            undo.callback(module.register_forward_pre_hook(note).remove)
-        synchronize(device)
-        start = time.perf_counter()
-        output_ids = generator(model, twin)(**inputs, **options, do_sample=False, streamer=clock)
-        synchronize(device)
-        end = time.perf_counter()
-    first_token = clock.times[1]
-    begins = [(is_draft, moment) for is_draft, moment in begins if moment > first_token]
-    parts: dict[bool, list[float]] = {True: [], False: []}
-    for (is_draft, moment), (_, following) in itertools.pairwise([*begins, (False, end)]):
-        parts[is_draft].append(following - moment)
-    return _Run(
-        output_ids=output_ids,
-        to_first_token=first_token - start,
-        selection=(begins[0][1] if begins else end) - first_token,
-        draft_steps=parts[True],
-        verifications=parts[False],
-        cycles=[] if twin is None else twin.stats.cycles,
-    )
-
-
 @torch.no_grad()
 def token_agreement(model: PreTrainedModel, prompts: Sequence[Mapping], outputs: Sequence[torch.LongTensor]) -> float:
     """Returns the share of the outputs' tokens that are the dense model's argmax, given the output before them.
@@ -370,48 +212,18 @@ def _measure(
     max_new_tokens: int,
     progress: tqdm,
 ) -> Measurement:
-    ratios: dict[str, list[float]] = {"decode_seconds_per_token": [], "seconds_per_token": []}
+    decode, whole = [], []
     with make_sparse(model, config) as twin:
         for _ in range(num_repeats):
             outputs = []
             for inputs in prompts:
-                _, dense = timed(generator(model), inputs, max_new_tokens)
-                output_ids, sirius = timed(generator(model, twin), inputs, max_new_tokens)
-                outputs.append(output_ids)
-                for name, values in ratios.items():
-                    values.append(sirius[name] / dense[name])
+                dense = timed_run(model, None, inputs, max_new_tokens=max_new_tokens)
+                sirius = timed_run(model, twin, inputs, max_new_tokens=max_new_tokens)
+                outputs.append(sirius.output_ids)
+                decode.append(sirius.per_token["decode"] / dense.per_token["decode"])
+                whole.append(sirius.per_token["whole"] / dense.per_token["whole"])
                 progress.update()
-    return Measurement(*map(tuple, ratios.values()), agreement=_agreement(model, config, prompts, outputs))
-
-
-def read_prompts(path: str | os.PathLike, chat: bool = False) -> list[str]:
-    """Returns the texts of a file: each line of a `.jsonl` is an object with a `prompt` (or a `question`, as in
-    [`load_problems`]), of any other file a prompt. Empty lines are passed over.
-
-    Args:
-        path: of the file.
-        chat: whether the texts are for a chat template, in which a question stands by itself.
-
-    Raises:
-        `ValueError` with the number of the first line that is no prompt, `OSError` if the file cannot be read.
-    """
-    prompts = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        place = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8").strip()
-            value = json.loads(text) if text and Path(path).suffix == ".jsonl" else {"prompt": text}
-        except ValueError as error:
-            raise ValueError(f"{place}: not valid ({error}): mend or remove the line") from error
-        value = value if isinstance(value, dict) else {}
-        prompt = value.get("prompt", value.get("question"))
-        if not isinstance(prompt, str):
-            raise ValueError(f'{place}: a prompt is an object with the text "prompt" or "question", got {text!r}')
-        if prompt:
-            prompts.append(prompt if chat or "prompt" in value else problem_prompt(prompt))
-    if not prompts:
-        raise ValueError(f"{path} has no prompt: write one on each line")
-    return prompts
+    return Measurement(tuple(decode), tuple(whole), agreement=_agreement(model, config, prompts, outputs))
 
 
 def _checked_prompts(prompts: Sequence[Mapping], device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -456,7 +268,7 @@ def _name(method: str, density: float, threshold: float) -> str:
     return f"{method} {density}, threshold {threshold}"
 
 
-def _costs(dense_runs: list[_Run], runs: dict[Setting, list[_Run]], sized_runs: list[_Run]) -> Costs:
+def _costs(dense_runs: list[TimedRun], runs: dict[Setting, list[TimedRun]], sized_runs: list[TimedRun]) -> Costs:
     dense_step = statistics.median(itertools.chain(*(run.verifications for run in dense_runs)))
     parts: dict[str, dict[Any, list[float]]] = {name: defaultdict(list) for name in ("verify", "draft", "select")}
     for run in [*itertools.chain(*runs.values()), *sized_runs]:
@@ -475,7 +287,7 @@ def _costs(dense_runs: list[_Run], runs: dict[Setting, list[_Run]], sized_runs: 
 
 
 def _predict(
-    config: SiriusConfig, costs: Costs, dense_runs: list[_Run], runs: list[_Run], max_new_tokens: int
+    config: SiriusConfig, costs: Costs, dense_runs: list[TimedRun], runs: list[TimedRun], max_new_tokens: int
 ) -> Candidate:
     """Predicts a setting from runs with another kernel size."""
     ratios: dict[str, list[float]] = {"decode": [], "whole": []}
@@ -595,7 +407,7 @@ def tune(
 
 def _run_all(
     model: PreTrainedModel, prompts: list[Mapping], grid: list[list[SiriusConfig]], max_new_tokens: int, progress: tqdm
-) -> tuple[list[_Run], dict[Setting, list[_Run]], list[_Run], dict[str, str]]:
+) -> tuple[list[TimedRun], dict[Setting, list[TimedRun]], list[TimedRun], dict[str, str]]:
     """Returns dense runs, those of each setting with its last kernel size, short ones with the other kernel sizes, and
     the settings that do not work, with the reason.
 
@@ -604,12 +416,12 @@ def _run_all(
     """
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as cleanup:
-        timed(generator(model), prompts[0], 8)  # what loads with the first use is nobody's
+        timed_run(model, None, prompts[0], max_new_tokens=8)  # what loads with the first use is nobody's
         twins: dict[Setting, SparseTwin] = {}
         for config in (configs[-1] for configs in grid):
             try:
                 twin = cleanup.enter_context(make_sparse(model, config))
-                timed(generator(model, twin), prompts[0], 8)
+                timed_run(model, twin, prompts[0], max_new_tokens=8)
                 twins[_key(config)] = twin
             except (ValueError, ImportError) as error:
                 left_out[_name(*_key(config))] = str(error)
@@ -620,7 +432,7 @@ def _run_all(
         sized_twins = [cleanup.enter_context(make_sparse(model, config)) for config in others]
 
         progress.total = len(prompts) * (1 + len(twins) + len(sized_twins))
-        timeline: list[tuple[Any, _Run]] = []  # in turn, so that what else the machine does meets all alike
+        timeline: list[tuple[Any, TimedRun]] = []  # in turn, so that what else the machine does meets all alike
         paces = [_pace(model, prompts[0])]
         for inputs in prompts:
             for key, twin in [(_DENSE, None), *twins.items(), *((_SIZED, twin) for twin in sized_twins)]:
@@ -628,11 +440,11 @@ def _run_all(
                 if key == _SIZED:  # two full cycles, as far as they occur
                     length = min(2 * twin.sirius_config.kernel_size + 1, max_new_tokens)
                     lengths = {"max_new_tokens": length, "min_new_tokens": length}
-                timeline.append((key, _run_in_parts(model, twin, inputs, **lengths)))
+                timeline.append((key, timed_run(model, twin, inputs, **lengths)))
                 paces.append(_pace(model, inputs))
                 progress.update()
     usual = statistics.median(paces)
-    runs: dict[Any, list[_Run]] = {key: [] for key in (_DENSE, *twins, _SIZED)}
+    runs: dict[Any, list[TimedRun]] = {key: [] for key in (_DENSE, *twins, _SIZED)}
     for (key, run), *around in zip(timeline, paces[:-1], paces[1:], strict=True):
         runs[key].append(run.scaled(usual / statistics.fmean(around)))
     return runs.pop(_DENSE), runs, runs.pop(_SIZED), left_out
@@ -641,5 +453,5 @@ def _run_all(
 def _pace(model: PreTrainedModel, inputs: Mapping) -> float:
     """Returns the median seconds of a few dense steps: how fast the machine is just now."""
     length = _NUM_PACE_STEPS + 1
-    run = _run_in_parts(model, None, inputs, max_new_tokens=length, min_new_tokens=length)
+    run = timed_run(model, None, inputs, max_new_tokens=length, min_new_tokens=length)
     return statistics.median(run.verifications)

@@ -5,7 +5,8 @@ import torch
 from tiny import build_model, make_prompt
 
 from hf_sirius import SiriusConfig
-from hf_sirius.benchmark import _LiveBytes, bench_tree, widen
+from hf_sirius.benchmark import bench_tree, widen
+from hf_sirius.memory import LiveBytes
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -26,7 +27,7 @@ def test_factors_below_one_are_refused():
 
 
 def test_live_bytes_are_those_of_tensors_that_are_alive():
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         kept = torch.zeros(1000, dtype=torch.uint8)
         live.restart()
         for _ in range(3):

@@ -10,7 +10,7 @@ import torch
 
 from hf_sirius import SiriusConfig, reasoner_problems
 from hf_sirius.cli import main
-from hf_sirius.tasks import final_answer, problem_prompt
+from hf_sirius.problems import final_answer, problem_prompt
 
 
 PROMPT = problem_prompt(reasoner_problems()[0]["question"])
@@ -106,7 +106,10 @@ def test_bench_decode_writes_its_figures(tmp_path, capsys):
         assert run["num_tokens"] == 20
         decoding = 19 * run["decode_seconds_per_token"]
         assert run["seconds"] == pytest.approx(run["seconds_to_first_token"] + decoding)
-    assert figures["ratio_whole"] == pytest.approx(figures["sirius"]["seconds"] / figures["dense"]["seconds"])
+        assert decoding == pytest.approx(run["selection_seconds"] + 19 * run["steps_seconds_per_token"])
+    for part in ("steps", "decode", "whole"):
+        sirius, dense = (figures[name][f"{part}_seconds_per_token"] for name in ("sirius", "dense"))
+        assert figures[f"ratio_{part}"] == pytest.approx(sirius / dense)
 
 
 def test_bench_offload_writes_its_figures(tmp_path, capsys):

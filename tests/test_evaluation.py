@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_sirius import SiriusConfig, calibrate, make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.cli import main
 from hf_sirius.evaluation import default_directory, describe_run, run_task, standard_ways
-from hf_sirius.tasks import ProblemTask, final_answer, generator, load_task, problem_prompt
+from hf_sirius.problems import final_answer, problem_prompt
+from hf_sirius.tasks import ProblemTask, load_task
+from hf_sirius.timing import generator
 
 
 CONFIG = SiriusConfig(method="griffin", density=0.3, kernel_size=5)

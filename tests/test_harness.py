@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_sirius import Calibration, SiriusConfig, calibrate, reasoner_path, reasoner_problems
 from hf_sirius.evaluation import run_task, standard_ways
 from hf_sirius.harness import _FIELDS, SiriusLM
-from hf_sirius.tasks import ProblemTask, problem_prompt
+from hf_sirius.problems import problem_prompt
+from hf_sirius.tasks import ProblemTask
 
 
 PROBLEMS = reasoner_problems()[:5]

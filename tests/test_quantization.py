@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_sirius import cli, make_sparse, quantization, reasoner_path, reasoner_problems
 from hf_sirius.config import DRAFT_DTYPES
+from hf_sirius.problems import problem_prompt
 from hf_sirius.quantization import (
     DraftLinear,
     dense_weight,
@@ -25,7 +26,6 @@ from hf_sirius.quantization import (
     num_bytes,
     num_elements,
 )
-from hf_sirius.tasks import problem_prompt
 
 
 # Of outputs, relative in norm: of weights with an even share of all sizes, quantized as a whole.

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import SiriusConfig, make_sparse, reasoner_path, reasoner_problems, trace
 from hf_sirius.cli import main
+from hf_sirius.problems import problem_prompt
 from hf_sirius.report import report, write_report
 from hf_sirius.stats import GenerationStats
-from hf_sirius.tasks import problem_prompt
 from hf_sirius.tracing import FATES, Trace, TracedToken
 
 

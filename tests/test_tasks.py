@@ -5,14 +5,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import build_model, build_tokenizer, make_prompt, shared_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_sirius import SiriusConfig, make_sparse, reasoner_path, reasoner_problems
-from hf_sirius.tasks import ProblemTask, TextTask, final_answer, load_problems, load_task
+from hf_sirius.tasks import ProblemTask, TextTask, load_task
 
 
 PROBLEM = {"question": "w1 w2 w3", "answer": "w4 w5 #### 42"}
@@ -26,49 +24,6 @@ def write_lines(path, *lines: str):
 
 
 # Answers
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("3 + 4 = 7 . #### 7", "7"),
-        ("#### 1,234.", "1234"),
-        ("####$5.50 each", "5.5"),
-        ("#### -3\n", "-3"),
-        ("#### 0.0", "0"),
-        ("#### -0", "0"),
-        ("#### 18.00\nQuestion: #### 4", "18"),
-        ("#### .5", "0.5"),
-        ("#### 100", "100"),
-        ("#### Step 1: add\nso\n#### 10", "10"),
-        ("#### 1. Compute the sum\n#### 42", "42"),
-        ("#### $-5", "-5"),
-        ("#### −5", "-5"),
-        ("#### **42**", "42"),
-        ("#### \\boxed{42}", "42"),
-        ("#### 13/4", None),
-        ("#### 1.5e3", None),
-        ("#### 10:30", None),
-        ("#### none", None),
-        ("####", None),
-        ("42", None),
-        ("", None),
-    ],
-)
-def test_final_answer(text, number):
-    assert final_answer(text) == number
-
-
-@given(st.text())
-def test_no_text_makes_final_answer_fail(text):
-    assert final_answer(text) is None or "####" in text
-    found = final_answer("#### " + text)
-    assert found is None or final_answer(f"#### {found}") == found
-
-
-@given(st.integers(-(10**12), 10**12))
-def test_numbers_may_be_grouped(number):
-    assert final_answer(f"so #### {number:,}") == str(number) == final_answer(f"#### {number}.00")
 
 
 def test_an_answer_without_a_number_counts_as_wrong():
@@ -86,39 +41,6 @@ def test_a_right_answer_counts():
 
 
 # Problems
-
-
-def test_problems_of_a_file(tmp_path):
-    file = write_lines(tmp_path / "p.jsonl", json.dumps(PROBLEM), "", json.dumps({**SHOT, "more": 1}))
-    assert load_problems(file) == [PROBLEM, {**SHOT, "more": 1}]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{", "not valid JSON"),
-        ('{"question": "q"}', 'the texts "question" and "answer"'),
-        ('{"question": "q", "answer": 4}', 'the texts "question" and "answer"'),
-        ("[]", 'the texts "question" and "answer"'),
-        ('{"question": "q", "answer": "so 4"}', 'must end in "#### " and a number'),
-    ],
-)
-def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
-    file = write_lines(tmp_path / "p.jsonl", json.dumps(PROBLEM), "", line, json.dumps(PROBLEM))
-    with pytest.raises(ValueError, match=rf"p\.jsonl, line 3: .*{message}"):
-        load_problems(file)
-
-
-def test_a_line_that_is_no_unicode_is_named(tmp_path):
-    file = tmp_path / "p.jsonl"
-    file.write_bytes(json.dumps(PROBLEM).encode() + b'\n{"question": "\xff"}\n')
-    with pytest.raises(ValueError, match="line 2: not valid JSON"):
-        load_problems(file)
-
-
-def test_a_file_without_problems_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no problem"):
-        load_problems(write_lines(tmp_path / "p.jsonl", "", ""))
 
 
 def test_few_shot_examples_come_before_the_question_as_text():

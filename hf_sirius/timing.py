@@ -1,0 +1,171 @@
+"""Timing: one generation in its parts, and the machine that it ran on."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from .stats import Cycle
+from .twin import SparseTwin
+
+
+def generator(
+    model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
+) -> Callable[..., torch.Tensor]:
+    """Returns the `generate` of one way to run a model: dense, corrected by it (`twin`), or the twin `alone`."""
+    if twin is None:
+        return model.generate
+    if alone:
+        return twin.generate
+    return lambda **inputs: model.generate(assistant_model=twin, **inputs)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedRun:
+    """One greedy generation in its parts.
+
+    Attributes:
+        output_ids: long [1, length], which begins with the prompt.
+        num_tokens: how many of them are new.
+        to_first_token: seconds of the prefill and what comes before it.
+        selection: seconds from the first token to the first draft: choosing and gathering the neurons.
+        draft_steps: seconds of each drafted token.
+        verifications: seconds of each verification; of a dense generation, of each step.
+        cycles: those of the twin's statistics; empty for a dense generation.
+    """
+
+    output_ids: torch.LongTensor
+    num_tokens: int
+    to_first_token: float
+    selection: float
+    draft_steps: list[float]
+    verifications: list[float]
+    cycles: list[Cycle]
+
+    def scaled(self, factor: float) -> "TimedRun":
+        """Returns the run with all its times multiplied."""
+        return dataclasses.replace(
+            self,
+            to_first_token=factor * self.to_first_token,
+            selection=factor * self.selection,
+            draft_steps=[factor * seconds for seconds in self.draft_steps],
+            verifications=[factor * seconds for seconds in self.verifications],
+        )
+
+    @property
+    def num_decoded(self) -> int:
+        """Tokens behind the first one."""
+        return self.num_tokens - 1
+
+    @property
+    def steps(self) -> float:
+        """Seconds of drafting and verifying alone."""
+        return sum(self.draft_steps) + sum(self.verifications)
+
+    @property
+    def decode(self) -> float:
+        """Seconds behind the first token."""
+        return self.selection + self.steps
+
+    @property
+    def seconds(self) -> float:
+        return self.to_first_token + self.decode
+
+    @property
+    def per_token(self) -> dict[str, float]:
+        """Seconds per token: `steps` and `decode` of those behind the first one, `whole` of all."""
+        num_decoded = max(1, self.num_decoded)
+        return {
+            "steps": self.steps / num_decoded,
+            "decode": self.decode / num_decoded,
+            "whole": self.seconds / self.num_tokens,  # outputs may differ in length below threshold=1.0
+        }
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when the first token arrives."""
+
+    def __init__(self):
+        self.times: list[float] = []  # of the prompt, and of the first token
+
+    def put(self, value: torch.Tensor) -> None:
+        if len(self.times) < 2:
+            self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def timed_run(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, **options) -> TimedRun:
+    """Generates greedily, and notes when each forward begins: the time from one to the next is what the first one
+    costs.
+
+    Args:
+        model: the dense model.
+        twin: its twin; `None` runs the dense model.
+        inputs: of the prompt, with `input_ids`, long [1, prompt_length].
+        **options: for `generate`.
+    """
+    begins: list[tuple[bool, float]] = []
+    clock, device = _FirstToken(), inputs["input_ids"].device
+
+    def note(module, _):
+        begins.append((module is not model, time.perf_counter()))
+
+    with contextlib.ExitStack() as undo:
+        for module in filter(None, (model, twin)):
+            undo.callback(module.register_forward_pre_hook(note).remove)
+        synchronize(device)
+        start = time.perf_counter()
+        output_ids = generator(model, twin)(**inputs, **options, do_sample=False, streamer=clock)
+        synchronize(device)
+        end = time.perf_counter()
+    first_token = clock.times[1]
+    begins = [(is_draft, moment) for is_draft, moment in begins if moment > first_token]
+    parts: dict[bool, list[float]] = {True: [], False: []}
+    for (is_draft, moment), (_, following) in itertools.pairwise([*begins, (False, end)]):
+        parts[is_draft].append(following - moment)
+    return TimedRun(
+        output_ids=output_ids,
+        num_tokens=output_ids.shape[1] - inputs["input_ids"].shape[1],
+        to_first_token=first_token - start,
+        selection=(begins[0][1] if begins else end) - first_token,
+        draft_steps=parts[True],
+        verifications=parts[False],
+        cycles=[] if twin is None else twin.stats.cycles,
+    )
+
+
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Returns what a reader needs to know of the machine that made a figure."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor_name(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux
+        return platform.processor() or platform.machine()
