@@ -15,13 +15,14 @@ from typing import Any
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .cache import IS_5_17
 from .call import Call
+from .compat import IS_5_17, SettledCriteria
 from .config import SiriusConfig, check_field_names
-from .drafting import SettledCriteria, SiriusCandidateGenerator
+from .drafting import SiriusCandidateGenerator
 from .mlp import find_mlps
-from .offload import check_offload, execution_device, is_offloaded
+from .offload import check_offload
 from .quantization import check_draft_dtype
+from .streaming import execution_device, is_offloaded
 from .tree import check_tree
 from .tree_drafting import TreeCandidateGenerator
 from .twin import SparseTwin, build_twin, check_batch_size

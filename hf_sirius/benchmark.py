@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -10,52 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import disk_offload
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .assistant import make_sparse
 from .config import SiriusConfig
 from .memory import LiveBytes, PeakMemory, StreamedBytes
+from .offload import offload_to_folder
 from .problems import long_prompts, problem_prompt
 from .reasoner import reasoner_path, reasoner_problems
 from .timing import TimedRun, describe_machine, generator, synchronize, timed_run
 from .twin import SparseTwin
-
-
-def widen(model: LlamaForCausalLM, hidden_factor: int, neuron_factor: int) -> LlamaForCausalLM:
-    """Returns a larger model that computes the same logits, so that speed and acceptance are measured on one model.
-
-    Hidden units and heads are repeated `hidden_factor` times, and neurons `neuron_factor` times; each product is
-    divided by the number of times that its terms repeat. RMSNorm does not notice.
-
-    Args:
-        model: a Llama; if its head is tied to the embedding, the larger model has a head of its own.
-        hidden_factor, neuron_factor: at least 1.
-    """
-    if hidden_factor < 1 or neuron_factor < 1:
-        raise ValueError(f"the factors must be at least 1, got {hidden_factor} and {neuron_factor}")
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.head_dim = model.model.layers[0].self_attn.head_dim
-    config.hidden_size *= hidden_factor
-    config.num_attention_heads *= hidden_factor
-    config.num_key_value_heads *= hidden_factor
-    config.intermediate_size *= neuron_factor
-    config.tie_word_embeddings = False
-    with torch.device("meta"):
-        wide = type(model)(config)
-    wide = wide.to(model.dtype).to_empty(device=model.device).eval()
-    narrow_state = {**model.state_dict(), "lm_head.weight": model.lm_head.weight}
-    with torch.no_grad():
-        for name, parameter in wide.named_parameters():
-            weight = narrow_state[name]
-            repeats = [new // old for new, old in zip(parameter.shape, weight.shape, strict=True)]
-            is_product = weight.ndim == 2 and "embed_tokens" not in name
-            parameter.copy_(weight.repeat(repeats) / (repeats[1] if is_product else 1))
-    # Rotary frequencies are no parameters: they depend on head_dim alone.
-    wide.model.rotary_emb = type(wide.model.rotary_emb)(config).to(model.device)
-    wide.generation_config = model.generation_config
-    return wide
+from .widening import wide_reasoner
 
 
 class _CycleMemory(BaseStreamer):
@@ -130,11 +95,6 @@ def _warm_up(model: PreTrainedModel, prompt: dict, sparse: SparseTwin | None = N
     return PeakMemory(prompt["input_ids"].device)
 
 
-def _wide_reasoner(hidden_factor: int, neuron_factor: int, dtype: torch.dtype) -> PreTrainedModel:
-    narrow = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32)
-    return widen(narrow, hidden_factor, neuron_factor).to(dtype)
-
-
 def _describe(model: PreTrainedModel, sparse: SparseTwin, device: torch.device) -> dict[str, Any]:
     num_parameters = sum(p.numel() for p in model.parameters())
     return {
@@ -170,7 +130,7 @@ def bench_decode(
         tokens.
     """
     prompts = _tokenized_prompts(num_problems)
-    model = _wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
+    model = wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
     memory = _warm_up(model, prompts[0].to(device))
     with make_sparse(model, config) as sparse:
         _warm_up(model, prompts[0].to(device), sparse)
@@ -232,7 +192,7 @@ def bench_offload(
         if folder is None:
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hf_sirius_offload_"))
         prompts = _tokenized_prompts(num_problems)
-        model = _wide_reasoner(hidden_factor, neuron_factor, dtype)
+        model = wide_reasoner(hidden_factor, neuron_factor, dtype)
         offload_to_folder(model, folder, device)
         streamed = StreamedBytes(model)
         with make_sparse(model, config) as sparse:  # which loads bitsandbytes, if need be
@@ -262,7 +222,7 @@ def bench_tree(
     """
     if max_new_tokens < 2 * (config.kernel_size or 16) + 2:
         raise ValueError(f"max_new_tokens={max_new_tokens} is too short for two cycles: ask for more tokens")
-    model = _wide_reasoner(1, 1, dtype).to(device)
+    model = wide_reasoner(1, 1, dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     text = "\n".join(f"{problem_prompt(p['question'])} {p['answer']}" for p in reasoner_problems())
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
@@ -288,24 +248,6 @@ def bench_tree(
                 "nodes_verified": stats.num_nodes_verified / stats.num_cycles,
             }
     return {**description, "context_length": context_length, "state_bytes": state_bytes, "widths": by_width}
-
-
-def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device: str) -> None:
-    """Offloads a model to an empty folder. Raises `ValueError` if it is not empty, `OSError` if the disk is too full.
-
-    accelerate reuses what it finds in a folder, and writes through a memory map, which ends the process on a full disk.
-    """
-    os.makedirs(folder, exist_ok=True)
-    if os.listdir(folder):
-        raise ValueError(f"the offload folder {str(folder)!r} is not empty: name another one, or empty it")
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"the offload folder {str(folder)!r} has {free / 2**30:.1f} GiB free, but the weights take "
-            f"{needed / 2**30:.1f} GiB: free some space, or name a folder on another disk"
-        )
-    disk_offload(model, folder, execution_device=torch.device(device))
 
 
 def _tokenized_prompts(num_problems: int) -> list:

@@ -4,13 +4,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 
-IS_5_17 = Version(transformers.__version__) < Version("5.18")
 _ROOM = 64  # tokens
 
 
@@ -82,34 +79,3 @@ def wide_windows(cache: Cache, num_tokens: int) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.sliding_window -= num_tokens
-
-
-@contextlib.contextmanager
-def stepwise_windows(cache: Cache) -> Iterator[None]:
-    """Lets sliding-window layers take several forwards in a row.
-
-    Works around transformers 5.17, where such a layer, once it records its past, hands out more states than the mask
-    is made for. Mended in 5.18; to go with the support for 5.17. Here it does not record meanwhile, and its states are
-    set aside and put back.
-    """
-    layers = [layer for layer in cache.layers if layer.is_sliding and layer.record_past] if IS_5_17 else []
-    # 5.17 leaves a tensor for a length, which its updates then change in place.
-    states = [(layer.keys, layer.values, int(layer.cumulative_length)) for layer in layers]
-    for layer in layers:
-        layer.record_past = False
-    try:
-        yield
-    finally:
-        for layer, (keys, values, length) in zip(layers, states, strict=True):
-            # What follows is a crop by the number of forwards: it is to find as many states more as other layers have.
-            num_written = layer.cumulative_length - length
-            layer.keys = torch.nn.functional.pad(keys, (0, 0, 0, num_written))
-            layer.values = torch.nn.functional.pad(values, (0, 0, 0, num_written))
-            layer.record_past = True
-
-
-def stop_recording(cache: Cache) -> None:
-    """Leaves a cache that plain `generate` can go on with in transformers 5.17, see `stepwise_windows`."""
-    for layer in cache.layers:
-        if layer.is_sliding:
-            layer.record_past = False

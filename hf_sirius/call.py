@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteriaList
 
-from .offload import check_offload, is_offloaded, running, taking
+from .offload import check_offload, running, taking
 from .sparsity import method_class
+from .streaming import is_offloaded
 
 
 if TYPE_CHECKING:

@@ -10,9 +10,6 @@ from pathlib import Path
 from . import __version__
 
 
-_NUM_SHOWN = 20  # candidates of hf-sirius tune
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status; an error of the user's is told in one line."""
     parser = _parser()
@@ -400,6 +397,7 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
 
     from .assistant import make_sparse
     from .evaluation import default_directory, describe_run, process_state, run_task
+    from .tables import show_results
     from .tasks import load_task
 
     state = process_state()
@@ -418,37 +416,9 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
     directory = Path(args.output_dir or default_directory(describe_run(model, name, task), ways))
     results = run_task(model, task, ways, directory, name, show_progress=True)
     if state.is_main_process:
-        _show_results(results, task.columns)
+        show_results(results, task.columns)
         print(f"Written: {directory / 'results.json'}, results.csv, and every record")
     return results, directory, state.is_main_process
-
-
-def _show_results(results: dict, columns: tuple[str, ...]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    heads = {"aal": "AAL", "acceptance_rate": "accepted", "num_rolled_back": "rolled\nback", "draft_density": "density",
-             "effective_density": "effective\ndensity", "nodes_per_cycle": "nodes per\ncycle",
-             "ms_per_token": "ms per\ntoken"}  # fmt: skip
-    if not any((row["config"] or {}).get("tree_width", 1) > 1 for row in results["rows"]):
-        del heads["nodes_per_cycle"]  # of no tree it says nothing
-    names = [name for name in (*columns, *heads) if any(row.get(name) is not None for row in results["rows"])]
-    table = Table("", box=None, pad_edge=False)
-    for name in names:
-        table.add_column(heads.get(name, name), justify="right", no_wrap=True)
-    for row in results["rows"]:
-        table.add_row(row["way"], *(_shown(name, row.get(name)) for name in names))
-    console = Console()
-    dtype = results["dtype"].removeprefix("torch.")
-    console.print(f"{results['model']} ({dtype}), {results['num_items']} items of {results['task']}:\n")
-    console.print(table)
-
-
-def _shown(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    digits = {"num_rolled_back": 0, "ms_per_token": 1, "nodes_per_cycle": 1, "aal": 2}.get(name, 3)
-    return f"{value:.{digits}f}"
 
 
 def _tune(args) -> None:
@@ -464,10 +434,11 @@ def _tune(args) -> None:
     if args.model != "reasoner" and not args.prompts:
         raise ValueError(f"{args.model} needs --prompts, a file; only the reasoner comes with its own")
 
-    from .benchmark import widen
     from .problems import long_prompts, read_prompts
+    from .tables import show_tuning
     from .timing import describe_machine
     from .tuning import tune
+    from .widening import widen
 
     texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts(args.chat))[: args.num_prompts]
     names = ("methods", "densities", "kernel_sizes", "thresholds")
@@ -482,7 +453,7 @@ def _tune(args) -> None:
     num_parameters = sum(p.numel() for p in model.parameters())
     machine = describe_machine(str(model.device))
     dtype = str(model.dtype).removeprefix("torch.")
-    _show_tuning(tuning, f"{args.model}, {num_parameters / 1e6:.0f} M parameters in {dtype}, on {machine['device']}")
+    show_tuning(tuning, f"{args.model}, {num_parameters / 1e6:.0f} M parameters in {dtype}, on {machine['device']}")
     if args.output:
         tuning.config.save_pretrained(args.output)
         print(f"Written: {Path(args.output) / 'sirius_config.json'}")
@@ -499,96 +470,24 @@ def _check_directory(option: str, path: str | None) -> None:
         raise ValueError(f"{option} {path} is a file: name a directory")
 
 
-def _show_tuning(tuning, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def table(caption: str, *heads: str, left: int = 1) -> Table:
-        made = Table(title=caption, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for i, head in enumerate(heads):
-            made.add_column(head, justify="left" if i < left else "right", no_wrap=True)
-        return made
-
-    console = Console()
-    console.print(title)
-    costs = tuning.costs
-    sizes = sorted({candidate.config.kernel_size for candidate in tuning.candidates})
-    parts = {"a dense step": costs.dense_step}
-    parts |= {f"a draft step, {m} {d}": seconds for (m, d), seconds in costs.draft_steps.items()}
-    parts |= {f"a verification of {n} tokens": costs.verification(n) for n in sizes}
-    parts |= {f"choosing neurons, {m} {d}": seconds for (m, d), seconds in costs.selections.items()}
-    shown = table("\nCosts (medians)", "", "ms", "dense steps")
-    for name, seconds in parts.items():
-        shown.add_row(name, f"{1000 * seconds:.2f}", f"{seconds / costs.dense_step:.2f}")
-    console.print(shown)
-
-    depths = sorted({1, *(n - 1 for n in sizes)})
-    shown = table("\nDrafts accepted as far as token", "", *map(str, depths))
-    for (method, density, threshold), shares in tuning.survivals.items():
-        # Behind a token that no draft got past all is lost; else nothing is known.
-        rest = "0.00" if shares and shares[-1] == 0 else ""
-        known = [f"{shares[depth - 1]:.2f}" if depth <= len(shares) else rest for depth in depths]
-        shown.add_row(f"{method} {density}, threshold {threshold}", *known)
-    console.print(shown)
-
-    lossless = all(candidate.config.threshold == 1.0 for candidate in tuning.candidates)
-    heads = ("draft", "kernel\nsize", *(() if lossless else ("thres-\nhold", "agree-\nment")), "tokens\na cycle")
-    heads += ("predicted\ndecode", "\nwhole", "measured\ndecode", "\nwhole")
-    shown = table("\nTime per token, Sirius / dense", *heads)
-    for candidate in tuning.candidates[:_NUM_SHOWN]:
-        config, measured = candidate.config, candidate.measured
-        ratios = [candidate.predicted_decode, candidate.predicted_whole]
-        if measured is not None:
-            ratios += [measured.ratio_decode, measured.ratio_whole]
-        row = [f"{config.method} {config.density}", str(config.kernel_size)]
-        row += [] if lossless else [str(config.threshold), f"{candidate.agreement:.3f}"]
-        shown.add_row(*row, f"{candidate.advance_length:.2f}", *(f"{ratio:.3f}" for ratio in ratios))
-    console.print(shown)
-    console.print("decode: behind the first token, choosing neurons included; whole: with the prefill")
-    if len(tuning.candidates) > _NUM_SHOWN:
-        console.print(f"and {len(tuning.candidates) - _NUM_SHOWN} more, which --json writes as well")
-    for name, reason in tuning.left_out.items():
-        console.print(f"Left out: {name}: {reason}", highlight=False)
-    console.print(f"\n{tuning.verdict}", highlight=False)
-
-
 def _bench_decode(args) -> None:
+    from .tables import decode_lines
+
     names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "max_new_tokens", "device")
-    _bench(args, "bench_decode", names, lambda figures: [_ratios(figures)])
+    _bench(args, "bench_decode", names, decode_lines)
 
 
 def _bench_offload(args) -> None:
+    from .tables import offload_lines
+
     names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "lengths", "device", "folder")
-
-    def summary(figures: dict) -> list[str]:
-        total = figures["model"]["num_bytes"]
-        lines = []
-        for length, run in figures["lengths"].items():
-            peaks = [run[name]["peak_memory_growth"] for name in ("sirius", "dense")]
-            shares = (
-                "unknown" if None in peaks else f"{peaks[0] / total:.0%} of the weights (dense {peaks[1] / total:.0%})"
-            )
-            streamed = [run[name]["bytes_streamed_per_token"] / 2**20 for name in ("sirius", "dense")]
-            lines.append(
-                f"{length} tokens: {_ratios(run)}; peak memory {shares}; streamed per token {streamed[0]:.0f} MiB "
-                f"(dense {streamed[1]:.0f} MiB)"
-            )
-        return lines
-
-    _bench(args, "bench_offload", names, summary)
+    _bench(args, "bench_offload", names, offload_lines)
 
 
 def _bench_tree(args) -> None:
-    def summary(figures: dict) -> list[str]:
-        total = figures["state_bytes"] / 2**20
-        lines = [f"The states of {figures['context_length']} tokens take {total:.1f} MiB; a cycle grows by:"]
-        for width, run in figures["widths"].items():
-            growths = [run[name] / 2**20 for name in ("median_growth", "peak_growth")]
-            nodes = f"{run['nodes_drafted']:.0f} nodes drafted, {run['nodes_verified']:.0f} verified"
-            lines.append(f"width {width}: {growths[0]:.2f} MiB (median; at most {growths[1]:.2f}), {nodes}")
-        return lines
+    from .tables import tree_lines
 
-    _bench(args, "bench_tree", ("tree_widths", "context_length", "max_new_tokens", "device"), summary)
+    _bench(args, "bench_tree", ("tree_widths", "context_length", "max_new_tokens", "device"), tree_lines)
 
 
 def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
@@ -610,14 +509,6 @@ def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
         print("\n".join(summary(figures)))
     else:
         print(text)
-
-
-def _ratios(figures: dict) -> str:
-    return (
-        f"{figures['num_identical']} of {figures['num_problems']} answers identical; time of Sirius / dense: "
-        f"decode {figures['ratio_decode']:.3f} ({figures['ratio_steps']:.3f} without choosing the neurons), "
-        f"whole generation {figures['ratio_whole']:.3f}"
-    )
 
 
 if __name__ == "__main__":

@@ -3,32 +3,15 @@
 import contextlib
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .cache import IS_5_17, roomy, stepwise_windows, stop_recording
+from .cache import roomy
 from .call import Call
+from .compat import IS_5_17, stepwise_windows, stop_recording
 from .stats import Branches, Cycle
 from .twin import SparseTwin, mask_of_new_tokens
 from .verification import VerificationHook, likelihood
-
-
-class SettledCriteria(StoppingCriteriaList):
-    """The criteria of a call, blind to candidates.
-
-    Works around transformers 5.17, whose loop asks the criteria about unverified candidates (without the scores) and
-    then keeps one token less. Mended in 5.23 at the latest; to go with the support for 5.17. Drafts end at criteria by
-    themselves.
-    """
-
-    def __init__(self, criteria: StoppingCriteriaList, call: Call):
-        super().__init__(criteria)
-        self.call = call
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        if self.call.is_verifying:
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        return super().__call__(input_ids, scores, **kwargs)
 
 
 class SiriusCandidateGenerator(CandidateGenerator):

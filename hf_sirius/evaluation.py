@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from . import __version__
 from .assistant import make_sparse
 from .config import SiriusConfig
-from .offload import execution_device
+from .streaming import execution_device
 from .tasks import Task
 from .twin import SparseTwin
 

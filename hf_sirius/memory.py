@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from .offload import streaming_hook
+from .streaming import streaming_hook
 
 
 class PeakMemory:

@@ -1,5 +1,4 @@
-"""Drafts for a model whose weights accelerate streams from CPU memory or disk: what stays resident, and how it gets
-there.
+"""Drafts of a model whose weights accelerate streams from CPU memory or disk: how they get their copies.
 
 The draft's copies are taken while the prefill streams the weights past, layer by layer, so no extra pass is needed. The
 verification goes through accelerate's own hooks, once per cycle.
@@ -9,160 +8,38 @@ import contextlib
 import functools
 import math
 import os
+import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate import disk_offload
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from .config import SiriusConfig, memory_bytes
-from .mlp import PROJECTIONS, MlpSite, find_other_projections, projection_shape
-from .quantization import changes, narrowed, num_bytes, num_kept_neurons
+from .mlp import MlpSite
+from .quantization import narrowed
 from .sparsity.base import SparsityMethod
+from .streaming import first_owner, own_forward, streaming_hook
 
 
-logger = logging.get_logger(__name__)
+def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device: str) -> None:
+    """Offloads a model to an empty folder. Raises `ValueError` if it is not empty, `OSError` if the disk is too full.
 
-
-def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """Returns accelerate's hook that loads this module's weights for each forward, if it has one."""
-    hook = getattr(module, "_hf_hook", None)
-    for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
-        if isinstance(part, AlignDevicesHook) and part.offload:
-            return part
-    return None
-
-
-def own_forward(module: nn.Module) -> Callable | None:
-    """Returns the forward that was laid over this very module, under accelerate's if there is one, or `None`.
-
-    Raises:
-        `ValueError` if it is no method of the module, so that a copy would compute something else.
+    accelerate reuses what it finds in a folder, and writes through a memory map, which ends the process on a full disk.
     """
-    forward = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
-    if forward is None:
-        return None
-    if getattr(forward, "__self__", None) is not module:
-        raise ValueError(
-            f"a {type(module).__name__} of this model has a forward of its own ({forward!r}), such as torch.compile "
-            "makes: it would run the dense model in the twin's place. Call make_sparse first and compile afterwards."
+    os.makedirs(folder, exist_ok=True)
+    if os.listdir(folder):
+        raise ValueError(f"the offload folder {str(folder)!r} is not empty: name another one, or empty it")
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the offload folder {str(folder)!r} has {free / 2**30:.1f} GiB free, but the weights take "
+            f"{needed / 2**30:.1f} GiB: free some space, or name a folder on another disk"
         )
-    return None if forward.__func__ is type(module).forward else forward.__func__
-
-
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate streams any weight of this model."""
-    return any(streaming_hook(module) is not None for module in model.modules())
-
-
-def execution_device(model: nn.Module) -> torch.device:
-    """Returns the device that the model's first forward runs on, which `model.device` hides where it is offloaded."""
-    for module in model.modules():
-        if (hook := streaming_hook(module)) is not None:
-            return torch.device(hook.execution_device)
-    return model.device
-
-
-def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig) -> list[tuple[nn.Module, str]]:
-    """Returns the modules outside the MLPs of which drafts hold copies: (owner, attribute name) of each.
-
-    These are the projections that `draft_scope` casts, and of an offloaded model all else that a draft step passes, as
-    far as `draft_memory` allows: norms and the like first, then projections in the model's order. What does not fit is
-    streamed for each draft step.
-
-    Raises:
-        `ValueError` if `draft_memory` is too small for any draft, with the number that it would need.
-    """
-    projections = find_other_projections(model, sites)
-    streamed = _streamed_modules(model, sites, {id(getattr(*place)) for place in projections})
-    first = _first_owner(model)
-    resident = [
-        place
-        for place in projections
-        if config.draft_scope == "all"
-        and changes(getattr(*place), config.draft_dtype)
-        and streaming_hook(getattr(*place)) is None
-    ]
-    for module in (*(getattr(*place) for place in streamed), *(part for site in sites for part in site.parts)):
-        if streaming_hook(module) is not None:
-            own_forward(module)  # which may not be fit for a copy
-    needed = sum(_neuron_bytes(site, config) for site in sites)
-    needed += sum(_copy_bytes(getattr(*place), config) for place in resident)
-    if streaming_hook(first) is not None:
-        needed += _copy_bytes(first, config)
-    budget = None if config.draft_memory is None else memory_bytes(config.draft_memory)
-    if budget is not None and budget < needed:
-        raise ValueError(
-            f"draft_memory={config.draft_memory!r} is too small for any draft of this model: the gathered neurons "
-            f"(and what else every draft holds) need {needed} bytes, {needed / 2**20:.1f} MiB. Allow at least that, "
-            "lower the density, or choose a smaller draft_dtype"
-        )
-    num_streamed = 0
-    for owner, name in streamed:
-        module = getattr(owner, name)
-        if module is first:
-            continue
-        size = _copy_bytes(module, config)
-        if budget is None or needed + size <= budget:
-            resident.append((owner, name))
-            needed += size
-        else:
-            num_streamed += sum(p.numel() * p.element_size() for p in module.parameters())
-    if streamed:
-        logger.info(
-            f"a draft holds {needed / 2**20:.1f} MiB of weights and streams {num_streamed / 2**20:.1f} MiB per token"
-        )
-    return resident
-
-
-def _streamed_modules(model, sites: list[MlpSite], projection_ids: set[int]) -> list[tuple[nn.Module, str]]:
-    in_mlps = {part for site in sites for part in site.parts}
-    decoder = set(model.get_decoder().modules())
-    head = model.get_output_embeddings()
-    places = [
-        (owner, name)
-        for owner in model.modules()
-        for name, child in owner.named_children()
-        if streaming_hook(child) is not None and child not in in_mlps and (child in decoder or child is head)
-    ]
-    for module in model.modules():
-        if (hook := streaming_hook(module)) is not None and hook.place_submodules and any(module.children()):
-            raise ValueError(
-                f"accelerate loads a {type(module).__name__} as a whole (preload_module_classes), so no part of it can "
-                "stay resident: offload the model without preload_module_classes"
-            )
-    return sorted(places, key=lambda place: id(getattr(*place)) in projection_ids)
-
-
-def _first_owner(model: nn.Module) -> nn.Module:
-    name, _ = next(model.named_parameters())
-    return model.get_submodule(name.rpartition(".")[0])
-
-
-def _copy_bytes(module: nn.Module, config: SiriusConfig) -> int:
-    if isinstance(module, PROJECTIONS) and config.draft_scope == "all":
-        return num_bytes(module, config.draft_dtype)
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def _neuron_bytes(site: MlpSite, config: SiriusConfig) -> int:
-    num_kept = num_kept_neurons(config.density, site.num_neurons, config.draft_dtype)
-    total = 0
-    for part in site.parts:
-        as_it_is = num_kept == site.num_neurons and not changes(part, config.draft_dtype)
-        if as_it_is and streaming_hook(part) is None:
-            continue
-        if part is site.down:
-            total += num_bytes(part, config.draft_dtype, num_columns=num_kept)
-        else:
-            num_rows = projection_shape(part)[0] // site.num_neurons * num_kept
-            total += num_bytes(part, config.draft_dtype, num_rows=num_rows)
-    return total
+    disk_offload(model, folder, execution_device=torch.device(device))
 
 
 def check_offload(model: nn.Module) -> None:
@@ -244,7 +121,7 @@ def running(model: nn.Module) -> Iterator[None]:
     Stock assisted decoding sends the candidates to `model.device`, the first parameter's. A forward that was
     interrupted leaves the weights of one module behind.
     """
-    owner = _first_owner(model)
+    owner = first_owner(model)
     hook = streaming_hook(owner)
     undo = contextlib.ExitStack()
     try:

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .config import SiriusConfig
-from .offload import execution_device
 from .problems import final_answer, load_problems, problem_prompt
 from .reasoner import reasoner_problems
 from .stats import GenerationStats
+from .streaming import execution_device
 from .timing import generator, synchronize
 from .twin import SparseTwin
 from .verification import is_accepted

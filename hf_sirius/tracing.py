@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .offload import execution_device
 from .reasoner import reasoner_path
 from .stats import Cycle, GenerationStats
+from .streaming import execution_device
 from .twin import SparseTwin
 
 

@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import RoomyLayer
-from .offload import execution_device
+from .streaming import execution_device
 
 
 ATTENTIONS = ("sdpa", "eager")  # the implementations that take such a mask

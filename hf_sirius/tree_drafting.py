@@ -7,8 +7,9 @@ import math
 import torch
 from transformers import Cache
 
-from .cache import stepwise_windows, wide_windows
+from .cache import wide_windows
 from .call import Call
+from .compat import stepwise_windows
 from .drafting import SiriusCandidateGenerator
 from .stats import Branches
 from .tree import Leaf, Tree, TreeReader, best_path, keep_nodes, keep_rows

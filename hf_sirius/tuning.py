@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from .assistant import make_sparse
 from .config import SiriusConfig
-from .offload import execution_device
 from .prediction import Costs, expected_events, match_rates, survival
+from .streaming import execution_device
 from .timing import TimedRun, timed_run
 from .twin import SparseTwin
 

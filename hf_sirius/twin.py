@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from .call import Call
 from .config import SiriusConfig
 from .mlp import MlpSite
-from .offload import find_held, is_offloaded, own_forward
+from .residency import find_held
 from .sparsity import method_class
 from .sparsity.base import TwinModule
 from .stats import GenerationStats
+from .streaming import is_offloaded, own_forward
 
 
 class SparseTwin:

@@ -5,8 +5,9 @@ import torch
 from tiny import build_model, make_prompt
 
 from hf_sirius import SiriusConfig
-from hf_sirius.benchmark import bench_tree, widen
+from hf_sirius.benchmark import bench_tree
 from hf_sirius.memory import LiveBytes
+from hf_sirius.widening import widen
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 from hf_sirius import calibrate, make_sparse
 from hf_sirius import offload as offload_module
 from hf_sirius.config import DRAFT_DTYPES
-from hf_sirius.offload import is_offloaded, streaming_hook
 from hf_sirius.sparsity.griffin import Griffin
+from hf_sirius.streaming import is_offloaded, streaming_hook
 
 
 FIELDS = {"method": "griffin", "density": 0.5, "threshold": 1.0, "kernel_size": 5}

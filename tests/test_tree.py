@@ -12,7 +12,8 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 from hf_sirius import make_sparse
-from hf_sirius.cache import IS_5_17, wide_windows
+from hf_sirius.cache import wide_windows
+from hf_sirius.compat import IS_5_17
 from hf_sirius.drafting import SiriusCandidateGenerator
 from hf_sirius.tree import Leaf, Tree, TreeReader, best_path
 
