@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, SynthIDTextWatermarkLogitsProcessor
 from transformers.utils.quantization_config import QuantizationMethod
 
 from .call import Call
@@ -208,8 +208,12 @@ def _get_candidate_generator(
     if generation_config.guidance_scale not in (None, 1):
         raise ValueError(
             f"guidance_scale={generation_config.guidance_scale} runs the model over a KV-cache of its own, in which "
-            "drafts "
-            "cannot be undone: leave guidance_scale out, or generate without the twin"
+            "drafts cannot be undone: leave guidance_scale out, or generate without the twin"
+        )
+    if any(isinstance(processor, SynthIDTextWatermarkLogitsProcessor) for processor in logits_processor):
+        raise ValueError(
+            "SynthID's watermark counts every token that it is asked about, of which some are rolled back: use a "
+            "WatermarkingConfig, which counts none, or generate without the twin"
         )
     if (call := Call.current()) is None or call.model is not model:
         raise ValueError(
@@ -221,7 +225,8 @@ def _get_candidate_generator(
     if config.tree_width > 1 and generation_config.do_sample:
         raise ValueError(
             f"tree_width={config.tree_width} was given with do_sample=True, but a tree keeps the likeliest of its "
-            "branches, which would skew the distribution: use tree_width=1 to sample, or do_sample=False"
+            "branches, which would skew the distribution: use tree_width=1 to sample, or do_sample=False (a pipeline "
+            "samples unless it is told so)"
         )
     generator_class = TreeCandidateGenerator if config.tree_width > 1 else SiriusCandidateGenerator
     return generator_class(assistant_model, call, generation_config, logits_processor)

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from .assistant import make_sparse
 from .config import SiriusConfig
 from .memory import LiveBytes, PeakMemory, StreamedBytes
-from .offload import offload_to_folder
+from .offload import check_is_empty, offload_to_folder
 from .problems import long_prompts, problem_prompt
 from .reasoner import reasoner_path, reasoner_problems
 from .timing import TimedRun, describe_machine, generator, synchronize, timed_run
@@ -189,7 +189,9 @@ def bench_offload(
         `OSError` if the disk has no room for the weights, `ValueError` if the folder is not empty.
     """
     with contextlib.ExitStack() as cleanup:
-        if folder is None:
+        if folder is not None:
+            check_is_empty(folder)  # before the model is made
+        else:
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hf_sirius_offload_"))
         prompts = _tokenized_prompts(num_problems)
         model = wide_reasoner(hidden_factor, neuron_factor, dtype)
@@ -222,6 +224,7 @@ def bench_tree(
     """
     if max_new_tokens < 2 * (config.kernel_size or 16) + 2:
         raise ValueError(f"max_new_tokens={max_new_tokens} is too short for two cycles: ask for more tokens")
+    configs = {tree_width: config.replace(tree_width=tree_width) for tree_width in tree_widths}
     model = wide_reasoner(1, 1, dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     text = "\n".join(f"{problem_prompt(p['question'])} {p['answer']}" for p in reasoner_problems())
@@ -229,8 +232,8 @@ def bench_tree(
     if ids.shape[1] < context_length:
         raise ValueError(f"the embedded problems have {ids.shape[1]} tokens: ask for a context_length of at most that")
     by_width, description, state_bytes = {}, {}, 0
-    for tree_width in tree_widths:
-        with make_sparse(model, config, tree_width=tree_width) as sparse, LiveBytes() as live:
+    for tree_width, tree_config in configs.items():
+        with make_sparse(model, tree_config) as sparse, LiveBytes() as live:
             memory, cache = _CycleMemory(live), DynamicCache(config=model.config)
             model.generate(
                 ids[:, :context_length], assistant_model=sparse, max_new_tokens=max_new_tokens, do_sample=False,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
 _ROOM = 64  # tokens
@@ -68,10 +68,24 @@ def roomy(cache: Cache) -> Iterator[None]:
                 layer.__dict__.pop(name, None)
 
 
+def layer_lengths(cache: Cache) -> list[int | None]:
+    """Returns how many tokens each layer has seen, `None` for one that keeps no keys and values."""
+    return [int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else None for layer in cache.layers]
+
+
+def roll_back(cache: Cache, lengths_before: list[int | None], num_tokens: int) -> None:
+    """Takes back what was written since the layers had these lengths: `num_tokens`, or more in some layers if a forward
+    was interrupted.
+    """
+    for layer, length in zip(cache.layers, lengths_before, strict=True):
+        # A crop by 0 still brings sliding windows back to their size.
+        layer.crop(-num_tokens if length is None else length - int(layer.get_seq_length()))
+
+
 @contextlib.contextmanager
 def wide_windows(cache: Cache, num_tokens: int) -> Iterator[None]:
     """Within the block, sliding-window layers hand out so many states more than their window has."""
-    layers = [layer for layer in cache.layers if layer.is_sliding]
+    layers = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
     for layer in layers:
         layer.sliding_window += num_tokens
     try:

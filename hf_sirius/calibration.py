@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .mlp import MlpSite, find_mlps, neuron_weight
-from .observation import observing
+from .observation import evaluating, observing
 
 
 CALIBRATION_NAME = "sirius_calibration.safetensors"
@@ -202,26 +202,20 @@ def calibrate(
         )
     sites = find_mlps(model)
     histograms = [MagnitudeHistogram() for _ in sites]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     num_texts = num_tokens = 0
-    try:
-        with tqdm(total=max_tokens, unit="token", disable=not progress, desc="calibrating") as bar:
-            for text in texts:
-                input_ids = _input_ids(text, tokenizer)[:, :max_length]
-                if max_tokens is not None:
-                    input_ids = input_ids[:, : max_tokens - num_tokens]
-                if input_ids.shape[1]:
-                    with observing(sites, "activation", lambda site, values: histograms[site.idx].add(values)):
-                        model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
-                    num_texts += 1
-                    num_tokens += input_ids.shape[1]
-                    bar.update(input_ids.shape[1])
-                if max_tokens is not None and num_tokens >= max_tokens:
-                    break
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), tqdm(total=max_tokens, unit="token", disable=not progress, desc="calibrating") as bar:
+        for text in texts:
+            input_ids = _input_ids(text, tokenizer)[:, :max_length]
+            if max_tokens is not None:
+                input_ids = input_ids[:, : max_tokens - num_tokens]
+            if input_ids.shape[1]:
+                with observing(sites, "activation", lambda site, values: histograms[site.idx].add(values)):
+                    model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+                num_texts += 1
+                num_tokens += input_ids.shape[1]
+                bar.update(input_ids.shape[1])
+            if max_tokens is not None and num_tokens >= max_tokens:
+                break
     if not num_tokens:
         raise ValueError("the corpus holds no token: pass at least one text that is not empty")
     table = torch.stack([h.quantiles([1 - d for d in _DENSITIES]) for h in histograms]).cpu()

@@ -131,7 +131,7 @@ def _add_model_options(parser, required: bool = False) -> None:
 def _add_generation_options(parser) -> None:
     _add_model_options(parser, required=True)
     _add(parser, "--prompt", required=True, help="the text to continue; '-' reads standard input")
-    _add(parser, "--max_new_tokens", type=_positive, default=256)
+    _add(parser, "--max_new_tokens", type=_positive, default=256, help="length of the output (default: 256)")
     _add(parser, "--do_sample", action="store_true", help="sample, with the model's own generation settings")
     _add(parser, "--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     _add(parser, "--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
@@ -216,10 +216,9 @@ def _add_config_options(group, method: str | None = None, left_out: tuple[str, .
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _demo(args) -> None:
@@ -239,9 +238,22 @@ def _sirius_config(args):
     if "calibration" in fields:
         fields["calibration"] = Calibration.from_pretrained(fields["calibration"])
     config = SiriusConfig.from_pretrained(args.config) if args.config else SiriusConfig()
-    if fields.get("method", "cats") != "cats":
-        fields = {"selection": "threshold", "calibration": None, **fields}  # those of the config are cats' own
-    return config.replace(**fields)
+    return config.with_method(fields.pop("method", config.method), **fields)
+
+
+def _choose_method(args) -> None:
+    """Names the method, where the options do not: the one that options of its own are given for, or griffin."""
+    from .config import OWN_FIELDS
+
+    if args.method:
+        return
+    owners = [method for method, names in OWN_FIELDS.items() if any(getattr(args, name) is not None for name in names)]
+    if len(owners) > 1:
+        raise ValueError(f"options of several methods ({', '.join(owners)}) were given: give those of one")
+    if owners:
+        args.method = owners[0]
+    elif not args.config:
+        args.method = "griffin"  # cats saves no time yet
 
 
 def _load(args) -> tuple:
@@ -351,32 +363,34 @@ def _eval(args) -> None:
     from .evaluation import standard_ways
     from .tasks import TextTask
 
-    def ways(config, task):
-        # Of plain text nothing is corrected: it tells what the full model would accept.
-        return standard_ways(config)[: 2 if isinstance(task, TextTask) else 3]
+    ways = standard_ways(_sirius_config(args))  # a wrong value is told before anything is loaded
 
-    _run_task(args, ways)
+    def ways_of(task):
+        # Of plain text nothing is corrected: it tells what the full model would accept.
+        return ways[: 2 if isinstance(task, TextTask) else 3]
+
+    _run_task(args, ways_of)
 
 
 def _sweep(args) -> None:
     from .sweep import check_plots, plot_sweep, sweep_ways
     from .tasks import TextTask
 
-    # cats saves no time yet, so it is not the default; but cats' own options ask for it.
-    if not (args.method or args.methods or args.config or args.selection or args.calibration):
-        args.method = "griffin"
+    _choose_method(args)
     if args.no_plots and args.plot:
         raise ValueError("--plot names a file to draw to, but --no_plots was given too: leave one out")
     if not args.no_plots:
         check_plots(args.plot)
     _check_file("--plot", args.plot)
 
-    def ways(config, task):
+    names = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size"}
+    names |= {"thresholds": "threshold", "tree_widths": "tree_width"}
+    swept = sweep_ways(_sirius_config(args), {field: getattr(args, name) for name, field in names.items()})
+
+    def ways(task):
         if isinstance(task, TextTask):
             raise ValueError(f"a sweep wants problems with answers, and {task.name} is plain text: use hf-sirius eval")
-        names = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size"}
-        names |= {"thresholds": "threshold", "tree_widths": "tree_width"}
-        return sweep_ways(config, {field: getattr(args, name) for name, field in names.items()})
+        return swept
 
     results, directory, is_first = _run_task(args, ways)
     if is_first and not args.no_plots:
@@ -389,17 +403,20 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
     """Runs the task that the options name; returns its results, where they are, and whether this is the first process.
 
     Args:
-        make_ways: from the config and the task to the ways to run.
+        make_ways: from the task to the ways to run.
     """
-    config = _sirius_config(args)  # a wrong value is told before anything is loaded
-
     from transformers.utils import logging as transformers_logging
 
     from .assistant import make_sparse
     from .evaluation import default_directory, describe_run, process_state, run_task
     from .tables import show_results
-    from .tasks import load_task
+    from .tasks import EMBEDDED_TASKS, load_task
 
+    if args.output_dir and Path(args.output_dir).is_file():
+        raise ValueError(f"--output_dir {args.output_dir} is a file: name a directory")
+    for option, path in (("--task", args.task), ("--few_shot", args.few_shot)):
+        if path and path not in EMBEDDED_TASKS and not Path(path).is_file():
+            raise FileNotFoundError(f"there is no {option} {path}: pass one of {list(EMBEDDED_TASKS)}, or a file")
     state = process_state()
     if args.device is None and state.device.type != "cpu":
         args.device = str(state.device)
@@ -408,7 +425,7 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
     model, tokenizer = _load(args)
     options = {name: getattr(args, name) for name in ("few_shot", "num_items", "chat", "max_new_tokens", "window")}
     task = load_task(args.task, tokenizer, **options)
-    ways = make_ways(config, task)
+    ways = make_ways(task)
     for way in ways:  # whatever a twin would refuse is refused now
         if way.config is not None:
             make_sparse(model, way.config).detach()
@@ -422,8 +439,7 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
 
 
 def _tune(args) -> None:
-    if not args.config and args.selection is None and args.calibration is None:
-        args.method = "griffin"  # so that its own fields can be given
+    _choose_method(args)
     config = _sirius_config(args)
     _check_file("--json", args.json)
     _check_directory("--output", args.output)
@@ -437,14 +453,14 @@ def _tune(args) -> None:
     from .problems import long_prompts, read_prompts
     from .tables import show_tuning
     from .timing import describe_machine
-    from .tuning import tune
+    from .tuning import candidate_grid, tune
     from .widening import widen
 
     texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts(args.chat))[: args.num_prompts]
-    names = ("methods", "densities", "kernel_sizes", "thresholds")
+    names = ("methods", "densities", "kernel_sizes", "agreement", "thresholds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    names = ("agreement", "max_new_tokens", "num_measured", "num_repeats")
-    given |= {name: getattr(args, name) for name in names}
+    candidate_grid(config, **given)  # a wrong value is told before anything is loaded
+    given |= {name: getattr(args, name) for name in ("max_new_tokens", "num_measured", "num_repeats")}
     model, tokenizer = _load(args)
     if args.widen:
         model = widen(model, *args.widen)
@@ -491,8 +507,7 @@ def _bench_tree(args) -> None:
 
 
 def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
-    if args.method is None and not args.config:
-        args.method = "griffin"  # cats saves no time yet
+    _choose_method(args)
     config = _sirius_config(args)
     _check_file("--json", args.json)
     _check_device(args.device)

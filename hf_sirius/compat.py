@@ -6,12 +6,14 @@ from collections.abc import Iterator
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache, StoppingCriteriaList
+from transformers import Cache, StoppingCriteriaList, cache_utils
 
 from .call import Call
 
 
 IS_5_17 = Version(transformers.__version__) < Version("5.18")
+# The layer of a KV-cache that shares the states of another one, or has none; 5.17 leaves a plain one as it is.
+DummyLayer = getattr(cache_utils, "DummyLayer", ())
 
 
 class SettledCriteria(StoppingCriteriaList):

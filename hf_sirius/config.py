@@ -22,7 +22,7 @@ DRAFT_DTYPES = ("bfloat16", "float16", "int8", "nf4")
 MAX_TREE_WIDTH = 16
 DRAFT_SCOPES = ("mlp", "all")
 # Fields that only one method takes.
-_OWN_FIELDS = {
+OWN_FIELDS = {
     "cats": ("selection", "calibration"),
     "griffin": ("draft_dtype", "draft_scope", "draft_memory", "reselect_every"),
 }
@@ -164,7 +164,7 @@ class SiriusConfig(PushToHubMixin):
         """Returns a copy for another method, without the fields that belong to the one it had."""
         check_method_name(method)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        others = [name for owner, names in _OWN_FIELDS.items() if owner != method for name in names]
+        others = [name for owner, names in OWN_FIELDS.items() if owner != method for name in names]
         return self.replace(method=method, **{**{name: defaults[name] for name in others}, **fields})
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .cache import roomy
+from .cache import layer_lengths, roll_back, roomy
 from .call import Call
 from .compat import IS_5_17, stepwise_windows, stop_recording
 from .stats import Branches, Cycle
@@ -21,8 +21,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         twin: the drafting model.
         call: the state of the running `generate` call.
         generation_config: the call's prepared configuration.
-        logits_processor: the call's own list, to which the verification hook is appended if drafts may be kept that
-            the dense model would not have written.
+        logits_processor: the call's own list. Appended to it are the verification hook, if drafts may be kept that the
+            dense model would not have written, and a look at the scores, where the call keeps them.
     """
 
     requires_model_outputs = True  # so that the loop hands over its model_kwargs, with the KV-cache
@@ -119,6 +119,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
             Cycle(
                 drafted_ids=tuple(self._drafted_ids[0].tolist()),
                 num_accepted=int(num_matches),
+                num_agreed=self._num_agreed(input_ids, scores, int(num_matches)),
                 bonus_id=input_ids[0, -1].item(),
                 is_full=not self._is_cut,
                 likelihoods=likelihoods,
@@ -130,6 +131,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
     def _likelihoods(self, token_ids: torch.LongTensor, scores: torch.Tensor) -> tuple[float, ...]:
         """Returns the full model's likelihood of each token, [1, num_tokens], by its scores at their places."""
         return tuple(likelihood(token_ids.to(scores.device), scores, self.config.temperature)[0].tolist())
+
+    def _num_agreed(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> int:
+        """Returns how many of the accepted tokens are the full model's argmax."""
+        accepted_ids = input_ids[0, -num_matches - 1 : -1].to(scores.device)
+        return (scores[0, :num_matches].argmax(dim=-1) == accepted_ids).sum().item()
 
     def _draft(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.LongTensor, list[torch.Tensor]]:
         """Returns input_ids with up to `kernel_size - 1` drafted tokens, and the processed logits of each, [1,
@@ -144,7 +150,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         draft_kwargs = dict(model_kwargs)
         cache = model_kwargs["past_key_values"]
         all_scores: list[torch.Tensor] = []
-        num_steps = 0
+        num_steps, lengths_before = 0, layer_lengths(cache)
         confidence = self.config.draft_confidence
         self._is_cut = num_tokens < self.config.kernel_size - 1
         try:
@@ -153,7 +159,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
                     model_inputs = self.twin.prepare_inputs_for_generation(
                         input_ids, next_sequence_length=1, is_first_iteration=False, **draft_kwargs
                     )
-                    outputs = self.twin(**model_inputs, return_dict=True)
+                    outputs = self._forward_twin(model_inputs)
                     num_steps += 1
                     logits = outputs.logits[:, -1].to(dtype=torch.float32, device=input_ids.device, copy=True)
                     scores = self.logits_processor(input_ids, logits)
@@ -172,13 +178,17 @@ class SiriusCandidateGenerator(CandidateGenerator):
                         self._end_output_at(input_ids.shape[1])
                         break
                     # Ends with the doubtful token, as leaving out what was drawn would skew the distribution.
-                    if confidence and scores.softmax(dim=-1).gather(-1, next_ids).item() < confidence:
+                    if confidence and likelihood(next_ids[0], scores, self.config.temperature).item() < confidence:
                         break
                     draft_kwargs = self.twin._update_model_kwargs_for_generation(outputs, draft_kwargs)
         finally:
-            # A crop by 0 still brings sliding windows back to their size.
-            cache.crop(-num_steps)
+            roll_back(cache, lengths_before, num_steps)
         return input_ids, all_scores
+
+    def _forward_twin(self, inputs: dict):
+        """Returns the outputs of the twin. What the call asks of the dense model beside logits is not asked of it."""
+        left_out = {name: False for name in ("output_attentions", "output_hidden_states") if inputs.get(name)}
+        return self.twin(**{**inputs, **left_out}, return_dict=True)
 
     def _would_stop(self, input_ids: torch.LongTensor, draft_scores: list[torch.Tensor], scores: torch.Tensor) -> bool:
         seen = None if self._scores is None else (*self._scores, *draft_scores, scores)

@@ -1,7 +1,6 @@
 """Memory: by how much a process or a device grew, what tensors are alive, and what is streamed from a folder."""
 
 import gc
-import os
 import weakref
 from collections.abc import Mapping
 
@@ -15,17 +14,21 @@ from .streaming import streaming_hook
 
 
 class PeakMemory:
-    """Measures by how much memory grew since this was made: the device's, or this process' on a CPU (Linux alone)."""
+    """Measures by how much memory grew since this was made: a GPU's (CUDA), or this process' on a CPU (Linux, where it
+    may reset its peak); else it is not known.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.is_known = device.type == "cuda" or os.path.exists("/proc/self/clear_refs")
-        gc.collect()
+        self.is_known = device.type in ("cpu", "cuda")
+        try:
+            self.restart()
+        except OSError:  # no such file, or no right to write it
+            self.is_known = False
         if device.type == "cuda":
             self._before = torch.cuda.memory_allocated(device)
         elif self.is_known:
             self._before = _process_memory("VmRSS")
-        self.restart()
 
     def restart(self) -> None:
         """Has the peak count from here on."""

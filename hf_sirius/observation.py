@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from .mlp import MlpSite
 
@@ -67,3 +68,15 @@ def observing(
         for handle in handles:
             handle.remove()
         _observer.reset(token)
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, no module of a model is in training, so that none drops anything out."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -9,8 +9,10 @@ import functools
 import math
 import os
 import shutil
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import disk_offload
@@ -24,14 +26,18 @@ from .sparsity.base import SparsityMethod
 from .streaming import first_owner, own_forward, streaming_hook
 
 
+_lock = threading.Lock()
+# In which thread an offloaded model generates.
+_threads: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
 def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device: str) -> None:
     """Offloads a model to an empty folder. Raises `ValueError` if it is not empty, `OSError` if the disk is too full.
 
     accelerate reuses what it finds in a folder, and writes through a memory map, which ends the process on a full disk.
     """
+    check_is_empty(folder)
     os.makedirs(folder, exist_ok=True)
-    if os.listdir(folder):
-        raise ValueError(f"the offload folder {str(folder)!r} is not empty: name another one, or empty it")
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -42,12 +48,18 @@ def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device:
     disk_offload(model, folder, execution_device=torch.device(device))
 
 
+def check_is_empty(folder: str | os.PathLike) -> None:
+    """Raises `ValueError` if a folder to offload to holds anything, `NotADirectoryError` if it is a file."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"the offload folder {str(folder)!r} is not empty: name another one, or empty it")
+
+
 def check_offload(model: nn.Module) -> None:
     """Raises `FileNotFoundError` or `ValueError` if weights that accelerate would read from disk are not there."""
     for module in model.modules():
         if (hook := streaming_hook(module)) is None:
             continue
-        for name in module._parameters:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             key, source = _source(hook.weights_map, name)
             if not isinstance(source, OffloadedWeightsLoader) or key in source.state_dict or key not in source.index:
                 continue
@@ -58,8 +70,7 @@ def check_offload(model: nn.Module) -> None:
                     f"{file} is gone, from which accelerate was to read the offloaded weight {key!r}: load and offload "
                     "the model anew, and keep its offload folder while it is used"
                 )
-            parameter = module._parameters[name]
-            if "safetensors_file" not in info and os.path.getsize(file) < parameter.numel() * parameter.element_size():
+            if "safetensors_file" not in info and os.path.getsize(file) < tensor.numel() * tensor.element_size():
                 raise ValueError(
                     f"{file} is cut short (was the disk full?): free space and offload the model anew into an empty "
                     "folder"
@@ -114,9 +125,29 @@ def _mapping(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Keeps other threads from an offloaded model: it has one set of hooks, which are not made for several."""
+    thread = threading.get_ident()
+    with _lock:
+        is_outer = model not in _threads
+        if _threads.setdefault(model, thread) != thread:
+            raise RuntimeError(
+                f"another thread generates with this {type(model).__name__}, which is offloaded, so that its weights "
+                "are there for one forward at a time: wait for that call to end"
+            )
+    try:
+        yield
+    finally:
+        if is_outer:
+            del _threads[model]
+
+
+@contextlib.contextmanager
 def running(model: nn.Module) -> Iterator[None]:
     """Within the block, weights on disk are not copied out of their files, and the first parameter of an offloaded
     model stays loaded; after it no weight is.
+
+    Raises `RuntimeError` while another thread is within such a block.
 
     Stock assisted decoding sends the candidates to `model.device`, the first parameter's. A forward that was
     interrupted leaves the weights of one module behind.
@@ -124,24 +155,25 @@ def running(model: nn.Module) -> Iterator[None]:
     owner = first_owner(model)
     hook = streaming_hook(owner)
     undo = contextlib.ExitStack()
-    try:
-        undo.enter_context(_mapping(model))
-        if hook is not None:
-            hook.pre_forward(owner)
-            # Accelerate finds tied weights by their address, which will be another weight's before the call ends.
-            for pointer, device in hook.tied_pointers_to_remove:
-                hook.tied_params_map[pointer].pop(device, None)
-            hook.tied_pointers_to_remove = set()
-            hook.offload = False
-        yield
-    finally:
-        undo.close()
-        if hook is not None:
-            hook.offload = True
-        for module in model.modules():
-            left = streaming_hook(module)
-            if left is not None and any(p is not None and not p.is_meta for p in module._parameters.values()):
-                left.post_forward(module, None)
+    with _alone(model):
+        try:
+            undo.enter_context(_mapping(model))
+            if hook is not None:
+                hook.pre_forward(owner)
+                # Accelerate finds tied weights by their address, which will be another weight's before the call ends.
+                for pointer, device in hook.tied_pointers_to_remove:
+                    hook.tied_params_map[pointer].pop(device, None)
+                hook.tied_pointers_to_remove = set()
+                hook.offload = False
+            yield
+        finally:
+            undo.close()
+            if hook is not None:
+                hook.offload = True
+            for module in model.modules():
+                left = streaming_hook(module)
+                if left is not None and any(p is not None and not p.is_meta for p in module._parameters.values()):
+                    left.post_forward(module, None)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """What a draft holds beside its neurons: how much fits into `draft_memory`, and which modules it is."""
 
+import logging
+
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .config import SiriusConfig, memory_bytes
 from .mlp import PROJECTIONS, MlpSite, find_other_projections, projection_shape
@@ -10,7 +11,7 @@ from .quantization import changes, num_bytes, num_kept_neurons
 from .streaming import first_owner, own_forward, streaming_hook
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig) -> list[tuple[nn.Module, str]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 _COUNTS = (
     "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified",
-    "_full_advance", "_full_drafted", "_full_first_advance", "_num_densities", "_density_sum",
+    "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum",
 )  # fmt: skip
 
 
@@ -20,8 +20,7 @@ class Branches:
         winner: which of them was kept, or went furthest.
         num_nodes_drafted, num_nodes_verified: tokens that the draft wrote, and those of them that led to a
             continuation in the end, which are those that the full model read.
-        first_advance_length: what the advance would have been with the likeliest child of each node alone, as far as
-            it survived in the tree.
+        likeliest_advance_length: what the advance would have been without branches.
     """
 
     leaf_ids: tuple[tuple[int, ...], ...]
@@ -29,7 +28,7 @@ class Branches:
     winner: int
     num_nodes_drafted: int
     num_nodes_verified: int
-    first_advance_length: int
+    likeliest_advance_length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Cycle:
         likelihoods: the full model's likelihood of each drafted token, softmax(l / temperature) as the acceptance rule
             reads it; `None` for a token of a tree behind one that was not accepted, about which it was not asked.
         bonus_likelihood: that of its own token.
+        num_agreed: how many of the accepted tokens are its argmax.
         branches: of a tree, else `None`.
     """
 
@@ -55,6 +55,7 @@ class Cycle:
     is_full: bool
     likelihoods: tuple[float | None, ...]
     bonus_likelihood: float
+    num_agreed: int
     branches: Branches | None = None
 
     @property
@@ -124,11 +125,11 @@ class GenerationStats:
                 if cycle.branches is None:
                     stats.num_nodes_drafted += len(cycle.drafted_ids)
                     stats.num_nodes_verified += len(cycle.drafted_ids)
-                    stats._full_first_advance += cycle.advance_length * cycle.is_full
+                    stats._full_likeliest_advance += cycle.advance_length * cycle.is_full
                 else:
                     stats.num_nodes_drafted += cycle.branches.num_nodes_drafted
                     stats.num_nodes_verified += cycle.branches.num_nodes_verified
-                    stats._full_first_advance += cycle.branches.first_advance_length * cycle.is_full
+                    stats._full_likeliest_advance += cycle.branches.likeliest_advance_length * cycle.is_full
 
     def record_draft_density(self, draft_density: float) -> None:
         """Notes the share of all parameters that the call's draft steps read, on average."""
@@ -155,7 +156,7 @@ class GenerationStats:
     @property
     def aal_gain(self) -> float | None:
         """What the branches of trees added to the AAL: AAL over that of the likeliest child of each node alone - 1."""
-        return self._full_advance / self._full_first_advance - 1 if self._full_first_advance else None
+        return self._full_advance / self._full_likeliest_advance - 1 if self._full_likeliest_advance else None
 
     @property
     def draft_density(self) -> float | None:

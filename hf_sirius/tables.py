@@ -19,7 +19,7 @@ def show_results(results: dict, columns: tuple[str, ...]) -> None:
         table.add_column(heads.get(name, name), justify="right", no_wrap=True)
     for row in results["rows"]:
         table.add_row(row["way"], *(_shown(name, row.get(name)) for name in names))
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names and reasons may hold brackets
     dtype = results["dtype"].removeprefix("torch.")
     console.print(f"{results['model']} ({dtype}), {results['num_items']} items of {results['task']}:\n")
     console.print(table)
@@ -39,7 +39,7 @@ def show_tuning(tuning, title: str) -> None:
             made.add_column(head, justify="left" if i < left else "right", no_wrap=True)
         return made
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names and reasons may hold brackets
     console.print(title)
     costs = tuning.costs
     sizes = sorted({candidate.config.kernel_size for candidate in tuning.candidates})

@@ -28,6 +28,10 @@ from .verification import is_accepted
 STOP_STRINGS = ("Question:",)  # where a model without a chat template goes on to a problem of its own
 
 
+# By the name that a user gives: which of the embedded problems.
+EMBEDDED_TASKS = {"reasoner": "test", "reasoner-long": "long"}
+
+
 class Task(ABC):
     """Items that can be run in several ways, one at a time.
 
@@ -297,11 +301,12 @@ def load_task(
         for a file that cannot be read.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    embedded = {"reasoner": "test", "reasoner-long": "long"}
     path = Path(name)
-    if name not in embedded and not path.is_file():
-        raise FileNotFoundError(f"there is no task {name!r}: pass one of {list(embedded)}, or a file (.jsonl or text)")
-    is_text = name not in embedded and path.suffix not in (".jsonl", ".json")
+    if name not in EMBEDDED_TASKS and not path.is_file():
+        raise FileNotFoundError(
+            f"there is no task {name!r}: pass one of {list(EMBEDDED_TASKS)}, or a file (.jsonl or text)"
+        )
+    is_text = name not in EMBEDDED_TASKS and path.suffix not in (".jsonl", ".json")
     allowed = ("window",) if is_text else ("chat", "max_new_tokens")
     unknown = sorted(set(options) - set(allowed)) + (["few_shot"] if is_text and few_shot else [])
     if unknown:
@@ -310,7 +315,7 @@ def load_task(
     if is_text:
         text = path.read_text(encoding="utf-8")
         return TextTask(path.name, [text], tokenizer, max_windows=num_items, **options)
-    problems = reasoner_problems(embedded[name]) if name in embedded else load_problems(path)
+    problems = reasoner_problems(EMBEDDED_TASKS[name]) if name in EMBEDDED_TASKS else load_problems(path)
     shots = load_problems(few_shot) if few_shot else []
     return ProblemTask(Path(name).name, problems[:num_items], tokenizer, shots, **options)
 

@@ -1,12 +1,12 @@
-"""Tree drafting: several continuations in one draft, one verification of them all, and the best of them kept.
+"""The tree of a draft: its nodes, how a forward reads them, and what of them stays in the KV-cache.
 
-A tree's nodes are read as one sequence over the shared KV-cache. A mask lets each see the context and its own ancestors
+The nodes are read as one sequence over the shared KV-cache. A mask lets each see the context and its own ancestors
 alone, and positions go by depth, so each has the logits that it would have at the end of its own path.
 """
 
-import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import RoomyLayer
+from .compat import DummyLayer
+from .observation import evaluating
 from .streaming import execution_device
 
 
@@ -42,6 +44,7 @@ class Tree:
         token_ids, parents, depths: of each node; the root's parent is -1 and its depth 0.
         log_probs: the draft's log-probability of each node's path from the root.
         leaves: where the continuations end, the likeliest first.
+        likeliest: the end of the path of each node's likeliest token, which a draft without branches would write.
     """
 
     def __init__(self, root_id: int):
@@ -50,6 +53,7 @@ class Tree:
         self.depths: list[int] = [0]
         self.log_probs: list[float] = [0.0]
         self.leaves: list[Leaf] = []
+        self.likeliest = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -86,16 +90,14 @@ class Tree:
         for node in kept:
             new[node] = tree.add(new[self.parents[node]], self.token_ids[node], self.log_probs[node])
         tree.leaves = [leaf._replace(node=new[leaf.node]) for leaf in self.leaves]
+        tree.likeliest = new[self.likeliest]
         return tree
 
-    def first_path_length(self, accepted_children: dict[int, list[int]]) -> int:
-        """Returns how many tokens would be kept had the draft only the likeliest child of each node, as far as it
-        survived.
-        """
-        node, length = 0, 0
-        while (children := self.children(node)) and children[0] in accepted_children.get(node, ()):
-            node, length = children[0], length + 1
-        return length
+    def likeliest_length(self, accepted_children: dict[int, list[int]]) -> int:
+        """Returns how many tokens would be kept had the draft no branches."""
+        path = self.path(self.likeliest)
+        is_kept = (node in accepted_children.get(parent, ()) for parent, node in zip([0, *path], path, strict=False))
+        return sum(itertools.takewhile(bool, is_kept))
 
     def lineage(self) -> torch.Tensor:
         """Returns bool [num_nodes, num_nodes]: whether the second is the first or one of its ancestors."""
@@ -129,12 +131,14 @@ class TreeReader:
         # Windows are the model's, also where the cache was made without its config and keeps everything.
         stock_layers = DynamicCache(config=model.config).layers
         for layer, stock in zip(cache.layers, stock_layers, strict=False):
+            if isinstance(layer, DummyLayer):  # which shares the states of another one
+                continue
             if type(layer) not in (DynamicLayer, RoomyLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
                     f"a tree cannot be drafted into a KV-cache with a {type(layer).__name__}: use tree_width=1, or the "
                     "default DynamicCache"
                 )
-            if layer.is_initialized:  # layers may share the states of others
+            if layer.is_initialized:  # nor are such layers in transformers 5.17
                 name = "sliding_attention" if stock.is_sliding else "full_attention"
                 self.contexts[name] = (layer.keys.shape[-2], stock.sliding_window if stock.is_sliding else math.inf)
 
@@ -188,7 +192,7 @@ def keep_nodes(cache: Cache, num_read: int, kept: torch.Tensor) -> None:
         kept: long [num_kept], which of them to keep.
     """
     for layer in cache.layers:
-        if not layer.is_initialized:
+        if not layer.is_initialized or isinstance(layer, DummyLayer):
             continue
         for name in ("keys", "values"):
             states = getattr(layer, name)
@@ -229,17 +233,6 @@ def best_path(tree: Tree, accepted_children: dict[int, list[int]]) -> list[int]:
     return tree.path(max(ends, key=lambda node: (tree.depths[node], tree.log_probs[node])))
 
 
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 @torch.no_grad()
 def check_tree(model: PreTrainedModel) -> None:
     """Raises `ValueError` if a model cannot read a tree: its attention takes no mask, or its positions are fixed.
@@ -259,7 +252,7 @@ def check_tree(model: PreTrainedModel) -> None:
         )
     context, root, branches = [1, 2, 3], 4, [[5, 6], [7, 8]]
     try:
-        with _evaluating(model):  # without dropout
+        with evaluating(model):  # without dropout
             right = _read(model, [*context, root, *branches[1]])[-1]
             wrong = _read(model, [*context, root, *branches[0], *branches[1]])[-1]
             tree = Tree(_token_id(model, root))

@@ -5,9 +5,9 @@ import dataclasses
 import math
 
 import torch
-from transformers import Cache
+from transformers import Cache, LogitsProcessorList
 
-from .cache import wide_windows
+from .cache import layer_lengths, roll_back, wide_windows
 from .call import Call
 from .compat import stepwise_windows
 from .drafting import SiriusCandidateGenerator
@@ -25,7 +25,20 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
     model's own, at which the loop stops.
     """
 
+    def __init__(self, twin, call, generation_config, logits_processor):
+        super().__init__(twin, call, generation_config, logits_processor)
+        self._verifying_processors = LogitsProcessorList(logits_processor)
+        logits_processor[:] = [self._process_path]
+        self._path_end = math.inf
+
+    def _process_path(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leaves the scores behind the path that won alone: no prefix of theirs was drafted, and a processor may know
+        of none of them.
+        """
+        return scores if input_ids.shape[1] > self._path_end else self._verifying_processors(input_ids, scores)
+
     def _draft(self, input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.LongTensor, list[torch.Tensor]]:
+        self._path_end = math.inf
         num_levels = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
         self._is_cut = num_levels < self.config.kernel_size - 1
         cache = model_kwargs["past_key_values"]
@@ -50,7 +63,7 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             winner=0,
             num_nodes_drafted=num_drafted,
             num_nodes_verified=0,
-            first_advance_length=0,
+            likeliest_advance_length=0,
         )
         self._is_cut |= not depth
         if depth:
@@ -62,7 +75,8 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
         width, temperature = self.config.tree_width, self.config.temperature
         tree = Tree(input_ids[0, -1].item())
         scores_of: dict[int, tuple[torch.Tensor, ...]] = {0: ()}
-        unread, first, finished = [0], 0, []
+        chain_end: Leaf | None = None  # where the likeliest chain is finished
+        unread, first, finished, lengths_before = [0], 0, [], layer_lengths(cache)
         try:
             with (
                 self.call.method.drafting(),
@@ -71,9 +85,9 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             ):
                 for _ in range(num_levels):
                     inputs = reader.inputs(tree, first, {**given, "past_key_values": cache})
-                    logits = self.twin(**inputs, return_dict=True).logits
+                    logits = self._forward_twin(inputs).logits
                     first = len(tree)
-                    offers = [(leaf.log_prob, leaf.node, None) for leaf in finished]
+                    offers = [(leaf is chain_end, leaf.log_prob, leaf.node, None) for leaf in finished]
                     level_scores = {}
                     for i, leaf in enumerate(unread):
                         leaf_ids = self._ids_at(input_ids, tree, leaf)
@@ -81,30 +95,38 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
                         level_scores[leaf] = scores = self.logits_processor(leaf_ids, scores)
                         log_probs = (scores[0] / temperature).log_softmax(dim=-1)
                         log_probs, token_ids = log_probs.topk(min(width, scores.shape[-1]))
-                        if log_probs[0].exp() > self.config.branch_cutoff:
+                        if log_probs[0].exp() >= self.config.branch_cutoff:
                             log_probs, token_ids = log_probs[:1], token_ids[:1]
+                        is_chain = leaf == tree.likeliest and chain_end is None
                         for log_prob, token_id in zip(log_probs.tolist(), token_ids.tolist(), strict=True):
                             if log_prob > -math.inf:
-                                offers.append((tree.log_probs[leaf] + log_prob, leaf, token_id))
+                                offers.append((is_chain, tree.log_probs[leaf] + log_prob, leaf, token_id))
+                            is_chain = False  # of its other tokens
                     unread, finished, is_sure = [], [], False
-                    for log_prob, leaf, token_id in sorted(offers, key=lambda offer: -offer[0])[:width]:
+                    # The chain that a draft without branches would write always stays, so that no cycle is worse for
+                    # its branches.
+                    offers.sort(key=lambda offer: (-offer[0], -offer[1]))
+                    for is_chain, log_prob, leaf, token_id in offers[:width]:
                         if token_id is None:
                             finished.append(Leaf(leaf, log_prob, is_end=True))
+                            chain_end = finished[-1] if is_chain else chain_end
                             continue
                         leaf_ids = self._ids_at(input_ids, tree, leaf)
                         next_ids = torch.cat([leaf_ids, leaf_ids.new_tensor([[token_id]])], dim=-1)
                         if self._would_stop(next_ids, [*scores_of[leaf]], level_scores[leaf]):
                             # As in a draft without branches, this token is the dense model's.
                             finished.append(Leaf(leaf, log_prob, is_end=True))
+                            chain_end = finished[-1] if is_chain else chain_end
                             continue
                         node = tree.add(leaf, token_id, log_prob)
+                        tree.likeliest = node if is_chain else tree.likeliest
                         scores_of[node] = (*scores_of[leaf], level_scores[leaf]) if self._scores is not None else ()
                         unread.append(node)
                         is_sure |= math.exp(log_prob - tree.log_probs[leaf]) >= self.config.draft_confidence
                     if not unread or not is_sure:
                         break
         finally:
-            cache.crop(-first)
+            roll_back(cache, lengths_before, first)
         leaves = [*finished, *(Leaf(node, tree.log_probs[node], is_end=False) for node in unread)]
         tree.leaves = sorted(leaves, key=lambda leaf: -leaf.log_prob)
         return tree
@@ -134,8 +156,9 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             kept = torch.tensor([0, *path, *[0] * (depth - len(path))], device=candidate_ids.device)
             keep_nodes(cache, len(tree), kept)
             keep_rows(outputs, len(tree), kept)
+            self._path_end = verified_ids.shape[1] + len(path)
             if self.hook is not None:
-                self.hook.shorten(verified_ids.shape[1] + len(path))
+                self.hook.shorten(self._path_end)
             self._note_winner(tree, path, likelihoods)
 
         with contextlib.ExitStack() as undo:
@@ -168,7 +191,7 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             accepted[node] = [child for child, kept in zip(children, is_kept.tolist(), strict=True) if kept]
             reached += accepted[node]
         path = best_path(tree, accepted)
-        self._first_advance = tree.first_path_length(accepted) + 1
+        self._likeliest_advance = tree.likeliest_length(accepted) + 1
         return path, scores_at(path[-1] if path else 0), likelihoods
 
     def _note_winner(self, tree: Tree, path: list[int], likelihoods: dict[int, float]) -> None:
@@ -181,7 +204,7 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             leaf_likelihoods=tuple(tuple(map(likelihoods.get, tree.path(leaf.node))) for leaf in tree.leaves),
             winner=winner,
             num_nodes_verified=len(tree) - 1,
-            first_advance_length=self._first_advance,
+            likeliest_advance_length=self._likeliest_advance,
         )
 
     def _ids_at(self, input_ids: torch.LongTensor, tree: Tree, node: int) -> torch.LongTensor:

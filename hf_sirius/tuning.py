@@ -180,28 +180,10 @@ class Tuning:
 # The measurements
 
 
-@torch.no_grad()
-def token_agreement(model: PreTrainedModel, prompts: Sequence[Mapping], outputs: Sequence[torch.LongTensor]) -> float:
-    """Returns the share of the outputs' tokens that are the dense model's argmax, given the output before them.
-
-    Args:
-        model: the dense model.
-        prompts: with `input_ids`, long [1, prompt_length].
-        outputs: long [1, length] of each, which begins with its prompt.
-    """
-    num_equal = num_tokens = 0
-    for inputs, output_ids in zip(prompts, outputs, strict=True):
-        new_ids = output_ids[:, inputs["input_ids"].shape[1] :]
-        expected_ids = model(output_ids).logits[:, -new_ids.shape[1] - 1 : -1].argmax(dim=-1)
-        num_equal += (expected_ids.to(new_ids.device) == new_ids).sum().item()
-        num_tokens += new_ids.numel()
-    return num_equal / num_tokens
-
-
-def _agreement(
-    model: PreTrainedModel, config: SiriusConfig, prompts: Sequence[Mapping], outputs: Sequence[torch.LongTensor]
-) -> float:
-    return 1.0 if config.threshold == 1.0 else token_agreement(model, prompts, outputs)
+def _agreement(runs: Sequence[TimedRun]) -> float:
+    """Returns the share of the outputs' tokens that are the dense model's argmax, given the output before them."""
+    num_others = sum(cycle.num_accepted - cycle.num_agreed for run in runs for cycle in run.cycles)
+    return 1 - num_others / sum(run.num_tokens for run in runs)
 
 
 def _measure(
@@ -212,18 +194,17 @@ def _measure(
     max_new_tokens: int,
     progress: tqdm,
 ) -> Measurement:
-    decode, whole = [], []
+    decode, whole, runs = [], [], []
     with make_sparse(model, config) as twin:
         for _ in range(num_repeats):
-            outputs = []
             for inputs in prompts:
                 dense = timed_run(model, None, inputs, max_new_tokens=max_new_tokens)
                 sirius = timed_run(model, twin, inputs, max_new_tokens=max_new_tokens)
-                outputs.append(sirius.output_ids)
+                runs.append(sirius)
                 decode.append(sirius.per_token["decode"] / dense.per_token["decode"])
                 whole.append(sirius.per_token["whole"] / dense.per_token["whole"])
                 progress.update()
-    return Measurement(tuple(decode), tuple(whole), agreement=_agreement(model, config, prompts, outputs))
+    return Measurement(tuple(decode), tuple(whole), agreement=_agreement(runs))
 
 
 def _checked_prompts(prompts: Sequence[Mapping], device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -245,7 +226,25 @@ def _checked_prompts(prompts: Sequence[Mapping], device: torch.device) -> list[d
     return [{name: value.to(device) for name, value in inputs.items()} for inputs in prompts]
 
 
-def _check_numbers(config: SiriusConfig, agreement: float | None, **least: tuple[int, int]) -> None:
+def candidate_grid(
+    config: SiriusConfig | None = None,
+    methods: Sequence[str] = METHODS,
+    densities: Sequence[float] = DENSITIES,
+    kernel_sizes: Sequence[int] = KERNEL_SIZES,
+    agreement: float | None = None,
+    thresholds: Sequence[float] | None = None,
+) -> list[list[SiriusConfig]]:
+    """Returns the candidates of [`tune`] by method, density and threshold, each by kernel size.
+
+    All are made before anything is loaded or runs, so that a wrong value is told at once.
+
+    Args:
+        config, methods, densities, kernel_sizes, agreement, thresholds: as for [`tune`].
+
+    Raises:
+        `ValueError` for a value that is not allowed.
+    """
+    config = config or _DEFAULTS
     for name in _NOT_PREDICTED:
         if getattr(config, name) != getattr(_DEFAULTS, name):
             raise ValueError(
@@ -255,9 +254,21 @@ def _check_numbers(config: SiriusConfig, agreement: float | None, **least: tuple
         raise ValueError(
             f"agreement must be in (0, 1), a share of the tokens, got {agreement}; without one all have to agree"
         )
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if thresholds is not None and agreement is None:
+        raise ValueError(
+            "thresholds below 1.0 are candidates where not all tokens have to agree: pass an agreement, such as 0.98, "
+            "or leave thresholds out"
+        )
+    if agreement is not None and thresholds is None:
+        thresholds = THRESHOLDS
+    settings = itertools.product(methods, densities, sorted({1.0, *(thresholds or ())}))
+    grid = [
+        [config.with_method(method, density=d, threshold=threshold, kernel_size=n) for n in sorted(set(kernel_sizes))]
+        for method, d, threshold in dict.fromkeys(settings)
+    ]
+    if not any(grid):
+        raise ValueError("methods, densities and kernel_sizes must each name one candidate at least")
+    return grid
 
 
 def _key(config: SiriusConfig) -> Setting:
@@ -344,26 +355,12 @@ def tune(
         `draft_confidence`, `tree_width` or `reselect_every`, outputs that all end with their first token, or if no
         candidate works with the model. One that does not is told in `left_out`.
     """
-    config = config or _DEFAULTS
     prompts = _checked_prompts(prompts, execution_device(model))
     minima = {"max_new_tokens": (max_new_tokens, 2), "num_measured": (num_measured, 1), "num_repeats": (num_repeats, 1)}
-    _check_numbers(config, agreement, **minima)
-    if thresholds is not None and agreement is None:
-        raise ValueError(
-            "thresholds below 1.0 are candidates where not all tokens have to agree: pass an agreement, such as 0.98, "
-            "or leave thresholds out"
-        )
-    if agreement is not None and thresholds is None:
-        thresholds = THRESHOLDS
-    thresholds = sorted({1.0, *(thresholds or ())})
-    kernel_sizes = sorted(set(kernel_sizes))
-    # All are made before anything runs, so that a wrong value is told at once.
-    grid = [
-        [config.with_method(method, density=density, threshold=threshold, kernel_size=n) for n in kernel_sizes]
-        for method, density, threshold in dict.fromkeys(itertools.product(methods, densities, thresholds))
-    ]
-    if not any(grid):
-        raise ValueError("methods, densities and kernel_sizes must each name one candidate at least")
+    for name, (value, minimum) in minima.items():
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    grid = candidate_grid(config, methods, densities, kernel_sizes, agreement, thresholds)
     with tqdm(disable=not show_progress, unit="run", desc="tune") as progress:
         dense_runs, runs, sized_runs, left_out = _run_all(model, prompts, grid, max_new_tokens, progress)
         writes = [dense.num_decoded > 0 for dense in dense_runs]
@@ -376,7 +373,7 @@ def tune(
         for configs in grid:
             if (key := _key(configs[0])) not in runs:
                 continue
-            agreed = _agreement(model, configs[0], prompts, [run.output_ids for run in runs[key]])
+            agreed = _agreement(runs[key])
             if agreement is not None and agreed < agreement:
                 left_out[_name(*key)] = f"only {agreed:.3f} of the tokens agree"
                 continue
@@ -385,20 +382,19 @@ def tune(
         candidates.sort(key=lambda candidate: candidate.predicted_decode)
         measured: list[Candidate] = []
         progress.total = progress.n + len(prompts) * num_repeats * min(num_measured, len(candidates))
-        for i, candidate in enumerate(candidates):
-            if len(measured) == num_measured:
-                break
+        while candidates and len(measured) < num_measured:
+            candidate = candidates.pop(0)
             measurement = _measure(model, candidate.config, prompts, num_repeats, max_new_tokens, progress)
-            candidates[i] = dataclasses.replace(candidate, measured=measurement)
             # Another kernel size draws the model's own tokens at other places. Where threshold is 1.0 all agree.
             if agreement is None or measurement.agreement >= agreement:
-                measured.append(candidates[i])
+                measured.append(dataclasses.replace(candidate, measured=measurement))
             else:
                 name = f"{_name(*_key(candidate.config))}, kernel_size {candidate.config.kernel_size}"
                 left_out[name] = f"only {measurement.agreement:.3f} of the measured outputs' tokens agree"
+                progress.total += len(prompts) * num_repeats if candidates else 0
     return Tuning(
         best=min(measured, key=lambda candidate: candidate.measured.ratio_decode),
-        candidates=tuple(candidates),
+        candidates=(*measured, *candidates),
         costs=costs,
         survivals={key: survival([cycle for run in of_key for cycle in run.cycles]) for key, of_key in runs.items()},
         left_out=left_out,

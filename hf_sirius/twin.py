@@ -8,6 +8,7 @@ import types
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .call import Call
 from .config import SiriusConfig
@@ -17,6 +18,11 @@ from .sparsity import method_class
 from .sparsity.base import TwinModule
 from .stats import GenerationStats
 from .streaming import is_offloaded, own_forward
+
+
+_CAPTURED = ("output_attentions", "output_hidden_states")
+# Names within transformers.
+_IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_capturing_hook"
 
 
 class SparseTwin:
@@ -75,7 +81,25 @@ class SparseTwin:
         # The copied containers have a mode of their own, which has to follow the originals' train() and eval().
         if self.training != self.dense_model.training:
             self._follow_mode()
+        if any(kwargs.get(name, getattr(self.config, name, False)) for name in _CAPTURED):
+            self._share_capturing_hooks()
         return super().__call__(*args, **kwargs)
+
+    def _share_capturing_hooks(self) -> None:
+        """Lays the hooks that record attentions and hidden states as the dense model would. Left to itself transformers
+        lays them for the twin too, and so twice over the modules that both share.
+        """
+        models = [module for module in self.dense_model.modules() if isinstance(module, PreTrainedModel)]
+        if not any(getattr(module, _IS_HOOKED, False) for module in models):
+            maybe_install_capturing_hooks(self.dense_model)
+        for copied, original in self.__dict__["_copies"]:
+            if not isinstance(copied, type(original)):  # a part in its owner's place
+                continue
+            for key, hook in original._forward_hooks.items():
+                if getattr(hook, "__name__", "") == _CAPTURING_HOOK:
+                    copied._forward_hooks.setdefault(key, hook)
+            if hasattr(original, _IS_HOOKED):
+                setattr(copied, _IS_HOOKED, getattr(original, _IS_HOOKED))
 
     def generate(self, *args, **kwargs):
         """Stock `generate`, with a dense prefill and sparse decoding, at batch size 1."""

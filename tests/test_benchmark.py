@@ -1,12 +1,14 @@
 """Widening: a larger model that computes the same."""
 
+from unittest import mock
+
 import pytest
 import torch
 from tiny import build_model, make_prompt
 
 from hf_sirius import SiriusConfig
-from hf_sirius.benchmark import bench_tree
-from hf_sirius.memory import LiveBytes
+from hf_sirius.benchmark import bench_offload, bench_tree
+from hf_sirius.memory import LiveBytes, PeakMemory
 from hf_sirius.widening import widen
 
 
@@ -35,6 +37,27 @@ def test_live_bytes_are_those_of_tensors_that_are_alive():
             torch.ones(5000, dtype=torch.uint8)  # gone at once
         kept.view(10, 100).add_(1)  # no memory of its own
         assert live.restart() == 5000 and live.num_bytes == 1000
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_memory_is_not_known_where_its_peak_cannot_be_reset(error, monkeypatch):
+    monkeypatch.setattr("builtins.open", mock.Mock(side_effect=error))
+    memory = PeakMemory(torch.device("cpu"))
+    assert not memory.is_known and memory.growth() is None
+    assert not PeakMemory(torch.device("meta")).is_known
+
+
+def test_widths_are_checked_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr("hf_sirius.benchmark.wide_reasoner", None)
+    with pytest.raises(ValueError, match="tree_width must be in 1 to 16, got 17"):
+        bench_tree(SiriusConfig(method="griffin"), tree_widths=(1, 17))
+
+
+def test_a_folder_is_checked_before_a_model_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sirius.benchmark.wide_reasoner", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        bench_offload(SiriusConfig(method="griffin"), tmp_path)
 
 
 def test_a_trees_memory_is_measured_by_its_width():

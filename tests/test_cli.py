@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from hf_sirius import SiriusConfig, reasoner_problems
+from hf_sirius import SiriusConfig, cli, reasoner_problems
 from hf_sirius.cli import main
 from hf_sirius.problems import final_answer, problem_prompt
 
@@ -149,3 +149,52 @@ def test_installed_script_tells_its_version():
         [sys.executable, "-m", "hf_sirius.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert run.stdout.startswith("hf_sirius ")
+
+
+@pytest.mark.parametrize(
+    ("command", "method"),
+    [
+        (["sweep", "--methods", "griffin", "--draft_dtype", "bfloat16"], "griffin"),
+        (["sweep", "--selection", "topk"], "cats"),
+        (["tune"], "griffin"),
+        (["tune", "--config", "cats"], "cats"),
+        (["tune", "--config", "cats", "--draft_dtype", "bfloat16"], "griffin"),
+        (["bench", "decode", "--selection", "topk"], "cats"),
+        (["bench", "offload"], "griffin"),
+        (["bench", "offload", "--method", "cats"], "cats"),
+        (["generate", "--model", "reasoner", "--prompt", "", "--config", "cats", "--method", "griffin"], "griffin"),
+    ],
+)
+def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SiriusConfig(method="cats", selection="topk").save_pretrained("cats")
+    args = cli._parser().parse_args(command)
+    if command[0] != "generate":
+        cli._choose_method(args)
+    config = cli._sirius_config(args)
+    assert config.method == method and config.draft_dtype == args.draft_dtype
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["eval", "--task", "nowhere.txt"], "there is no --task nowhere.txt"),
+        (["eval", "--few_shot", "nowhere.jsonl"], "there is no --few_shot nowhere.jsonl"),
+        (["eval", "--output_dir", "file"], "--output_dir file is a file"),
+        (["sweep", "--no_plots", "--densities", "2"], "density must be in (0, 1]"),
+        (["sweep", "--no_plots", "--selection", "topk", "--reselect_every", "2"], "options of several methods"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_is_loaded(command, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_load", None)
+    (tmp_path / "file").touch()
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", ""])
+def test_a_number_that_is_none_is_told_as_such(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--num_problems", value])
+    assert f"must be a whole number of at least 1, got {value!r}" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
     TextIteratorStreamer,
     TextStreamer,
     pipeline,
@@ -201,6 +202,38 @@ def test_guidance_is_refused():
         with pytest.raises(ValueError, match="guidance_scale"):
             generate(shared_model(), assistant_model=sparse, guidance_scale=1.5)
         assert_still_works(shared_model(), sparse)
+
+
+@pytest.mark.parametrize("tree_width", [1, 3])
+def test_synthids_watermark_is_refused(tree_width):
+    """Its processor counts the tokens that it is asked about, and drafts among them."""
+    watermark = SynthIDTextWatermarkingConfig(ngram_len=5, keys=[1, 2, 3])
+    with make_twin(shared_model(), tree_width=tree_width) as sparse:
+        with pytest.raises(ValueError, match="use a WatermarkingConfig"):
+            generate(shared_model(), assistant_model=sparse, watermarking_config=watermark)
+        assert_still_works(shared_model(), sparse)
+
+
+@pytest.mark.parametrize(
+    "method", [*METHODS.values(), {"method": "griffin", "draft_dtype": "bfloat16", "draft_scope": "all"}], ids=str
+)
+@pytest.mark.parametrize("alone", [False, True])
+def test_attentions_are_recorded_once(method, alone):
+    """Transformers lays hooks on the modules for it, many of which are the twin's as well."""
+    model = build_model()
+    model.set_attn_implementation("eager")
+    num_layers = model.config.num_hidden_layers
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_attentions": True, "output_hidden_states": True}
+    with make_twin(model, method) as sparse:
+        if alone:
+            outputs = sparse.generate(PROMPT, **options)
+        else:
+            outputs = model.generate(PROMPT, assistant_model=sparse, **options)
+        assert {len(step) for step in outputs.attentions} == {num_layers}
+        assert {len(step) for step in outputs.hidden_states} == {num_layers + 1}
+    dense = model(PROMPT, output_attentions=True, output_hidden_states=True)
+    assert len(dense.attentions) == num_layers and len(dense.hidden_states) == num_layers + 1
 
 
 def test_processors_of_the_user_s_list_stay_alone_in_it():

@@ -1,7 +1,9 @@
 """Models whose weights accelerate streams: the output, what is read when, what stays resident, and what is left."""
 
+import functools
 import gc
 import re
+import threading
 import types
 import weakref
 from pathlib import Path
@@ -474,6 +476,47 @@ def test_an_offload_folder_that_has_vanished(when, tmp_path):
         file.write_bytes(kept)
         model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=8)
         assert sparse.stats.num_drafted
+
+
+def test_buffers_that_have_vanished(tmp_path):
+    model = build_model("gpt2")
+    model.transformer.h[1].register_buffer("extra", torch.ones(3))
+    disk_offload(model, str(tmp_path), offload_buffers=True)
+    (tmp_path / "transformer.h.1.extra.dat").unlink()
+    with pytest.raises(FileNotFoundError, match=r"extra\.dat is gone"):
+        make_sparse(model, **FIELDS)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_second_thread_is_told_to_wait(alone, offload):
+    model, errors = offload(build_model()), []
+    dense = model.generate(make_prompt(), max_new_tokens=12)
+    with make_sparse(model, **FIELDS) as sparse:
+        generate = sparse.generate if alone else functools.partial(model.generate, assistant_model=sparse)
+
+        def other():
+            with pytest.raises(RuntimeError, match="another thread generates with this LlamaForCausalLM") as error:
+                generate(make_prompt(), max_new_tokens=12)
+            errors.append(error)
+
+        class InTheMiddle(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                if not errors:
+                    thread = threading.Thread(target=other)
+                    thread.start()
+                    thread.join()
+                return scores
+
+        first = generate(make_prompt(), max_new_tokens=12, logits_processor=[InTheMiddle()])
+        assert len(errors) == 1 and (alone or torch.equal(first, dense))
+        assert torch.equal(model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12), dense)
+
+
+def test_what_a_budget_buys_is_logged(caplog, tmp_path):
+    model = offload_to_disk(build_model(), tmp_path)
+    with caplog.at_level("INFO", logger="hf_sirius"):
+        make_sparse(model, **FIELDS).detach()
+    assert re.search(r"a draft holds \d+\.\d MiB of weights and streams 0\.0 MiB per token", caplog.text)
 
 
 def test_an_offload_folder_on_a_disk_that_was_full(tmp_path):

@@ -34,7 +34,7 @@ def play(matches: list[bool], kernel_size: int, max_tokens: int) -> list[Cycle]:
             num_accepted += agrees and matches[start + i]
         is_full = num_drafted == kernel_size - 1
         ids = tuple(range(num_drafted))
-        cycle = Cycle(ids, num_accepted, 0, is_full, likelihoods=(0.5,) * num_drafted, bonus_likelihood=0.5)
+        cycle = Cycle(ids, num_accepted, 0, is_full, (0.5,) * num_drafted, 0.5, num_accepted)
         cycles.append((cycle, steps))
         start += num_accepted + 1
     return cycles
@@ -90,7 +90,7 @@ def test_match_rates_are_what_cycles_saw(matches, kernel_size):
 
 
 def cycle_of(num_drafted: int, num_accepted: int) -> Cycle:
-    return Cycle((0,) * num_drafted, num_accepted, 0, True, (0.5,) * num_drafted, 0.5)
+    return Cycle((0,) * num_drafted, num_accepted, 0, True, (0.5,) * num_drafted, 0.5, num_accepted)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))

@@ -18,6 +18,7 @@ from hf_sirius.config import DRAFT_DTYPES
 from hf_sirius.problems import problem_prompt
 from hf_sirius.quantization import (
     DraftLinear,
+    changes,
     dense_weight,
     draft_linear,
     is_4bit,
@@ -258,6 +259,17 @@ def test_bfloat16_drafts_run_past_onednn(dtype, draft_dtype, tree_width):
     assert seen and set(seen) == {not is_past and torch.backends.mkldnn.enabled}
 
 
+def test_the_precision_of_float32_products_stays_the_users():
+    def precision() -> str:
+        return torch._C._get_fp32_precision_getter("mkldnn", "all")
+
+    with torch.backends.mkldnn.flags(enabled=True, allow_tf32=None, fp32_precision="bf16"):
+        before = precision()
+        with native_products():
+            assert not torch.backends.mkldnn.enabled and precision() == before
+        assert torch.backends.mkldnn.enabled and precision() == before
+
+
 def test_onednn_is_back_when_the_last_draft_has_ended():
     enabled = torch.backends.mkldnn.enabled
     first, second = native_products(), native_products()
@@ -270,6 +282,15 @@ def test_onednn_is_back_when_the_last_draft_has_ended():
     with pytest.raises(KeyboardInterrupt), native_products():
         raise KeyboardInterrupt
     assert torch.backends.mkldnn.enabled == enabled
+
+
+@pytest.mark.parametrize("kind", ["nf4 plain", "fp4 plain", "nf4 nested"])
+def test_a_4bit_projection_is_no_other_in_its_own_format(kind):
+    """So that a draft does not quantize, and hold, the same weight twice."""
+    projection = quantized(kind)
+    own = projection.weight.quant_state.quant_type
+    assert changes(projection, "nf4") == (own != "nf4")
+    assert changes(projection, "bfloat16") and changes(projection, "int8") and not changes(projection, None)
 
 
 # What cannot be

@@ -23,7 +23,8 @@ def cycles(draw, kernel_size: int):
     num_drafted = kernel_size - 1 if is_full else draw(st.integers(0, kernel_size - 2))
     drafted_ids = tuple(draw(st.lists(st.integers(0, 99), min_size=num_drafted, max_size=num_drafted)))
     likelihoods = tuple(draw(st.lists(st.floats(0, 1), min_size=num_drafted, max_size=num_drafted)))
-    return Cycle(drafted_ids, draw(st.integers(0, num_drafted)), draw(st.integers(0, 99)), is_full, likelihoods, 0.5)
+    num_accepted = draw(st.integers(0, num_drafted))
+    return Cycle(drafted_ids, num_accepted, draw(st.integers(0, 99)), is_full, likelihoods, 0.5, num_accepted)
 
 
 @st.composite
@@ -41,7 +42,7 @@ def record(kernel_size: int, of_call: list[Cycle], total: GenerationStats | None
 
 
 def make_cycle(num_accepted: int, num_drafted: int = 3, is_full: bool = True) -> Cycle:
-    return Cycle(tuple(range(num_drafted)), num_accepted, 9, is_full, (0.5,) * num_drafted, 0.5)
+    return Cycle(tuple(range(num_drafted)), num_accepted, 9, is_full, (0.5,) * num_drafted, 0.5, num_accepted)
 
 
 @given(call=calls())

@@ -81,7 +81,7 @@ def cycles(draw) -> Cycle:
         leaves = draw(st.permutations(leaves))
         likelihoods = tuple((0.25,) * len(ids) for ids in leaves)
         branches = Branches(tuple(leaves), likelihoods, leaves.index(drafted_ids), 9, 9, 1)
-    return Cycle(drafted_ids, num_accepted, bonus_id, True, (0.5,) * len(drafted_ids), 0.75, branches)
+    return Cycle(drafted_ids, num_accepted, bonus_id, True, (0.5,) * len(drafted_ids), 0.75, num_accepted, branches)
 
 
 def make_stats(first_id: int, of_call: list[Cycle]) -> GenerationStats:
@@ -170,8 +170,8 @@ def test_a_tree_is_shown_once(first_id, of_call):
 def test_a_character_goes_to_its_last_token():
     tokenizer = byte_level_tokenizer()
     ids = tokenizer.convert_tokens_to_ids([*"âĤ¬", "Ġa", "</s>"])
-    cycle = Cycle(tuple(ids[1:4]), 2, ids[3], True, (0.5,) * 3, 0.75)
-    *shown, end = tokens_of_call(make_stats(ids[0], [cycle, Cycle((), 0, ids[4], False, (), 1.0)]), tokenizer)
+    cycle = Cycle(tuple(ids[1:4]), 2, ids[3], True, (0.5,) * 3, 0.75, 2)
+    *shown, end = tokens_of_call(make_stats(ids[0], [cycle, Cycle((), 0, ids[4], False, (), 1.0, 0)]), tokenizer)
     assert [(token.text, token.fate) for token in shown] == [
         ("", "own"), ("", "kept"), ("€", "kept"), (" a", "kept")
     ]  # fmt: skip
@@ -181,16 +181,16 @@ def test_a_character_goes_to_its_last_token():
 
 def test_a_wrong_byte_leaves_sentencepieces_characters_alone():
     tokenizer = sentencepiece_tokenizer()
-    cycle = Cycle((), 0, 2, True, (), 0.75)
+    cycle = Cycle((), 0, 2, True, (), 0.75, 0)
     wrong = tokenizer.convert_tokens_to_ids(["<0x82>", "▁a"])
-    stats = make_stats(1, [cycle, *(Cycle((), 0, token_id, True, (), 0.5) for token_id in wrong)])
+    stats = make_stats(1, [cycle, *(Cycle((), 0, token_id, True, (), 0.5, 0) for token_id in wrong)])
     assert [token.text for token in tokens_of_call(stats, tokenizer)] == ["", "é", "", "\ufffd a"]
 
 
 def test_an_unfinished_character_is_told_at_the_end():
     tokenizer = byte_level_tokenizer()
     first, second = tokenizer.convert_tokens_to_ids(["â", "Ĥ"])
-    stats = make_stats(first, [Cycle((), 0, second, True, (), 1.0)])
+    stats = make_stats(first, [Cycle((), 0, second, True, (), 1.0, 0)])
     assert [token.text for token in tokens_of_call(stats, tokenizer)] == ["", tokenizer.decode([first, second])]
     assert [token.text for token in tokens_of_call(make_stats(first, []), tokenizer)] == ["\ufffd"]
 

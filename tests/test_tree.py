@@ -1,6 +1,7 @@
 """Tree drafting: the output, what each node reads, what the cache holds, and what is refused."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -213,7 +214,85 @@ def test_branches_win():
         branches = cycle.branches
         assert cycle.drafted_ids == branches.leaf_ids[branches.winner] and len(branches.leaf_ids) <= 8
         assert branches.num_nodes_drafted >= branches.num_nodes_verified >= len(cycle.drafted_ids)
-        assert branches.first_advance_length <= cycle.advance_length
+        assert branches.likeliest_advance_length <= cycle.advance_length
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    threshold=st.sampled_from([0.1, 1.0]),
+    tree_width=st.integers(2, 8),
+    kernel_size=st.integers(2, 6),
+    stop=st.integers(2, 9),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_tree_has_the_draft_without_branches(seed, threshold, tree_width, kernel_size, stop):
+    """So that no cycle advances less for its branches, and `aal_gain` is the gain.
+
+    With cats, where the leaves of a level share their neurons, the likeliest tokens are others.
+    """
+    model = shared_model()
+    fields = {"method": "griffin", "density": 0.2, "threshold": threshold, "kernel_size": kernel_size}
+    options = {"do_sample": False, "max_new_tokens": 12}
+    options["stopping_criteria"] = StoppingCriteriaList([StopAt(stop)])
+    with make_sparse(model, **fields, tree_width=tree_width) as tree:
+        model.generate(make_prompt(seed=seed), assistant_model=tree, **options)
+    for cycle in tree.stats.cycles[:1]:  # the only one whose neurons another call chooses as well
+        with make_sparse(model, **fields) as single:
+            model.generate(make_prompt(seed=seed), assistant_model=single, **options)
+        plain = single.stats.cycles[0]
+        assert plain.drafted_ids in [ids[: len(plain.drafted_ids)] for ids in cycle.branches.leaf_ids]
+        assert cycle.branches.likeliest_advance_length == plain.advance_length <= cycle.advance_length
+
+
+def test_doubt_ends_a_tree_without_branches_where_it_ends_a_draft():
+    model, lengths = build_model(), {}
+    fields = {**FIELDS, "draft_confidence": 0.3, "temperature": 0.1}
+    for width in (1, 2):
+        with make_sparse(model, **fields, tree_width=width, branch_cutoff=0.0) as sparse:
+            model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=40, do_sample=False)
+            lengths[width] = [len(cycle.drafted_ids) for cycle in sparse.stats.cycles]
+    assert lengths[1] == lengths[2] and len(set(lengths[1])) > 1
+
+
+def test_a_certain_token_does_not_branch():
+    model = build_model()
+
+    def only_one(input_ids, scores):
+        return torch.full_like(scores, -math.inf).index_fill(-1, scores.argmax(dim=-1), 0.0)
+
+    with make_sparse(model, **FIELDS, tree_width=4, branch_cutoff=1.0) as sparse:
+        model.generate(
+            make_prompt(), assistant_model=sparse, max_new_tokens=20, do_sample=False, logits_processor=[only_one]
+        )
+        assert all(len(cycle.branches.leaf_ids) == 1 for cycle in sparse.stats.cycles)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 1.0])
+def test_processors_are_asked_about_drafted_prefixes_alone(threshold):
+    """A constraint that knows the allowed sequences alone fails for any other."""
+    model, prompt = build_model(), make_prompt()
+    sequences = [(4, 5, 6, 7, 8, 9, 10, 11), (4, 5, 12, 13, 14, 15, 16, 17), (18, 19, 20, 21, 22, 23, 24, 25)]
+
+    def allowed(_, ids):
+        new = tuple(ids[prompt.shape[1] :].tolist())
+        nexts = sorted({s[len(new)] for s in sequences if s[: len(new)] == new and len(s) > len(new)})
+        assert nexts, f"{new} is no beginning of any sequence"
+        return nexts
+
+    options = {"prefix_allowed_tokens_fn": allowed, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, **options)
+    for width in (1, 3, 8):
+        with make_sparse(model, **{**FIELDS, "threshold": threshold}, tree_width=width) as sparse:
+            output = model.generate(prompt, assistant_model=sparse, **options)
+        assert threshold < 1.0 or torch.equal(output, expected)
+
+
+def test_layers_that_share_states_take_a_tree():
+    model = tiny_model("gemma4_text", num_kv_shared_layers=1)
+    expected = model.generate(make_prompt(), max_new_tokens=16, do_sample=False)
+    with make_sparse(model, **FIELDS, tree_width=3) as sparse:
+        output = model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=16, do_sample=False)
+    assert torch.equal(output, expected) and max(len(c.branches.leaf_ids) for c in sparse.stats.cycles) > 1
 
 
 def test_nodes_are_offered_by_the_processed_logits():
@@ -350,7 +429,10 @@ def test_best_path_is_the_longest_and_then_the_likeliest():
     assert best_path(tree, {0: [a, b]}) == [a]
     assert best_path(tree, {0: [a, b], a: [c]}) == [a, c]
     assert best_path(tree, {0: [a, b], a: [c], b: [d]}) == [b, d]
-    assert tree.first_path_length({0: [b]}) == 0 and tree.first_path_length({0: [a, b], a: [c]}) == 2
+    assert tree.likeliest_length({0: [a, b]}) == 0  # nothing was called likeliest
+    tree.likeliest = c
+    assert tree.likeliest_length({0: [b]}) == 0 and tree.likeliest_length({0: [a, b], a: [c]}) == 2
+    assert tree.likeliest_length({0: [a, b], b: [d]}) == 1
 
 
 def test_pruned_keeps_what_leads_to_a_leaf():
@@ -398,6 +480,30 @@ def test_a_cache_of_other_layers_is_refused():
 def test_widths_that_are_not_allowed(value, error):
     with pytest.raises(error, match=r"tree_width must be"):
         make_sparse(build_model(), tree_width=value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("tree_width", [1, 4])
+@pytest.mark.parametrize("num_steps", [1, 2, 6])
+def test_a_draft_that_is_interrupted_within_a_forward_is_taken_back(family, tree_width, num_steps):
+    model, cache = build_model(family), DynamicCache()
+    expected = model.generate(make_prompt(), max_new_tokens=30, do_sample=False, past_key_values=DynamicCache())
+    steps = iter(range(1, 100))
+
+    def interrupt(*_):
+        if next(steps) == num_steps:
+            raise KeyboardInterrupt
+
+    with make_sparse(model, **FIELDS, tree_width=tree_width) as sparse:
+        handle = sparse.model.layers[-1].register_forward_pre_hook(interrupt)
+        options = {"max_new_tokens": 30, "do_sample": False, "past_key_values": cache}
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(make_prompt(), assistant_model=sparse, **options)
+        handle.remove()
+        (length,) = {layer.get_seq_length() for layer in cache.layers}
+        prompt = expected[:, : length + 1]
+        options["max_new_tokens"] = expected.shape[1] - prompt.shape[1]
+        assert torch.equal(model.generate(prompt, assistant_model=sparse, **options), expected)
 
 
 @pytest.mark.parametrize("place", ["draft", "verification"])

@@ -3,6 +3,7 @@ how fast anything is.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 from unittest import mock
@@ -15,7 +16,7 @@ from tiny import build_model, make_prompt, shared_model
 from hf_sirius import SiriusConfig, make_sparse, timing, tuning
 from hf_sirius.cli import main
 from hf_sirius.prediction import Costs, expected_events, match_rates
-from hf_sirius.tuning import Candidate, Measurement, Tuning, token_agreement, tune
+from hf_sirius.tuning import Candidate, Measurement, Tuning, tune
 
 
 NUM_NEW = 12
@@ -177,17 +178,27 @@ def test_a_candidate_whose_measured_outputs_agree_too_little_is_passed_over(monk
     measurements = iter([dataclasses.replace(measurement(0.1), agreement=0.5), measurement(0.9)])
     monkeypatch.setattr(tuning, "_measure", lambda *args: next(measurements))
     result = tune(shared_model(), prompts(1), agreement=0.6, methods=["cats"], densities=[0.5], **SHORT)
-    assert result.best is result.candidates[1] and result.measured_ratio == 0.9
+    assert result.best is result.candidates[0] and result.measured_ratio == 0.9
+    assert all((c.measured or c).agreement >= 0.6 for c in result.candidates)
     assert list(result.left_out.values()) == ["only 0.500 of the measured outputs' tokens agree"]
 
 
-def test_agreement_is_of_the_new_tokens_with_the_argmax_behind_what_is_there():
-    model, inputs = shared_model(), prompts(2)
-    outputs = [model.generate(**prompt, max_new_tokens=8, do_sample=False) for prompt in inputs]
-    assert token_agreement(model, inputs, outputs) == 1.0
-    changed = outputs[0].clone()
-    changed[0, -1] = (changed[0, -1] + 1) % 48
-    assert token_agreement(model, inputs, [changed, outputs[1]]) == 15 / 16
+@pytest.mark.parametrize("tree_width", [1, 3])
+def test_agreement_is_with_what_the_call_would_have_chosen(tree_width):
+    """The argmax of the processed logits, each behind the output before it."""
+    model = build_model()
+    model.generation_config.repetition_penalty = 1.3
+    runs, num_agreed, num_tokens = [], 0, 0
+    with make_sparse(model, method="griffin", density=0.2, threshold=0.02, tree_width=tree_width) as twin:
+        for inputs in prompts(3):
+            runs.append(timing.timed_run(model, twin, inputs, max_new_tokens=16))
+    for run in runs:
+        for end in range(len(run.output_ids[0]) - run.num_tokens, len(run.output_ids[0])):
+            chosen = model.generate(run.output_ids[:, :end], max_new_tokens=1, do_sample=False)[0, -1]
+            num_agreed += (chosen == run.output_ids[0, end]).item()
+            num_tokens += 1
+    assert num_agreed < num_tokens == 48
+    assert tuning._agreement(runs) == pytest.approx(num_agreed / num_tokens)
 
 
 def test_prompts_that_end_at_once_are_passed_over():
@@ -287,6 +298,18 @@ def test_command_measures_a_prompt_file_with_an_agreement(tmp_path, capsys, monk
     assert "on this machine" in printed.replace("\n", " ")
 
 
+def test_command_shows_reasons_as_they_are(capsys, monkeypatch):
+    """Brackets in them are no markup."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find_spec(name, *a)
+    )
+    assert main([*COMMAND, "--draft_dtype", "int8", "--densities", "0.5", "--kernel_sizes", "4"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "needs bitsandbytes: pip install hf_sirius[bnb]" in printed and "cats 0.5" in printed
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -297,6 +320,10 @@ def test_command_measures_a_prompt_file_with_an_agreement(tmp_path, capsys, monk
         (["--model", "other", "--widen", "2", "2"], "--widen is for --model reasoner alone"),
         (["--quantization", "8bit", "--widen", "2", "2"], "leave --quantization or --widen out"),
         (["--draft_dtype", "int3"], "draft_dtype must be"),
+        (["--agreement", "2"], "agreement must be in (0, 1)"),
+        (["--thresholds", "0.5"], "pass an agreement"),
+        (["--densities", "1.5"], "density must be in (0, 1]"),
+        (["--selection", "topk", "--draft_dtype", "bfloat16"], "options of several methods (cats, griffin) were given"),
     ],
 )
 def test_command_tells_what_is_wrong_before_it_loads_a_model(options, told, capsys, monkeypatch):
