@@ -265,9 +265,7 @@ def _empty(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.de
     num_bytes = num_rows * num_columns * dtype.itemsize
     if device.type != "cpu" or num_bytes < _OWN_MEMORY or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(num_rows, num_columns, dtype=dtype, device=device)
-    # With its pages at once: one by one, as they are written, took three times as long as the rest of the gathering.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
-    memory = mmap.mmap(-1, num_bytes, flags=flags)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(num_rows, num_columns)
 
 
