@@ -67,8 +67,9 @@ class SiriusConfig(PushToHubMixin):
             For `"griffin"`: the most bytes that a draft's own weights may take, such as `6 * 2**30` or `"6GiB"`. Of an
             offloaded model, modules outside the MLPs stay resident as far as this allows; by default all do.
         draft_confidence (`float`, defaults to 0.0):
-            A draft ends after a token that the twin itself finds less likely than this, in [0, 1), so that a hopeless
-            tail is not drafted. 0 drafts `kernel_size - 1` tokens always.
+            A draft ends after a token that the twin itself finds less likely than this (softmax(l / temperature) of its
+            own processed logits), in [0, 1), so that a hopeless tail is not drafted. 0 drafts `kernel_size - 1` tokens
+            always.
         reselect_every (`int`, *optional*):
             For `"griffin"`: choose the neurons anew after every so many cycles, from the activations of the prompt and
             of all verifications so far. By default the prompt alone decides.
