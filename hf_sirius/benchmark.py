@@ -129,6 +129,7 @@ def bench_decode(
         `num_problems`; `stats`; `selection`, what choosing and gathering the neurons takes beside a dense prefill of 64
         tokens.
     """
+    _check_lengths(max_new_tokens)
     prompts = _tokenized_prompts(num_problems)
     model = wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
     memory = _warm_up(model, prompts[0].to(device))
@@ -137,6 +138,11 @@ def bench_decode(
         figures = _alternate(model, sparse, prompts, num_repeats, max_new_tokens, memory)
         selection = _time_selection(model, sparse, max(5, num_repeats))
         return {**_describe(model, sparse, model.device), **figures, "selection": selection}
+
+
+def _check_lengths(*lengths: int) -> None:
+    if min(lengths) < 2:
+        raise ValueError(f"outputs must have at least 2 tokens, behind the first of which is decoding, got {lengths}")
 
 
 @torch.no_grad()
@@ -188,6 +194,7 @@ def bench_offload(
     Raises:
         `OSError` if the disk has no room for the weights, `ValueError` if the folder is not empty.
     """
+    _check_lengths(*lengths)
     with contextlib.ExitStack() as cleanup:
         if folder is not None:
             check_is_empty(folder)  # before the model is made
@@ -225,12 +232,12 @@ def bench_tree(
     if max_new_tokens < 2 * (config.kernel_size or 16) + 2:
         raise ValueError(f"max_new_tokens={max_new_tokens} is too short for two cycles: ask for more tokens")
     configs = {tree_width: config.replace(tree_width=tree_width) for tree_width in tree_widths}
-    model = wide_reasoner(1, 1, dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     text = "\n".join(f"{problem_prompt(p['question'])} {p['answer']}" for p in reasoner_problems())
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
     if ids.shape[1] < context_length:
         raise ValueError(f"the embedded problems have {ids.shape[1]} tokens: ask for a context_length of at most that")
+    model = wide_reasoner(1, 1, dtype).to(device)
     by_width, description, state_bytes = {}, {}, 0
     for tree_width, tree_config in configs.items():
         with make_sparse(model, tree_config) as sparse, LiveBytes() as live:

@@ -1,4 +1,4 @@
-"""The KV-cache of a call: room for tokens to come, and sliding windows that take several forwards in a row."""
+"""The KV-cache of a call: room for tokens to come, wider windows, and rolling back."""
 
 import contextlib
 from collections.abc import Iterator

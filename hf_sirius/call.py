@@ -10,6 +10,7 @@ from transformers import StoppingCriteriaList
 
 from .offload import check_offload, running, taking
 from .sparsity import method_class
+from .stats import GenerationStats
 from .streaming import is_offloaded
 
 
@@ -37,7 +38,7 @@ class Call(contextlib.AbstractContextManager):
         self.config = twin.sirius_config
         self.model = twin.dense_model
         self.method = method_class(self.config.method)(self.config, twin.sites, twin.others)
-        self.stats = twin.stats
+        self.stats = GenerationStats(self.config.kernel_size, total=twin.stats.total)
         self.stopping_criteria: StoppingCriteriaList | None = None
         self.is_verifying = False
         self.undo = contextlib.ExitStack()
@@ -57,6 +58,7 @@ class Call(contextlib.AbstractContextManager):
                 )
             check_offload(self.model)
             self.undo.enter_context(running(self.model))
+        self.twin.stats = self.stats  # not before this call is sure to run
         self._token = _current.set(self)
         return self
 

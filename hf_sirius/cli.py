@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -87,10 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time dense and corrected generation in alternation")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True)
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
-    _add(decode, "--max_new_tokens", type=_positive, default=120, help="length of the outputs (default: 120)")
+    _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
     decode.set_defaults(run=_bench_decode)
     offload = benchmarks.add_parser("offload", help="the same model with its weights on disk, and a resident draft")
-    _add(offload, "--lengths", type=_positive, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
+    _add(offload, "--lengths", type=_over_one, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
     _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")
     offload.set_defaults(run=_bench_offload)
     tree = benchmarks.add_parser("tree", help="memory that a cycle takes after a long prompt, by tree width")
@@ -160,7 +161,7 @@ def _add_tune_options(parser) -> None:
     _add(parser, "--prompts", help=prompts_help)
     _add(parser, "--num_prompts", type=_positive, default=3, help="the first so many (default: 3)")
     _add(parser, "--chat", action="store_true", help="put each into the tokenizer's chat template")
-    _add(parser, "--max_new_tokens", type=_positive, default=100, help="length of the outputs (default: 100)")
+    _add(parser, "--max_new_tokens", type=_over_one, default=100, help="length of the outputs (default: 100)")
     factors = ("HIDDEN", "NEURONS")
     widen_help = "make the reasoner's hidden size and neurons so many times larger, with the same outputs"
     _add(parser, "--widen", type=_positive, nargs=2, metavar=factors, help=widen_help)
@@ -215,10 +216,14 @@ def _add_config_options(group, method: str | None = None, left_out: tuple[str, .
         _add(group, f"--{field.name}", type=kind, default=None, help=helps[field.name] + default)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+def _at_least(minimum: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text!r}")
     return int(text)
+
+
+_positive = functools.partial(_at_least, 1)
+_over_one = functools.partial(_at_least, 2)  # tokens of which some are behind the first one
 
 
 def _demo(args) -> None:
@@ -256,22 +261,26 @@ def _choose_method(args) -> None:
         args.method = "griffin"  # cats saves no time yet
 
 
-def _load(args) -> tuple:
-    """Returns the model and the tokenizer that the options name."""
+def _load_tokenizer(args):
+    """Returns the tokenizer of the model that the options name."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_model_path(args))
+
+
+def _load_model(args):
+    """Returns the model that the options name."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from .reasoner import reasoner_path
-
-    path = reasoner_path() if args.model == "reasoner" else args.model
+    path = _model_path(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = getattr(torch, args.dtype, None)
     if args.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype must be auto, float32, bfloat16, float16 or float64, got {args.dtype}")
-    tokenizer = AutoTokenizer.from_pretrained(path)
     if args.quantization is None:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval(), tokenizer
+        return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each 8-bit product tells that it casts
@@ -280,7 +289,13 @@ def _load(args) -> tuple:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=args.dtype, quantization_config=settings, device_map={"": device}
     )
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def _model_path(args) -> str:
+    from .reasoner import reasoner_path
+
+    return reasoner_path() if args.model == "reasoner" else args.model
 
 
 def _check_device(device: str) -> None:
@@ -312,7 +327,7 @@ def _generate(args) -> None:
 
     from .assistant import make_sparse
 
-    model, tokenizer = _load(args)
+    model, tokenizer = _load_model(args), _load_tokenizer(args)
     inputs = _read_prompt(args, tokenizer).to(model.device)
     set_seed(args.seed)
     with make_sparse(model, config) as twin:
@@ -340,7 +355,7 @@ def _report(args) -> None:
     from .report import write_report
     from .tracing import trace
 
-    model, tokenizer = _load(args)
+    model, tokenizer = _load_model(args), _load_tokenizer(args)
     inputs = _read_prompt(args, tokenizer)
     set_seed(args.seed)
     with make_sparse(model, config) as twin:
@@ -410,21 +425,18 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
     from .assistant import make_sparse
     from .evaluation import default_directory, describe_run, process_state, run_task
     from .tables import show_results
-    from .tasks import EMBEDDED_TASKS, load_task
+    from .tasks import load_task
 
     if args.output_dir and Path(args.output_dir).is_file():
         raise ValueError(f"--output_dir {args.output_dir} is a file: name a directory")
-    for option, path in (("--task", args.task), ("--few_shot", args.few_shot)):
-        if path and path not in EMBEDDED_TASKS and not Path(path).is_file():
-            raise FileNotFoundError(f"there is no {option} {path}: pass one of {list(EMBEDDED_TASKS)}, or a file")
     state = process_state()
     if args.device is None and state.device.type != "cpu":
         args.device = str(state.device)
     if not state.is_main_process:
         transformers_logging.set_verbosity_error()
-    model, tokenizer = _load(args)
     options = {name: getattr(args, name) for name in ("few_shot", "num_items", "chat", "max_new_tokens", "window")}
-    task = load_task(args.task, tokenizer, **options)
+    task = load_task(args.task, _load_tokenizer(args), **options)
+    model = _load_model(args)
     ways = make_ways(task)
     for way in ways:  # whatever a twin would refuse is refused now
         if way.config is not None:
@@ -461,7 +473,7 @@ def _tune(args) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     candidate_grid(config, **given)  # a wrong value is told before anything is loaded
     given |= {name: getattr(args, name) for name in ("max_new_tokens", "num_measured", "num_repeats")}
-    model, tokenizer = _load(args)
+    model, tokenizer = _load_model(args), _load_tokenizer(args)
     if args.widen:
         model = widen(model, *args.widen)
     prompts = [_tokenize(text, tokenizer, args.chat) for text in texts]

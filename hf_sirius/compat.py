@@ -1,4 +1,4 @@
-"""What transformers 5.17 needs, and later versions do not; to go with the support for it."""
+"""Where transformers 5.17 and later versions differ; to go with the support for it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from .call import Call
 
 
 IS_5_17 = Version(transformers.__version__) < Version("5.18")
-# The layer of a KV-cache that shares the states of another one, or has none; 5.17 leaves a plain one as it is.
+# The layer of a KV-cache that shares the states of another one, or has none; in 5.17 there is no such layer.
 DummyLayer = getattr(cache_utils, "DummyLayer", ())
 
 

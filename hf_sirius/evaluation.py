@@ -28,6 +28,7 @@ from .twin import SparseTwin
 
 
 RESULTS_NAME = "results"
+_FORMAT = 2  # of the records: a run of another one is not gone on with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +237,7 @@ def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[st
         "device": execution_device(model).type,
         "attention": model.config._attn_implementation,
         "hf_sirius": __version__,
+        "format": _FORMAT,
         **task.description(),
     }
 

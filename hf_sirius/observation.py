@@ -1,4 +1,6 @@
-"""Watching the dense model's MLPs during a forward of this context, for the choice of neurons and for calibration."""
+"""Watching the dense model's MLPs during a forward of this context, for the choice of neurons and for calibration; and
+having a model in evaluation meanwhile.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator

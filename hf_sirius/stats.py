@@ -155,7 +155,7 @@ class GenerationStats:
 
     @property
     def aal_gain(self) -> float | None:
-        """What the branches of trees added to the AAL: AAL over that of the likeliest child of each node alone - 1."""
+        """What the branches of trees added to the AAL: AAL over what it would be without them - 1."""
         return self._full_advance / self._full_likeliest_advance - 1 if self._full_likeliest_advance else None
 
     @property

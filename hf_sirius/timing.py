@@ -132,7 +132,8 @@ def timed_run(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, 
             undo.callback(module.register_forward_pre_hook(note).remove)
         synchronize(device)
         start = time.perf_counter()
-        output_ids = generator(model, twin)(**inputs, **options, do_sample=False, streamer=clock)
+        options |= {"do_sample": False, "streamer": clock, "return_dict_in_generate": False}
+        output_ids = generator(model, twin)(**inputs, **options)
         synchronize(device)
         end = time.perf_counter()
     first_token = clock.times[1]

@@ -138,9 +138,8 @@ class TreeReader:
                     f"a tree cannot be drafted into a KV-cache with a {type(layer).__name__}: use tree_width=1, or the "
                     "default DynamicCache"
                 )
-            if layer.is_initialized:  # nor are such layers in transformers 5.17
-                name = "sliding_attention" if stock.is_sliding else "full_attention"
-                self.contexts[name] = (layer.keys.shape[-2], stock.sliding_window if stock.is_sliding else math.inf)
+            name = "sliding_attention" if stock.is_sliding else "full_attention"
+            self.contexts[name] = (layer.keys.shape[-2], stock.sliding_window if stock.is_sliding else math.inf)
 
     def inputs(self, tree: Tree, first: int, given: dict) -> dict:
         """Returns the inputs of a forward that reads the nodes from `first` on; those before are in the cache.
@@ -192,7 +191,7 @@ def keep_nodes(cache: Cache, num_read: int, kept: torch.Tensor) -> None:
         kept: long [num_kept], which of them to keep.
     """
     for layer in cache.layers:
-        if not layer.is_initialized or isinstance(layer, DummyLayer):
+        if isinstance(layer, DummyLayer):
             continue
         for name in ("keys", "values"):
             states = getattr(layer, name)

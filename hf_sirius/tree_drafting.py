@@ -63,7 +63,7 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
             winner=0,
             num_nodes_drafted=num_drafted,
             num_nodes_verified=0,
-            likeliest_advance_length=0,
+            likeliest_advance_length=1,
         )
         self._is_cut |= not depth
         if depth:
@@ -75,7 +75,10 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
         width, temperature = self.config.tree_width, self.config.temperature
         tree = Tree(input_ids[0, -1].item())
         scores_of: dict[int, tuple[torch.Tensor, ...]] = {0: ()}
-        chain_end: Leaf | None = None  # where the likeliest chain is finished
+        # The last node of the chain that a draft without branches would write; once it is finished, its leaf.
+        chain: int | None = 0
+        chain_end: Leaf | None = None
+        is_doubtful = False  # whether such a draft would have ended in doubt
         unread, first, finished, lengths_before = [0], 0, [], layer_lengths(cache)
         try:
             with (
@@ -94,14 +97,18 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
                         scores = logits[:, i].to(dtype=torch.float32, device=input_ids.device, copy=True)
                         level_scores[leaf] = scores = self.logits_processor(leaf_ids, scores)
                         log_probs = (scores[0] / temperature).log_softmax(dim=-1)
-                        log_probs, token_ids = log_probs.topk(min(width, scores.shape[-1]))
-                        if log_probs[0].exp() >= self.config.branch_cutoff:
-                            log_probs, token_ids = log_probs[:1], token_ids[:1]
-                        is_chain = leaf == tree.likeliest and chain_end is None
-                        for log_prob, token_id in zip(log_probs.tolist(), token_ids.tolist(), strict=True):
+                        # Of equal ones, the token that a draft without branches takes.
+                        likeliest = scores.argmax().item()
+                        token_ids = [likeliest]
+                        if not log_probs[likeliest].exp() >= self.config.branch_cutoff:
+                            others = scores[0].topk(min(width, scores.shape[-1])).indices.tolist()
+                            token_ids = list(dict.fromkeys([likeliest, *others]))[:width]
+                        for token_id, log_prob in zip(token_ids, log_probs[token_ids].tolist(), strict=True):
+                            is_chain = leaf == chain and token_id == likeliest
                             if log_prob > -math.inf:
                                 offers.append((is_chain, tree.log_probs[leaf] + log_prob, leaf, token_id))
-                            is_chain = False  # of its other tokens
+                            elif is_chain:  # nothing is allowed here
+                                offers.append((True, tree.log_probs[leaf], leaf, None))
                     unread, finished, is_sure = [], [], False
                     # The chain that a draft without branches would write always stays, so that no cycle is worse for
                     # its branches.
@@ -109,20 +116,26 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
                     for is_chain, log_prob, leaf, token_id in offers[:width]:
                         if token_id is None:
                             finished.append(Leaf(leaf, log_prob, is_end=True))
-                            chain_end = finished[-1] if is_chain else chain_end
+                            if is_chain:
+                                chain, chain_end = None, finished[-1]
                             continue
                         leaf_ids = self._ids_at(input_ids, tree, leaf)
                         next_ids = torch.cat([leaf_ids, leaf_ids.new_tensor([[token_id]])], dim=-1)
                         if self._would_stop(next_ids, [*scores_of[leaf]], level_scores[leaf]):
                             # As in a draft without branches, this token is the dense model's.
                             finished.append(Leaf(leaf, log_prob, is_end=True))
-                            chain_end = finished[-1] if is_chain else chain_end
+                            if is_chain:
+                                chain, chain_end = None, finished[-1]
                             continue
                         node = tree.add(leaf, token_id, log_prob)
-                        tree.likeliest = node if is_chain else tree.likeliest
                         scores_of[node] = (*scores_of[leaf], level_scores[leaf]) if self._scores is not None else ()
                         unread.append(node)
-                        is_sure |= math.exp(log_prob - tree.log_probs[leaf]) >= self.config.draft_confidence
+                        is_sure_node = math.exp(log_prob - tree.log_probs[leaf]) >= self.config.draft_confidence
+                        is_sure |= is_sure_node
+                        if is_chain:
+                            chain = node
+                            tree.likeliest = tree.likeliest if is_doubtful else node
+                            is_doubtful |= not is_sure_node
                     if not unread or not is_sure:
                         break
         finally:

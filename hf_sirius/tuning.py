@@ -381,8 +381,9 @@ def tune(
             candidates += [dataclasses.replace(candidate, agreement=agreed) for candidate in predicted]
         candidates.sort(key=lambda candidate: candidate.predicted_decode)
         measured: list[Candidate] = []
-        progress.total = progress.n + len(prompts) * num_repeats * min(num_measured, len(candidates))
         while candidates and len(measured) < num_measured:
+            num_left = min(num_measured - len(measured), len(candidates))
+            progress.total = progress.n + len(prompts) * num_repeats * num_left
             candidate = candidates.pop(0)
             measurement = _measure(model, candidate.config, prompts, num_repeats, max_new_tokens, progress)
             # Another kernel size draws the model's own tokens at other places. Where threshold is 1.0 all agree.
@@ -391,7 +392,6 @@ def tune(
             else:
                 name = f"{_name(*_key(candidate.config))}, kernel_size {candidate.config.kernel_size}"
                 left_out[name] = f"only {measurement.agreement:.3f} of the measured outputs' tokens agree"
-                progress.total += len(prompts) * num_repeats if candidates else 0
     return Tuning(
         best=min(measured, key=lambda candidate: candidate.measured.ratio_decode),
         candidates=(*measured, *candidates),

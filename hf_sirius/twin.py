@@ -63,8 +63,7 @@ class SparseTwin:
         self.detach()
 
     def new_call(self) -> Call:
-        """Starts the state of one `generate` call; `stats` speaks of it from now on."""
-        self.stats = GenerationStats(self.sirius_config.kernel_size, total=self.stats.total)
+        """Returns the state of one `generate` call; within it, and after it, `stats` speaks of it."""
         return Call(self)
 
     def train(self, mode: bool = True):

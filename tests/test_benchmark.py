@@ -1,4 +1,4 @@
-"""Widening: a larger model that computes the same."""
+"""Benchmarks: a larger model that computes the same, what memory is counted, and what is refused."""
 
 from unittest import mock
 
@@ -7,7 +7,7 @@ import torch
 from tiny import build_model, make_prompt
 
 from hf_sirius import SiriusConfig
-from hf_sirius.benchmark import bench_offload, bench_tree
+from hf_sirius.benchmark import bench_decode, bench_offload, bench_tree
 from hf_sirius.memory import LiveBytes, PeakMemory
 from hf_sirius.widening import widen
 
@@ -51,6 +51,13 @@ def test_widths_are_checked_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr("hf_sirius.benchmark.wide_reasoner", None)
     with pytest.raises(ValueError, match="tree_width must be in 1 to 16, got 17"):
         bench_tree(SiriusConfig(method="griffin"), tree_widths=(1, 17))
+
+
+def test_outputs_of_one_token_are_refused(monkeypatch):
+    monkeypatch.setattr("hf_sirius.benchmark.wide_reasoner", None)
+    for bench, options in ((bench_decode, {"max_new_tokens": 1}), (bench_offload, {"lengths": (8, 1)})):
+        with pytest.raises(ValueError, match="at least 2 tokens"):
+            bench(SiriusConfig(method="griffin"), **options)
 
 
 def test_a_folder_is_checked_before_a_model_is_made(tmp_path, monkeypatch):

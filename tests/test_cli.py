@@ -178,8 +178,10 @@ def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        (["eval", "--task", "nowhere.txt"], "there is no --task nowhere.txt"),
-        (["eval", "--few_shot", "nowhere.jsonl"], "there is no --few_shot nowhere.jsonl"),
+        (["eval", "--task", "nowhere.txt"], "there is no task 'nowhere.txt'"),
+        (["eval", "--few_shot", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
+        (["eval", "--few_shot", "reasoner"], "No such file or directory: 'reasoner'"),
+        (["eval", "--window", "100"], "window means nothing"),
         (["eval", "--output_dir", "file"], "--output_dir file is a file"),
         (["sweep", "--no_plots", "--densities", "2"], "density must be in (0, 1]"),
         (["sweep", "--no_plots", "--selection", "topk", "--reselect_every", "2"], "options of several methods"),
@@ -187,10 +189,20 @@ def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_
 )
 def test_what_is_wrong_is_told_before_a_model_is_loaded(command, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli, "_load_model", None)
     (tmp_path / "file").touch()
     assert main(command) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["tune", "--max_new_tokens"], ["bench", "decode", "--max_new_tokens"], ["bench", "offload", "--lengths"]],
+)
+def test_an_output_of_one_token_has_nothing_to_time(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "1"])
+    assert "must be a whole number of at least 2, got '1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", ""])

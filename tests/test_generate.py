@@ -215,12 +215,19 @@ def test_synthids_watermark_is_refused(tree_width):
 
 
 @pytest.mark.parametrize(
-    "method", [*METHODS.values(), {"method": "griffin", "draft_dtype": "bfloat16", "draft_scope": "all"}], ids=str
+    "method",
+    [
+        *METHODS.values(),
+        {"method": "griffin", "draft_dtype": "bfloat16", "draft_scope": "all"},
+        {"method": "griffin", "tree_width": 3},
+    ],
+    ids=str,
 )
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("alone", [False, True])
-def test_attentions_are_recorded_once(method, alone):
+def test_attentions_are_recorded_once(method, family, alone):
     """Transformers lays hooks on the modules for it, many of which are the twin's as well."""
-    model = build_model()
+    model = build_model(family)
     model.set_attn_implementation("eager")
     num_layers = model.config.num_hidden_layers
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}

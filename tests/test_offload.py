@@ -509,6 +509,8 @@ def test_a_second_thread_is_told_to_wait(alone, offload):
 
         first = generate(make_prompt(), max_new_tokens=12, logits_processor=[InTheMiddle()])
         assert len(errors) == 1 and (alone or torch.equal(first, dense))
+        # Of the call that ran, not of the one that was refused.
+        assert sparse.stats.draft_density and (alone or sparse.stats.num_cycles)
         assert torch.equal(model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12), dense)
 
 

@@ -261,7 +261,7 @@ def test_bfloat16_drafts_run_past_onednn(dtype, draft_dtype, tree_width):
 
 def test_the_precision_of_float32_products_stays_the_users():
     def precision() -> str:
-        return torch._C._get_fp32_precision_getter("mkldnn", "all")
+        return torch.backends.mkldnn.fp32_precision
 
     with torch.backends.mkldnn.flags(enabled=True, allow_tf32=None, fp32_precision="bf16"):
         before = precision()

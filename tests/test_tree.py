@@ -25,11 +25,12 @@ FIELDS = {"method": "griffin", "density": 0.3, "threshold": 1.0, "kernel_size": 
 
 
 class StopAt(StoppingCriteria):
-    def __init__(self, modulus):
+    def __init__(self, modulus, min_length=21):
         self.modulus = modulus
+        self.min_length = min_length
 
     def __call__(self, input_ids, scores, **kwargs):
-        return (input_ids[:, -1] % self.modulus == 0) & (input_ids.shape[1] > 20)
+        return (input_ids[:, -1] % self.modulus == 0) & (input_ids.shape[1] >= self.min_length)
 
 
 # The output
@@ -223,17 +224,22 @@ def test_branches_win():
     tree_width=st.integers(2, 8),
     kernel_size=st.integers(2, 6),
     stop=st.integers(2, 9),
+    confidence=st.sampled_from([0.0, 0.5]),
+    is_tied=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
-def test_a_tree_has_the_draft_without_branches(seed, threshold, tree_width, kernel_size, stop):
+@settings(max_examples=60, deadline=None)
+def test_a_tree_has_the_draft_without_branches(seed, threshold, tree_width, kernel_size, stop, confidence, is_tied):
     """So that no cycle advances less for its branches, and `aal_gain` is the gain.
 
     With cats, where the leaves of a level share their neurons, the likeliest tokens are others.
     """
     model = shared_model()
     fields = {"method": "griffin", "density": 0.2, "threshold": threshold, "kernel_size": kernel_size}
+    fields |= {"draft_confidence": confidence}
     options = {"do_sample": False, "max_new_tokens": 12}
-    options["stopping_criteria"] = StoppingCriteriaList([StopAt(stop)])
+    options["stopping_criteria"] = StoppingCriteriaList([StopAt(stop, min_length=13)])
+    if is_tied:
+        options["logits_processor"] = [lambda input_ids, scores: (scores / 2).round()]
     with make_sparse(model, **fields, tree_width=tree_width) as tree:
         model.generate(make_prompt(seed=seed), assistant_model=tree, **options)
     for cycle in tree.stats.cycles[:1]:  # the only one whose neurons another call chooses as well
@@ -285,6 +291,22 @@ def test_processors_are_asked_about_drafted_prefixes_alone(threshold):
         with make_sparse(model, **{**FIELDS, "threshold": threshold}, tree_width=width) as sparse:
             output = model.generate(prompt, assistant_model=sparse, **options)
         assert threshold < 1.0 or torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("tree_width", [1, 3])
+@pytest.mark.parametrize("last", [2, 4])
+def test_a_constraint_that_comes_to_its_end(tree_width, last):
+    """It allows no token any more: whatever comes then, the call goes on as the dense one does."""
+    model, prompt = build_model(), make_prompt()
+
+    def none_behind(input_ids, scores):
+        is_over = input_ids.shape[1] >= prompt.shape[1] + last
+        return torch.full_like(scores, -math.inf) if is_over else scores
+
+    options = {"max_new_tokens": 10, "do_sample": False, "logits_processor": [none_behind]}
+    expected = model.generate(prompt, **options)
+    with make_sparse(model, **FIELDS, tree_width=tree_width) as sparse:
+        assert torch.equal(model.generate(prompt, assistant_model=sparse, **options), expected)
 
 
 def test_layers_that_share_states_take_a_tree():

@@ -47,6 +47,12 @@ def test_events_of_a_real_call_are_predicted_from_it(method, kernel_size):
     assert not model._forward_pre_hooks and not twin._forward_pre_hooks
 
 
+def test_a_model_that_returns_dicts_is_timed():
+    model = build_model()
+    model.generation_config.return_dict_in_generate = True
+    assert timing.timed_run(model, None, prompts()[0], max_new_tokens=5).num_tokens == 5
+
+
 def test_parts_add_up_to_the_whole():
     model, moments = shared_model(), itertools.count()
     with (
@@ -327,6 +333,6 @@ def test_command_shows_reasons_as_they_are(capsys, monkeypatch):
     ],
 )
 def test_command_tells_what_is_wrong_before_it_loads_a_model(options, told, capsys, monkeypatch):
-    monkeypatch.setattr("hf_sirius.cli._load", None)
+    monkeypatch.setattr("hf_sirius.cli._load_model", None)
     assert main([*COMMAND, *options]) == 2
     assert told in capsys.readouterr().err
