@@ -136,7 +136,7 @@ def bench_decode(
     with make_sparse(model, config) as sparse:
         _warm_up(model, prompts[0].to(device), sparse)
         figures = _alternate(model, sparse, prompts, num_repeats, max_new_tokens, memory)
-        selection = _time_selection(model, sparse, max(5, num_repeats))
+        selection = _time_selection(model, sparse, max(11, num_repeats))  # a difference of two times is noisy
         return {**_describe(model, sparse, model.device), **figures, "selection": selection}
 
 
