@@ -3,12 +3,9 @@
 import argparse
 import dataclasses
 import functools
-import json
-import logging
 import sys
-from pathlib import Path
 
-from . import __version__
+from . import __version__, commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,9 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_sirius {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
-    commands = parser.add_subparsers(title="commands", required=True)
+    subparsers = parser.add_subparsers(title="commands", required=True)
 
-    demo = commands.add_parser(
+    demo = subparsers.add_parser(
         "demo", help="the embedded reasoner: dense, sparse alone and corrected, with no hub access"
     )
     _add(
@@ -46,28 +43,28 @@ def _parser() -> argparse.ArgumentParser:
         default=40,
         help="unseen problems to solve in each way (default: 40, at most 500)",
     )
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=commands.demo)
 
-    generate = commands.add_parser("generate", help="generate with any causal language model and its sparse twin")
+    generate = subparsers.add_parser("generate", help="generate with any causal language model and its sparse twin")
     _add_generation_options(generate)
     _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
     _add(generate, "--stream", action="store_true", help="print the text as it is verified")
     _add_config_options(generate.add_argument_group("sparsity and correction (SiriusConfig)"))
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=commands.generate)
 
-    report = commands.add_parser("report", help="generate, and show what became of each token: one page of HTML")
+    report = subparsers.add_parser("report", help="generate, and show what became of each token: one page of HTML")
     _add_generation_options(report)
     _add(report, "--output", default="report.html", help="file to write the page to (default: report.html)")
     _add(report, "--json", help="file to write its data to as well")
     _add_config_options(report.add_argument_group("sparsity and correction (SiriusConfig)"))
-    report.set_defaults(run=_report)
+    report.set_defaults(run=commands.report)
 
-    eval_ = commands.add_parser("eval", help="a task: dense, sparse alone and corrected, side by side")
+    eval_ = subparsers.add_parser("eval", help="a task: dense, sparse alone and corrected, side by side")
     _add_task_options(eval_)
     _add_config_options(eval_.add_argument_group("sparsity and correction (SiriusConfig)"))
-    eval_.set_defaults(run=_eval)
+    eval_.set_defaults(run=commands.evaluate)
 
-    sweep = commands.add_parser("sweep", help="a task with many settings: one table, and plots")
+    sweep = subparsers.add_parser("sweep", help="a task with many settings: one table, and plots")
     _add_task_options(sweep)
     grid = sweep.add_argument_group("what varies (every combination is run)")
     _add(grid, "--thresholds", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
@@ -79,26 +76,26 @@ def _parser() -> argparse.ArgumentParser:
     _add(sweep, "--no_plots", action="store_true", help="draw nothing (needs no matplotlib)")
     group = sweep.add_argument_group("what does not vary (SiriusConfig)")
     _add_config_options(group, method="griffin", left_out=("threshold",))
-    sweep.set_defaults(run=_sweep, threshold=None)
+    sweep.set_defaults(run=commands.sweep, threshold=None)
 
-    tune = commands.add_parser("tune", help="find the settings with the least time per token on this machine")
+    tune = subparsers.add_parser("tune", help="find the settings with the least time per token on this machine")
     _add_tune_options(tune)
-    tune.set_defaults(run=_tune)
+    tune.set_defaults(run=commands.tune)
 
-    bench = commands.add_parser("bench", help="time dense and corrected generation in alternation")
+    bench = subparsers.add_parser("bench", help="time dense and corrected generation in alternation")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True)
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
     _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
-    decode.set_defaults(run=_bench_decode)
+    decode.set_defaults(run=commands.bench_decode)
     offload = benchmarks.add_parser("offload", help="the same model with its weights on disk, and a resident draft")
     _add(offload, "--lengths", type=_over_one, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
     _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")
-    offload.set_defaults(run=_bench_offload)
+    offload.set_defaults(run=commands.bench_offload)
     tree = benchmarks.add_parser("tree", help="memory that a cycle takes after a long prompt, by tree width")
     _add(tree, "--tree_widths", type=_positive, nargs="+", default=[1, 2, 4, 8, 16])
     _add(tree, "--context_length", type=_positive, default=4000, help="tokens of the prompt (default: 4000)")
     _add(tree, "--max_new_tokens", type=_positive, default=100, help="length of the outputs (default: 100)")
-    tree.set_defaults(run=_bench_tree)
+    tree.set_defaults(run=commands.bench_tree)
     for parser_, num_problems in ((decode, 3), (offload, 1)):
         _add(parser_, "--hidden_factor", type=_positive, default=9, help="times its hidden size (default: 9)")
         _add(parser_, "--neuron_factor", type=_positive, default=16, help="times its neurons (default: 16)")
@@ -224,318 +221,6 @@ def _at_least(minimum: int, text: str) -> int:
 
 _positive = functools.partial(_at_least, 1)
 _over_one = functools.partial(_at_least, 2)  # tokens of which some are behind the first one
-
-
-def _demo(args) -> None:
-    from rich.console import Console
-
-    from .demo import run_demo
-
-    run_demo(Console(), args.num_problems)
-
-
-def _sirius_config(args):
-    from .calibration import Calibration
-    from .config import SiriusConfig
-
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SiriusConfig)}
-    fields = {name: value for name, value in fields.items() if value is not None}
-    if "calibration" in fields:
-        fields["calibration"] = Calibration.from_pretrained(fields["calibration"])
-    config = SiriusConfig.from_pretrained(args.config) if args.config else SiriusConfig()
-    return config.with_method(fields.pop("method", config.method), **fields)
-
-
-def _choose_method(args) -> None:
-    """Names the method, where the options do not: the one that options of its own are given for, or griffin."""
-    from .config import OWN_FIELDS
-
-    if args.method:
-        return
-    owners = [method for method, names in OWN_FIELDS.items() if any(getattr(args, name) is not None for name in names)]
-    if len(owners) > 1:
-        raise ValueError(f"options of several methods ({', '.join(owners)}) were given: give those of one")
-    if owners:
-        args.method = owners[0]
-    elif not args.config:
-        args.method = "griffin"  # cats saves no time yet
-
-
-def _load_tokenizer(args):
-    """Returns the tokenizer of the model that the options name."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(_model_path(args))
-
-
-def _load_model(args):
-    """Returns the model that the options name."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    path = _model_path(args)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
-    dtype = getattr(torch, args.dtype, None)
-    if args.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"--dtype must be auto, float32, bfloat16, float16 or float64, got {args.dtype}")
-    if args.quantization is None:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
-    from transformers import BitsAndBytesConfig
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each 8-bit product tells that it casts
-    is_4bit = args.quantization == "4bit"
-    settings = BitsAndBytesConfig(load_in_4bit=is_4bit, load_in_8bit=not is_4bit, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=args.dtype, quantization_config=settings, device_map={"": device}
-    )
-    return model.eval()
-
-
-def _model_path(args) -> str:
-    from .reasoner import reasoner_path
-
-    return reasoner_path() if args.model == "reasoner" else args.model
-
-
-def _check_device(device: str) -> None:
-    """Raises `ValueError` if nothing can be put on a device."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used ({error}): name another one, such as cpu") from error
-
-
-def _read_prompt(args, tokenizer):
-    """Returns what the tokenizer makes of the prompt that the options name."""
-    return _tokenize(sys.stdin.read() if args.prompt == "-" else args.prompt, tokenizer, args.chat)
-
-
-def _tokenize(prompt: str, tokenizer, chat: bool):
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-
-
-def _generate(args) -> None:
-    config = _sirius_config(args)  # a wrong value is told before anything is loaded
-
-    from transformers import TextStreamer, set_seed
-
-    from .assistant import make_sparse
-
-    model, tokenizer = _load_model(args), _load_tokenizer(args)
-    inputs = _read_prompt(args, tokenizer).to(model.device)
-    set_seed(args.seed)
-    with make_sparse(model, config) as twin:
-        output = model.generate(
-            **inputs,
-            assistant_model=twin,
-            max_new_tokens=args.max_new_tokens,
-            do_sample=args.do_sample,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None,
-        )
-        if not args.stream:
-            print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-        if args.stats:
-            print(twin.stats, file=sys.stderr)
-
-
-def _report(args) -> None:
-    config = _sirius_config(args)
-    for name in ("output", "json"):
-        _check_file(f"--{name}", getattr(args, name))
-
-    from transformers import set_seed
-
-    from .assistant import make_sparse
-    from .report import write_report
-    from .tracing import trace
-
-    model, tokenizer = _load_model(args), _load_tokenizer(args)
-    inputs = _read_prompt(args, tokenizer)
-    set_seed(args.seed)
-    with make_sparse(model, config) as twin:
-        traced = trace(twin, tokenizer, inputs, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample)
-    write_report(traced, args.output)
-    if args.json:
-        Path(args.json).write_text(json.dumps(traced.to_dict(), indent=2) + "\n", encoding="utf-8")
-    print(f"Written: {', '.join(filter(None, (args.output, args.json)))}")
-
-
-def _check_file(option: str, path: str | None) -> None:
-    """Raises `ValueError` if no file can be written to a path; all is well without one."""
-    if path and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"the directory of {option} {path} does not exist: make it first")
-    if path and Path(path).is_dir():
-        raise ValueError(f"{option} {path} is a directory: name a file in it")
-
-
-def _eval(args) -> None:
-    from .evaluation import standard_ways
-    from .tasks import TextTask
-
-    ways = standard_ways(_sirius_config(args))  # a wrong value is told before anything is loaded
-
-    def ways_of(task):
-        # Of plain text nothing is corrected: it tells what the full model would accept.
-        return ways[: 2 if isinstance(task, TextTask) else 3]
-
-    _run_task(args, ways_of)
-
-
-def _sweep(args) -> None:
-    from .sweep import check_plots, plot_sweep, sweep_ways
-    from .tasks import TextTask
-
-    _choose_method(args)
-    if args.no_plots and args.plot:
-        raise ValueError("--plot names a file to draw to, but --no_plots was given too: leave one out")
-    if not args.no_plots:
-        check_plots(args.plot)
-    _check_file("--plot", args.plot)
-
-    names = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size"}
-    names |= {"thresholds": "threshold", "tree_widths": "tree_width"}
-    swept = sweep_ways(_sirius_config(args), {field: getattr(args, name) for name, field in names.items()})
-
-    def ways(task):
-        if isinstance(task, TextTask):
-            raise ValueError(f"a sweep wants problems with answers, and {task.name} is plain text: use hf-sirius eval")
-        return swept
-
-    results, directory, is_first = _run_task(args, ways)
-    if is_first and not args.no_plots:
-        path = args.plot or directory / "sweep.png"
-        plot_sweep(results, path)
-        print(f"Plots: {path}")
-
-
-def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
-    """Runs the task that the options name; returns its results, where they are, and whether this is the first process.
-
-    Args:
-        make_ways: from the task to the ways to run.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    from .assistant import make_sparse
-    from .evaluation import default_directory, describe_run, process_state, run_task
-    from .tables import show_results
-    from .tasks import load_task
-
-    if args.output_dir and Path(args.output_dir).is_file():
-        raise ValueError(f"--output_dir {args.output_dir} is a file: name a directory")
-    state = process_state()
-    if args.device is None and state.device.type != "cpu":
-        args.device = str(state.device)
-    if not state.is_main_process:
-        transformers_logging.set_verbosity_error()
-    options = {name: getattr(args, name) for name in ("few_shot", "num_items", "chat", "max_new_tokens", "window")}
-    task = load_task(args.task, _load_tokenizer(args), **options)
-    model = _load_model(args)
-    ways = make_ways(task)
-    for way in ways:  # whatever a twin would refuse is refused now
-        if way.config is not None:
-            make_sparse(model, way.config).detach()
-    name = args.model.rstrip("/")
-    directory = Path(args.output_dir or default_directory(describe_run(model, name, task), ways))
-    results = run_task(model, task, ways, directory, name, show_progress=True)
-    if state.is_main_process:
-        show_results(results, task.columns)
-        print(f"Written: {directory / 'results.json'}, results.csv, and every record")
-    return results, directory, state.is_main_process
-
-
-def _tune(args) -> None:
-    _choose_method(args)
-    config = _sirius_config(args)
-    _check_file("--json", args.json)
-    _check_directory("--output", args.output)
-    if args.model != "reasoner" and args.widen:
-        raise ValueError(f"--widen is for --model reasoner alone, got {args.model}: leave it out")
-    if args.quantization and args.widen:
-        raise ValueError("--widen repeats weights that are not quantized: leave --quantization or --widen out")
-    if args.model != "reasoner" and not args.prompts:
-        raise ValueError(f"{args.model} needs --prompts, a file; only the reasoner comes with its own")
-
-    from .problems import long_prompts, read_prompts
-    from .tables import show_tuning
-    from .timing import describe_machine
-    from .tuning import candidate_grid, tune
-    from .widening import widen
-
-    texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts(args.chat))[: args.num_prompts]
-    names = ("methods", "densities", "kernel_sizes", "agreement", "thresholds")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    candidate_grid(config, **given)  # a wrong value is told before anything is loaded
-    given |= {name: getattr(args, name) for name in ("max_new_tokens", "num_measured", "num_repeats")}
-    model, tokenizer = _load_model(args), _load_tokenizer(args)
-    if args.widen:
-        model = widen(model, *args.widen)
-    prompts = [_tokenize(text, tokenizer, args.chat) for text in texts]
-    tuning = tune(model, prompts, config, **given, show_progress=True)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    machine = describe_machine(str(model.device))
-    dtype = str(model.dtype).removeprefix("torch.")
-    show_tuning(tuning, f"{args.model}, {num_parameters / 1e6:.0f} M parameters in {dtype}, on {machine['device']}")
-    if args.output:
-        tuning.config.save_pretrained(args.output)
-        print(f"Written: {Path(args.output) / 'sirius_config.json'}")
-    if args.json:
-        figures = {"machine": machine, "num_parameters": num_parameters, "dtype": dtype, **tuning.as_dict()}
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_directory(option: str, path: str | None) -> None:
-    """Raises `ValueError` if no directory can be made at a path; all is well without one."""
-    if path and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"the directory in which {option} {path} would be made does not exist: make it first")
-    if path and Path(path).is_file():
-        raise ValueError(f"{option} {path} is a file: name a directory")
-
-
-def _bench_decode(args) -> None:
-    from .tables import decode_lines
-
-    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "max_new_tokens", "device")
-    _bench(args, "bench_decode", names, decode_lines)
-
-
-def _bench_offload(args) -> None:
-    from .tables import offload_lines
-
-    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "lengths", "device", "folder")
-    _bench(args, "bench_offload", names, offload_lines)
-
-
-def _bench_tree(args) -> None:
-    from .tables import tree_lines
-
-    _bench(args, "bench_tree", ("tree_widths", "context_length", "max_new_tokens", "device"), tree_lines)
-
-
-def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
-    _choose_method(args)
-    config = _sirius_config(args)
-    _check_file("--json", args.json)
-    _check_device(args.device)
-
-    import torch
-
-    from . import benchmark
-
-    bench = getattr(benchmark, function_name)
-    figures = bench(config, dtype=getattr(torch, args.dtype), **{name: getattr(args, name) for name in names})
-    text = json.dumps(figures, indent=2)
-    if args.json:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-        print("\n".join(summary(figures)))
-    else:
-        print(text)
 
 
 if __name__ == "__main__":

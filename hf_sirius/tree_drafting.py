@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from transformers import Cache, LogitsProcessorList
@@ -14,6 +15,22 @@ from .drafting import SiriusCandidateGenerator
 from .stats import Branches
 from .tree import Leaf, Tree, TreeReader, best_path, keep_nodes, keep_rows
 from .verification import is_accepted
+
+
+class _Offer(NamedTuple):
+    """How a continuation may go on, if it is among the likeliest of its level.
+
+    Attributes:
+        is_chain: whether this is what a draft without branches would write.
+        log_prob: the draft's log-probability of the continuation, the token included.
+        leaf: the node behind which it goes on.
+        token_id: the token; `None` where the continuation is finished.
+    """
+
+    is_chain: bool
+    log_prob: float
+    leaf: int
+    token_id: int | None
 
 
 class TreeCandidateGenerator(SiriusCandidateGenerator):
@@ -72,14 +89,13 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
 
     def _grow(self, input_ids, num_levels, cache, reader, given) -> Tree:
         """Returns the drafted tree, the nodes that lead nowhere included."""
-        width, temperature = self.config.tree_width, self.config.temperature
+        width = self.config.tree_width
         tree = Tree(input_ids[0, -1].item())
         scores_of: dict[int, tuple[torch.Tensor, ...]] = {0: ()}
-        # The last node of the chain that a draft without branches would write; once it is finished, its leaf.
-        chain: int | None = 0
-        chain_end: Leaf | None = None
+        chain: int | None = 0  # the last node of what a draft without branches would write, until that is finished
         is_doubtful = False  # whether such a draft would have ended in doubt
-        unread, first, finished, lengths_before = [0], 0, [], layer_lengths(cache)
+        finished: list[_Offer] = []
+        unread, first, lengths_before = [0], 0, layer_lengths(cache)
         try:
             with (
                 self.call.method.drafting(),
@@ -90,59 +106,61 @@ class TreeCandidateGenerator(SiriusCandidateGenerator):
                     inputs = reader.inputs(tree, first, {**given, "past_key_values": cache})
                     logits = self._forward_twin(inputs).logits
                     first = len(tree)
-                    offers = [(leaf is chain_end, leaf.log_prob, leaf.node, None) for leaf in finished]
-                    level_scores = {}
+                    offers, level_scores = list(finished), {}
                     for i, leaf in enumerate(unread):
-                        leaf_ids = self._ids_at(input_ids, tree, leaf)
                         scores = logits[:, i].to(dtype=torch.float32, device=input_ids.device, copy=True)
-                        level_scores[leaf] = scores = self.logits_processor(leaf_ids, scores)
-                        log_probs = (scores[0] / temperature).log_softmax(dim=-1)
-                        # Of equal ones, the token that a draft without branches takes.
-                        likeliest = scores.argmax().item()
-                        token_ids = [likeliest]
-                        if not log_probs[likeliest].exp() >= self.config.branch_cutoff:
-                            others = scores[0].topk(min(width, scores.shape[-1])).indices.tolist()
-                            token_ids = list(dict.fromkeys([likeliest, *others]))[:width]
-                        for token_id, log_prob in zip(token_ids, log_probs[token_ids].tolist(), strict=True):
-                            is_chain = leaf == chain and token_id == likeliest
-                            if log_prob > -math.inf:
-                                offers.append((is_chain, tree.log_probs[leaf] + log_prob, leaf, token_id))
-                            elif is_chain:  # nothing is allowed here
-                                offers.append((True, tree.log_probs[leaf], leaf, None))
+                        scores = self.logits_processor(self._ids_at(input_ids, tree, leaf), scores)
+                        level_scores[leaf] = scores
+                        offers += self._offers(leaf, tree.log_probs[leaf], scores[0], is_chain=leaf == chain)
                     unread, finished, is_sure = [], [], False
-                    # The chain that a draft without branches would write always stays, so that no cycle is worse for
-                    # its branches.
-                    offers.sort(key=lambda offer: (-offer[0], -offer[1]))
-                    for is_chain, log_prob, leaf, token_id in offers[:width]:
+                    # The chain always stays, so that no cycle is worse for its branches.
+                    offers.sort(key=lambda offer: (-offer.is_chain, -offer.log_prob))
+                    for offer in offers[:width]:
+                        leaf, token_id = offer.leaf, offer.token_id
+                        if token_id is not None:
+                            leaf_ids = self._ids_at(input_ids, tree, leaf)
+                            next_ids = torch.cat([leaf_ids, leaf_ids.new_tensor([[token_id]])], dim=-1)
+                            if self._would_stop(next_ids, [*scores_of[leaf]], level_scores[leaf]):
+                                token_id = None  # as in a draft without branches, it is the dense model's
                         if token_id is None:
-                            finished.append(Leaf(leaf, log_prob, is_end=True))
-                            if is_chain:
-                                chain, chain_end = None, finished[-1]
+                            finished.append(offer._replace(token_id=None))
+                            chain = None if offer.is_chain else chain
                             continue
-                        leaf_ids = self._ids_at(input_ids, tree, leaf)
-                        next_ids = torch.cat([leaf_ids, leaf_ids.new_tensor([[token_id]])], dim=-1)
-                        if self._would_stop(next_ids, [*scores_of[leaf]], level_scores[leaf]):
-                            # As in a draft without branches, this token is the dense model's.
-                            finished.append(Leaf(leaf, log_prob, is_end=True))
-                            if is_chain:
-                                chain, chain_end = None, finished[-1]
-                            continue
-                        node = tree.add(leaf, token_id, log_prob)
+                        node = tree.add(leaf, token_id, offer.log_prob)
                         scores_of[node] = (*scores_of[leaf], level_scores[leaf]) if self._scores is not None else ()
                         unread.append(node)
-                        is_sure_node = math.exp(log_prob - tree.log_probs[leaf]) >= self.config.draft_confidence
-                        is_sure |= is_sure_node
-                        if is_chain:
+                        is_likely = math.exp(offer.log_prob - tree.log_probs[leaf]) >= self.config.draft_confidence
+                        is_sure |= is_likely
+                        if offer.is_chain:
                             chain = node
                             tree.likeliest = tree.likeliest if is_doubtful else node
-                            is_doubtful |= not is_sure_node
+                            is_doubtful |= not is_likely
                     if not unread or not is_sure:
                         break
         finally:
             roll_back(cache, lengths_before, first)
-        leaves = [*finished, *(Leaf(node, tree.log_probs[node], is_end=False) for node in unread)]
+        leaves = [Leaf(offer.leaf, offer.log_prob, is_end=True) for offer in finished]
+        leaves += [Leaf(node, tree.log_probs[node], is_end=False) for node in unread]
         tree.leaves = sorted(leaves, key=lambda leaf: -leaf.log_prob)
         return tree
+
+    def _offers(self, leaf: int, leaf_log_prob: float, scores: torch.Tensor, is_chain: bool) -> list[_Offer]:
+        """Returns the likeliest tokens behind a leaf; scores is float32 [vocab_size], processed."""
+        likeliest = scores.argmax().item()  # of equal ones, the token that a draft without branches takes
+        log_probs = (scores / self.config.temperature).log_softmax(dim=-1)
+        token_ids = [likeliest]
+        if not log_probs[likeliest].exp() >= self.config.branch_cutoff:
+            width = self.config.tree_width
+            others = scores.topk(min(width, len(scores))).indices.tolist()
+            token_ids = list(dict.fromkeys([likeliest, *others]))[:width]
+        offers = [
+            _Offer(is_chain and token_id == likeliest, leaf_log_prob + log_prob, leaf, token_id)
+            for token_id, log_prob in zip(token_ids, log_probs[token_ids].tolist(), strict=True)
+            if log_prob > -math.inf
+        ]
+        if is_chain and not any(offer.is_chain for offer in offers):  # no token is allowed here
+            offers.append(_Offer(True, leaf_log_prob, leaf, None))
+        return offers
 
     @contextlib.contextmanager
     def _verifying(self, tree: Tree, reader: TreeReader, cache: Cache, candidate_ids: torch.LongTensor):

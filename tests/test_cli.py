@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from hf_sirius import SiriusConfig, cli, reasoner_problems
+from hf_sirius import SiriusConfig, cli, commands, options, reasoner_problems
 from hf_sirius.cli import main
 from hf_sirius.problems import final_answer, problem_prompt
 
@@ -170,8 +170,8 @@ def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_
     SiriusConfig(method="cats", selection="topk").save_pretrained("cats")
     args = cli._parser().parse_args(command)
     if command[0] != "generate":
-        cli._choose_method(args)
-    config = cli._sirius_config(args)
+        options.choose_method(args)
+    config = options.sirius_config(args)
     assert config.method == method and config.draft_dtype == args.draft_dtype
 
 
@@ -189,7 +189,7 @@ def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_
 )
 def test_what_is_wrong_is_told_before_a_model_is_loaded(command, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load_model", None)
+    monkeypatch.setattr(commands, "load_model", None)
     (tmp_path / "file").touch()
     assert main(command) == 2
     assert told in capsys.readouterr().err

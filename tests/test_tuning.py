@@ -333,6 +333,6 @@ def test_command_shows_reasons_as_they_are(capsys, monkeypatch):
     ],
 )
 def test_command_tells_what_is_wrong_before_it_loads_a_model(options, told, capsys, monkeypatch):
-    monkeypatch.setattr("hf_sirius.cli._load_model", None)
+    monkeypatch.setattr("hf_sirius.commands.load_model", None)
     assert main([*COMMAND, *options]) == 2
     assert told in capsys.readouterr().err
