@@ -37,7 +37,7 @@ class Call(contextlib.AbstractContextManager):
         self.twin = twin
         self.config = twin.sirius_config
         self.model = twin.dense_model
-        self.method = method_class(self.config.method)(self.config, twin.sites, twin.others)
+        self.method = method_class(self.config.method)(self.config, twin.sites)
         self.stats = GenerationStats(self.config.kernel_size, total=twin.stats.total)
         self.stopping_criteria: StoppingCriteriaList | None = None
         self.is_verifying = False
@@ -50,13 +50,15 @@ class Call(contextlib.AbstractContextManager):
         return _current.get()
 
     def __enter__(self) -> "Call":
-        if is_offloaded(self.model):
+        if offloaded := is_offloaded(self.model):
             if not self.twin.is_offloaded:
                 raise ValueError(
                     f"{type(self.model).__name__} was offloaded after make_sparse, whose twin knows nothing of it: "
                     "detach this one, and call make_sparse again"
                 )
             check_offload(self.model)
+        self.method.held.update(self.twin.casts.current())
+        if offloaded:
             self.undo.enter_context(running(self.model))
         self.twin.stats = self.stats  # not before this call is sure to run
         self._token = _current.set(self)

@@ -4,6 +4,7 @@ modules.
 
 import functools
 import types
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -11,13 +12,14 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .call import Call
+from .casts import Casts
 from .config import SiriusConfig
 from .mlp import MlpSite
 from .residency import find_held
 from .sparsity import method_class
 from .sparsity.base import TwinModule
 from .stats import GenerationStats
-from .streaming import is_offloaded, own_forward
+from .streaming import is_offloaded, own_forward, streaming_hook
 
 
 _CAPTURED = ("output_attentions", "output_hidden_states")
@@ -42,6 +44,7 @@ class SparseTwin:
     stats: GenerationStats
     sites: list[MlpSite]
     others: list[nn.Module]  # those outside the MLPs of which a draft holds copies
+    casts: Casts  # the copies of those that are in memory
     is_offloaded: bool  # whether accelerate streams weights of the dense model
 
     @property
@@ -72,8 +75,13 @@ class SparseTwin:
         self._follow_mode()
         return self
 
+    def _pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Yields each module of the twin's own, itself included, with the dense model's that it stands for."""
+        yield self, self.dense_model
+        yield from self.__dict__["_copies"]
+
     def _follow_mode(self) -> None:
-        for copied, original in self.__dict__["_copies"]:
+        for copied, original in self._pairs():
             copied.training = original.training
 
     def __call__(self, *args, **kwargs):
@@ -91,7 +99,7 @@ class SparseTwin:
         models = [module for module in self.dense_model.modules() if isinstance(module, PreTrainedModel)]
         if not any(getattr(module, _IS_HOOKED, False) for module in models):
             maybe_install_capturing_hooks(self.dense_model)
-        for copied, original in self.__dict__["_copies"]:
+        for copied, original in self._pairs():
             if not isinstance(copied, type(original)):  # a part in its owner's place
                 continue
             for key, hook in original._forward_hooks.items():
@@ -162,32 +170,35 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         replacements.setdefault(id(owner), {})[name] = TwinModule(getattr(owner, name))
     owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}
-
-    def leads_to_replacement(module: nn.Module) -> bool:
-        return any(id(submodule) in replacements for submodule in module.modules())
-
-    def copied(module: nn.Module) -> nn.Module:
-        if id(module) in copies or not leads_to_replacement(module):
-            return copies.get(id(module), module)
-        copies[id(module)] = twin = _shallow_copy(module)
-        twin._modules = {name: child and copied(child) for name, child in module._modules.items()}
-        for name, replacement in replacements.get(id(module), {}).items():
-            twin.__dict__.pop(name, None)  # an activation may be a plain function
-            twin._modules[name] = replacement
-        return twin
-
-    twin = copied(model)
+    twin = _copied(model, replacements, copies)
     twin.__class__ = _twin_class(type(model))
     # Not submodules of the twin.
     twin.__dict__["_dense_model"] = model
-    pairs = [(copies[id(module)], module) for module in model.modules() if id(module) in copies]
+    # Without the twin itself, which would make a cycle: its casts are to be freed at once, and not when the garbage
+    # collector comes.
+    pairs = [(copies[id(module)], module) for module in model.modules() if id(module) in copies and module is not model]
     pairs += [(new, owners[owner_id]) for owner_id, parts in replacements.items() for new in parts.values()]
     twin.__dict__["_copies"] = pairs
     twin.sirius_config = config
     twin.sites = sites
     twin.others = [getattr(owner, name) for owner, name in others]
+    twin.casts = Casts((module for module in twin.others if streaming_hook(module) is None), config.draft_dtype)
     twin.is_offloaded = is_offloaded(model)
     twin.stats = GenerationStats(config.kernel_size, total=GenerationStats(config.kernel_size))
+    return twin
+
+
+def _copied(
+    module: nn.Module, replacements: Mapping[int, dict[str, nn.Module]], copies: dict[int, nn.Module]
+) -> nn.Module:
+    """Returns the module with replacements, by the id of their owner, somewhere in it; itself where there are none."""
+    if id(module) in copies or not any(id(submodule) in replacements for submodule in module.modules()):
+        return copies.get(id(module), module)
+    copies[id(module)] = twin = _shallow_copy(module)
+    twin._modules = {name: child and _copied(child, replacements, copies) for name, child in module._modules.items()}
+    for name, replacement in replacements.get(id(module), {}).items():
+        twin.__dict__.pop(name, None)  # an activation may be a plain function
+        twin._modules[name] = replacement
     return twin
 
 

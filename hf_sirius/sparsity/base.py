@@ -7,7 +7,7 @@ compute densely. So two calls on one twin, in two threads, do not mix.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import ClassVar
 
@@ -35,18 +35,16 @@ class SparsityMethod(ABC):
     Args:
         config: the settings of the twin.
         sites: the MLPs of the dense model.
-        others: its modules outside the MLPs of which the draft has copies of its own.
 
     Attributes:
-        held: what the draft has in place of modules of the dense model. It is freed with the call.
+        held: what the draft has in place of modules of the dense model. The call lets go of it at its end.
     """
 
     observed: ClassVar[Observed]  # what `observe` is given
 
-    def __init__(self, config: SiriusConfig, sites: list[MlpSite], others: Sequence[nn.Module] = ()):
+    def __init__(self, config: SiriusConfig, sites: list[MlpSite]):
         self.config = config
         self.sites = sites
-        self.others = others
         self.held: dict[nn.Module, nn.Module] = {}
 
     @classmethod

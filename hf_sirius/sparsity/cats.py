@@ -17,8 +17,8 @@ class Cats(SparsityMethod):
 
     observed = "activation"
 
-    def __init__(self, config, sites, others=()):
-        super().__init__(config, sites, others)
+    def __init__(self, config, sites):
+        super().__init__(config, sites)
         self.thresholds: list[float | torch.Tensor] = []
         if config.calibration is not None:
             self.thresholds = config.calibration.thresholds(config.density)

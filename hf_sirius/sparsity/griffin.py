@@ -22,8 +22,8 @@ class Griffin(SparsityMethod):
 
     observed = "neurons"
 
-    def __init__(self, config, sites, others=()):
-        super().__init__(config, sites, others)
+    def __init__(self, config, sites):
+        super().__init__(config, sites)
         self._statistics: list[torch.Tensor | None] = [None] * len(sites)
         self.neuron_indices: list[torch.Tensor | None] = [None] * len(sites)
 
@@ -54,9 +54,6 @@ class Griffin(SparsityMethod):
             for part in site.parts:
                 if not part.weight.is_meta:  # else it was gathered while it was loaded
                     self.gather(site, part, part)
-        for module in self.others:
-            if module not in self.held and not any(p.is_meta for p in module.parameters()):
-                self.hold(module, module)
 
     @contextlib.contextmanager
     def drafting(self):
@@ -95,7 +92,7 @@ class Griffin(SparsityMethod):
 
     @torch.no_grad()
     def hold(self, module: nn.Module, loaded: nn.Module) -> None:
-        """Takes a module outside the MLPs, cast if `draft_scope` says so; `loaded` as in `gather`."""
+        """Takes an offloaded module outside the MLPs, cast if `draft_scope` says so; `loaded` as in `gather`."""
         is_cast = self.config.draft_scope == "all" and isinstance(module, PROJECTIONS)
         if is_cast and changes(module, self.config.draft_dtype):
             loaded = draft_linear(loaded, self.config.draft_dtype, compute_dtype=module.weight.dtype)
