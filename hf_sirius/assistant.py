@@ -99,7 +99,6 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     twin = build_twin(model, config, sites)
     for name in _OVERLAYS:
         twin.__dict__.pop(name, None)  # bound to the dense model
-    twin.casts.current()  # now, and not in the first call
     _attach(twin)
     return twin
 
@@ -137,7 +136,7 @@ def _attach(twin: SparseTwin) -> None:
 
 def detach(twin: SparseTwin) -> None:
     """Takes the bond between a twin and its dense model back; the last twin's end puts the instance back as it was."""
-    twin.casts.clear()
+    twin.kept.clear()
     model = twin.dense_model
     twins = _attached.get(model, weakref.WeakSet())
     twins.discard(twin)

@@ -57,9 +57,12 @@ class Call(contextlib.AbstractContextManager):
                     "detach this one, and call make_sparse again"
                 )
             check_offload(self.model)
-        self.method.held.update(self.twin.casts.current())
-        if offloaded:
-            self.undo.enter_context(running(self.model))
+        with contextlib.ExitStack() as undo:
+            self.method.held.update(self.twin.kept.casts())
+            self.method.memory = undo.enter_context(self.twin.kept.memory())
+            if offloaded:
+                undo.enter_context(running(self.model))
+            self.undo.push(undo.pop_all())
         self.twin.stats = self.stats  # not before this call is sure to run
         self._token = _current.set(self)
         return self
@@ -70,6 +73,7 @@ class Call(contextlib.AbstractContextManager):
         if (draft_density := self.method.draft_density(self.model)) is not None:
             self.stats.record_draft_density(draft_density)
         self.method.held.clear()
+        self.method.memory.clear()
 
     @contextlib.contextmanager
     def observing(self, attention_mask: torch.Tensor | None, takes_weights: bool = True) -> Iterator[None]:

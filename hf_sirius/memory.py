@@ -28,7 +28,7 @@ class PeakMemory:
         if device.type == "cuda":
             self._before = torch.cuda.memory_allocated(device)
         elif self.is_known:
-            self._before = _process_memory("VmRSS")
+            self._before = process_memory("VmRSS")
 
     def restart(self) -> None:
         """Has the peak count from here on."""
@@ -43,10 +43,10 @@ class PeakMemory:
         """Returns the peak less what was there at first, in bytes, or `None` where that is not known."""
         if self.device.type == "cuda":
             return max(0, torch.cuda.max_memory_allocated(self.device) - self._before)
-        return max(0, _process_memory("VmHWM") - self._before) if self.is_known else None
+        return max(0, process_memory("VmHWM") - self._before) if self.is_known else None
 
 
-def _process_memory(name: str) -> int:
+def process_memory(name: str) -> int:
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -23,7 +23,7 @@ _INT8_COLUMNS = 8  # integer products want their rows in whole words
 # The dtype in which weights are gathered before they are quantized.
 _GATHERED_AS = {"int8": torch.float16, "nf4": torch.bfloat16}
 _CHUNK = 2**20  # elements that are gathered at a time
-_OWN_MEMORY = 2**20  # bytes from which a tensor is worth a mapping of its own
+OWN_MEMORY = 2**20  # bytes from which a tensor is worth a mapping of its own
 
 
 class DraftLinear(nn.Module):
@@ -86,6 +86,7 @@ def draft_linear(
     rows: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    memory: torch.Tensor | None = None,
 ) -> DraftLinear:
     """Returns a projection with some of its rows or columns, cast or quantized.
 
@@ -95,15 +96,17 @@ def draft_linear(
         rows: long [num_rows], the outputs to keep, all by default.
         columns: long [num_columns], the inputs to keep, all by default.
         compute_dtype: the model's dtype, in which 4-bit layers compute; by default that of the weight.
+        memory: uint8 [num_bytes], where the weight goes if it fits and is to be on this device; by default new memory.
     """
     bias = projection.bias
     if bias is not None:
         bias = bias.detach() if rows is None else bias.detach().index_select(0, rows.to(bias.device))
     if is_8bit(projection) and draft_dtype in (None, "int8"):
-        values, scales = _int8_state(projection)
-        values = values if rows is None else values.index_select(0, rows.to(values.device))
-        values = values if columns is None else values.index_select(1, columns.to(values.device))
+        source, scales = _int8_state(projection)
         scales = scales if rows is None else scales.index_select(0, rows.to(scales.device))
+        values = _int8_values(source, rows, columns, memory)
+        for place, piece in _pieces(source, rows, columns):
+            values[place, : piece.shape[1]] = piece
         return _int8_linear(values, scales, bias, projection.state.threshold)
     quantized_as = draft_dtype
     if draft_dtype is None and is_4bit(projection):
@@ -111,15 +114,15 @@ def draft_linear(
     source = dense_weight(projection)
     if quantized_as in (None, "bfloat16", "float16"):
         dtype = getattr(torch, quantized_as) if quantized_as else source.dtype
-        linear = _linear(_select(source, rows, columns, dtype), bias if bias is None else bias.to(dtype))
+        linear = _linear(_select(source, rows, columns, dtype, memory), bias if bias is None else bias.to(dtype))
         return DraftLinear(linear, dtype, linear.out_features)
     if quantized_as == "int8":
-        return _quantized_to_8bit(source, rows, columns, bias)
+        return _quantized_to_8bit(source, rows, columns, bias, memory)
     if compute_dtype is None or not compute_dtype.is_floating_point:
         compute_dtype = source.dtype
     if compute_dtype == torch.float64:
         compute_dtype = torch.float32
-    return _quantized_to_4bit(source, rows, columns, bias, quantized_as, compute_dtype)
+    return _quantized_to_4bit(source, rows, columns, bias, quantized_as, compute_dtype, memory)
 
 
 def changes(projection: nn.Module, draft_dtype: str | None) -> bool:
@@ -250,23 +253,42 @@ def _shape(weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tenso
 
 
 def _select(
-    weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, dtype: torch.dtype
+    weight: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    dtype: torch.dtype,
+    memory: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    selected = _empty(*_shape(weight, rows, columns), dtype, weight.device)
+    selected = _empty(*_shape(weight, rows, columns), dtype, weight.device, memory)
     for place, piece in _pieces(weight, rows, columns):
         selected[place].copy_(piece)
     return selected
 
 
-def _empty(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns `torch.empty`; on a CPU in memory of its own, which goes back to the system with the tensor: of what it
-    takes from its heap for a draft, malloc kept most.
-    """
+def _empty(
+    num_rows: int,
+    num_columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns `torch.empty`, in `memory` if it fits, or in memory of its own."""
     num_bytes = num_rows * num_columns * dtype.itemsize
-    if device.type != "cpu" or num_bytes < _OWN_MEMORY or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(num_rows, num_columns, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(num_rows, num_columns)
+    if memory is None or memory.nbytes < num_bytes or memory.device != device:
+        if device.type != "cpu" or num_bytes < OWN_MEMORY:
+            return torch.empty(num_rows, num_columns, dtype=dtype, device=device)
+        memory = own_memory(num_bytes)
+    return memory[:num_bytes].view(dtype).view(num_rows, num_columns)
+
+
+def own_memory(num_bytes: int) -> torch.Tensor:
+    """Returns memory of a CPU, uint8 [num_bytes], which goes back to the system with the tensor: of what it takes from
+    its heap for a draft, malloc kept most.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -291,7 +313,6 @@ def _int8_linear(
 ) -> DraftLinear:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
-    values = nn.functional.pad(values, (0, _padded(values.shape[1], _INT8_COLUMNS) - values.shape[1]))
     out_features, in_features = values.shape
     linear = Linear8bitLt(
         in_features, out_features, bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
@@ -303,15 +324,29 @@ def _int8_linear(
     return DraftLinear(linear.eval(), torch.float16, out_features)
 
 
+def _int8_values(
+    source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, memory: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns int8 [num_rows, padded num_columns], of which the padding is zero and the rest is yet to be written."""
+    num_rows, num_columns = _shape(source, rows, columns)
+    values = _empty(num_rows, _padded(num_columns, _INT8_COLUMNS), torch.int8, source.device, memory)
+    values[:, num_columns:] = 0
+    return values
+
+
 def _quantized_to_8bit(
-    source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, bias: torch.Tensor | None
+    source: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    memory: torch.Tensor | None,
 ) -> DraftLinear:
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    values = _empty(*_shape(source, rows, columns), torch.int8, source.device)
+    values = _int8_values(source, rows, columns, memory)
     scales = torch.empty(len(values), dtype=torch.float32, device=source.device)
     for place, piece in _pieces(source, rows, columns):
-        values[place], scales[place], _ = int8_vectorwise_quant(piece.to(_GATHERED_AS["int8"]))
+        values[place, : piece.shape[1]], scales[place], _ = int8_vectorwise_quant(piece.to(_GATHERED_AS["int8"]))
     return _int8_linear(values, scales, bias, threshold=0.0)
 
 
@@ -322,6 +357,7 @@ def _quantized_to_4bit(
     bias: torch.Tensor | None,
     quant_type: str,
     compute_dtype: torch.dtype,
+    memory: torch.Tensor | None,
 ) -> DraftLinear:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -329,7 +365,7 @@ def _quantized_to_4bit(
     num_rows, num_columns = _shape(source, rows, columns)
     # bitsandbytes packs without regard to rows, and its CPU kernel takes whole tiles.
     out_features, in_features = _padded(num_rows, _NF4_ROWS), _padded(num_columns, _NF4_BLOCK)
-    packed = _empty(out_features, in_features // 2, torch.uint8, source.device)
+    packed = _empty(out_features, in_features // 2, torch.uint8, source.device, memory)
     # By which the rows that are none are zero.
     scales = torch.zeros(out_features, in_features // _NF4_BLOCK, device=source.device)
     for place, piece in _pieces(source, rows, columns):

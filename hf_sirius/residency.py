@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from .config import SiriusConfig, memory_bytes
 from .mlp import PROJECTIONS, MlpSite, find_other_projections, projection_shape
-from .quantization import changes, num_bytes, num_kept_neurons
+from .quantization import OWN_MEMORY, changes, num_bytes, num_kept_neurons
+from .sparsity import method_class
 from .streaming import first_owner, own_forward, streaming_hook
 
 
@@ -37,7 +38,7 @@ def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig
     for module in (*(getattr(*place) for place in streamed), *(part for site in sites for part in site.parts)):
         if streaming_hook(module) is not None:
             own_forward(module)  # which may not be fit for a copy
-    needed = sum(_neuron_bytes(site, config) for site in sites)
+    needed = sum(sum(neuron_bytes(site, config).values()) for site in sites)
     needed += sum(_copy_bytes(getattr(*place), config) for place in resident)
     if streaming_hook(first) is not None:
         needed += _copy_bytes(first, config)
@@ -92,16 +93,31 @@ def _copy_bytes(module: nn.Module, config: SiriusConfig) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def _neuron_bytes(site: MlpSite, config: SiriusConfig) -> int:
+def neuron_bytes(site: MlpSite, config: SiriusConfig) -> dict[nn.Module, int]:
+    """Returns how many bytes the gathered neurons of each projection of an MLP take; none of what is not gathered."""
     num_kept = num_kept_neurons(config.density, site.num_neurons, config.draft_dtype)
-    total = 0
+    sizes = {}
     for part in site.parts:
         as_it_is = num_kept == site.num_neurons and not changes(part, config.draft_dtype)
         if as_it_is and streaming_hook(part) is None:
             continue
         if part is site.down:
-            total += num_bytes(part, config.draft_dtype, num_columns=num_kept)
+            sizes[part] = num_bytes(part, config.draft_dtype, num_columns=num_kept)
         else:
             num_rows = projection_shape(part)[0] // site.num_neurons * num_kept
-            total += num_bytes(part, config.draft_dtype, num_rows=num_rows)
-    return total
+            sizes[part] = num_bytes(part, config.draft_dtype, num_rows=num_rows)
+    return sizes
+
+
+def kept_neuron_bytes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module, int]:
+    """Returns how much memory the twin keeps for the neurons of each projection: large ones on a CPU. (Elsewhere torch
+    keeps what it allocates anyway, and offloaded weights are gathered while they pass.)
+    """
+    if not method_class(config.method).gathers:
+        return {}
+    return {
+        part: size
+        for site in sites
+        for part, size in neuron_bytes(site, config).items()
+        if part.weight.device.type == "cpu" and streaming_hook(part) is None and size >= OWN_MEMORY
+    }

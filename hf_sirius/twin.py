@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .call import Call
-from .casts import Casts
 from .config import SiriusConfig
+from .kept import Kept
 from .mlp import MlpSite
-from .residency import find_held
+from .residency import find_held, kept_neuron_bytes
 from .sparsity import method_class
 from .sparsity.base import TwinModule
 from .stats import GenerationStats
@@ -44,7 +44,7 @@ class SparseTwin:
     stats: GenerationStats
     sites: list[MlpSite]
     others: list[nn.Module]  # those outside the MLPs of which a draft holds copies
-    casts: Casts  # the copies of those that are in memory
+    kept: Kept  # what stays from call to call
     is_offloaded: bool  # whether accelerate streams weights of the dense model
 
     @property
@@ -182,7 +182,11 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     twin.sirius_config = config
     twin.sites = sites
     twin.others = [getattr(owner, name) for owner, name in others]
-    twin.casts = Casts((module for module in twin.others if streaming_hook(module) is None), config.draft_dtype)
+    twin.kept = Kept(
+        [module for module in twin.others if streaming_hook(module) is None],
+        config.draft_dtype,
+        kept_neuron_bytes(sites, config),
+    )
     twin.is_offloaded = is_offloaded(model)
     twin.stats = GenerationStats(config.kernel_size, total=GenerationStats(config.kernel_size))
     return twin

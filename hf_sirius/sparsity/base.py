@@ -38,14 +38,17 @@ class SparsityMethod(ABC):
 
     Attributes:
         held: what the draft has in place of modules of the dense model. The call lets go of it at its end.
+        memory: where the weights of what is gathered may go, uint8 [num_bytes] for each projection.
     """
 
     observed: ClassVar[Observed]  # what `observe` is given
+    gathers: ClassVar[bool] = False  # whether the chosen neurons are copied
 
     def __init__(self, config: SiriusConfig, sites: list[MlpSite]):
         self.config = config
         self.sites = sites
         self.held: dict[nn.Module, nn.Module] = {}
+        self.memory: dict[nn.Module, torch.Tensor] = {}
 
     @classmethod
     @abstractmethod

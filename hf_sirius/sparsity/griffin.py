@@ -21,6 +21,7 @@ class Griffin(SparsityMethod):
     """
 
     observed = "neurons"
+    gathers = True
 
     def __init__(self, config, sites):
         super().__init__(config, sites)
@@ -88,7 +89,9 @@ class Griffin(SparsityMethod):
             num_fused = projection_shape(part)[0] // site.num_neurons
             rows = torch.cat([neuron_indices + i * site.num_neurons for i in range(num_fused)])
             columns = None
-        self.held[part] = draft_linear(loaded, draft_dtype, rows, columns, compute_dtype=part.weight.dtype)
+        self.held[part] = draft_linear(
+            loaded, draft_dtype, rows, columns, compute_dtype=part.weight.dtype, memory=self.memory.get(part)
+        )
 
     @torch.no_grad()
     def hold(self, module: nn.Module, loaded: nn.Module) -> None:
