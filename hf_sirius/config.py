@@ -62,7 +62,7 @@ class SiriusConfig(PushToHubMixin):
             less faithful draft; the verification is the model's own all the same.
         draft_scope (`str`, defaults to `"mlp"`):
             What `draft_dtype` casts. `"mlp"`: the gathered neurons. `"all"`: the attention's projections and the head
-            as well, of which the call then holds copies.
+            as well, of which the twin then keeps copies; they are made anew when the weights change.
         draft_memory (`int` or `str`, *optional*):
             For `"griffin"`: the most bytes that a draft's own weights may take, such as `6 * 2**30` or `"6GiB"`. Of an
             offloaded model, modules outside the MLPs stay resident as far as this allows; by default all do.
