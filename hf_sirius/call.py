@@ -68,8 +68,10 @@ class Call(contextlib.AbstractContextManager):
         return self
 
     def __exit__(self, *exc_info) -> None:
-        _current.reset(self._token)
-        self.undo.close()
+        try:
+            _current.reset(self._token)
+        finally:
+            self.undo.close()
         if (draft_density := self.method.draft_density(self.model)) is not None:
             self.stats.record_draft_density(draft_density)
         self.method.held.clear()

@@ -22,6 +22,7 @@ _NF4_ROWS = 32  # bitsandbytes' CPU kernel takes tiles of so many
 _INT8_COLUMNS = 8  # integer products want their rows in whole words
 # The dtype in which weights are gathered before they are quantized.
 _GATHERED_AS = {"int8": torch.float16, "nf4": torch.bfloat16}
+QUANTIZED_DTYPES = tuple(_GATHERED_AS)
 _CHUNK = 2**20  # elements that are gathered at a time
 OWN_MEMORY = 2**20  # bytes from which a tensor is worth a mapping of its own
 
@@ -96,7 +97,8 @@ def draft_linear(
         rows: long [num_rows], the outputs to keep, all by default.
         columns: long [num_columns], the inputs to keep, all by default.
         compute_dtype: the model's dtype, in which 4-bit layers compute; by default that of the weight.
-        memory: uint8 [num_bytes], where the weight goes if it fits and is to be on this device; by default new memory.
+        memory: uint8 [num_bytes], where a weight that is not quantized goes, if it fits and is to be on this device; by
+            default new memory.
     """
     bias = projection.bias
     if bias is not None:
@@ -104,7 +106,7 @@ def draft_linear(
     if is_8bit(projection) and draft_dtype in (None, "int8"):
         source, scales = _int8_state(projection)
         scales = scales if rows is None else scales.index_select(0, rows.to(scales.device))
-        values = _int8_values(source, rows, columns, memory)
+        values = _int8_values(source, rows, columns)
         for place, piece in _pieces(source, rows, columns):
             values[place, : piece.shape[1]] = piece
         return _int8_linear(values, scales, bias, projection.state.threshold)
@@ -117,12 +119,12 @@ def draft_linear(
         linear = _linear(_select(source, rows, columns, dtype, memory), bias if bias is None else bias.to(dtype))
         return DraftLinear(linear, dtype, linear.out_features)
     if quantized_as == "int8":
-        return _quantized_to_8bit(source, rows, columns, bias, memory)
+        return _quantized_to_8bit(source, rows, columns, bias)
     if compute_dtype is None or not compute_dtype.is_floating_point:
         compute_dtype = source.dtype
     if compute_dtype == torch.float64:
         compute_dtype = torch.float32
-    return _quantized_to_4bit(source, rows, columns, bias, quantized_as, compute_dtype, memory)
+    return _quantized_to_4bit(source, rows, columns, bias, quantized_as, compute_dtype)
 
 
 def changes(projection: nn.Module, draft_dtype: str | None) -> bool:
@@ -324,12 +326,10 @@ def _int8_linear(
     return DraftLinear(linear.eval(), torch.float16, out_features)
 
 
-def _int8_values(
-    source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, memory: torch.Tensor | None
-) -> torch.Tensor:
+def _int8_values(source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
     """Returns int8 [num_rows, padded num_columns], of which the padding is zero and the rest is yet to be written."""
     num_rows, num_columns = _shape(source, rows, columns)
-    values = _empty(num_rows, _padded(num_columns, _INT8_COLUMNS), torch.int8, source.device, memory)
+    values = _empty(num_rows, _padded(num_columns, _INT8_COLUMNS), torch.int8, source.device)
     values[:, num_columns:] = 0
     return values
 
@@ -339,11 +339,10 @@ def _quantized_to_8bit(
     rows: torch.Tensor | None,
     columns: torch.Tensor | None,
     bias: torch.Tensor | None,
-    memory: torch.Tensor | None,
 ) -> DraftLinear:
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    values = _int8_values(source, rows, columns, memory)
+    values = _int8_values(source, rows, columns)
     scales = torch.empty(len(values), dtype=torch.float32, device=source.device)
     for place, piece in _pieces(source, rows, columns):
         values[place, : piece.shape[1]], scales[place], _ = int8_vectorwise_quant(piece.to(_GATHERED_AS["int8"]))
@@ -357,7 +356,6 @@ def _quantized_to_4bit(
     bias: torch.Tensor | None,
     quant_type: str,
     compute_dtype: torch.dtype,
-    memory: torch.Tensor | None,
 ) -> DraftLinear:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -365,7 +363,7 @@ def _quantized_to_4bit(
     num_rows, num_columns = _shape(source, rows, columns)
     # bitsandbytes packs without regard to rows, and its CPU kernel takes whole tiles.
     out_features, in_features = _padded(num_rows, _NF4_ROWS), _padded(num_columns, _NF4_BLOCK)
-    packed = _empty(out_features, in_features // 2, torch.uint8, source.device, memory)
+    packed = _empty(out_features, in_features // 2, torch.uint8, source.device)
     # By which the rows that are none are zero.
     scales = torch.zeros(out_features, in_features // _NF4_BLOCK, device=source.device)
     for place, piece in _pieces(source, rows, columns):

@@ -2,12 +2,13 @@
 
 import logging
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .config import SiriusConfig, memory_bytes
 from .mlp import PROJECTIONS, MlpSite, find_other_projections, projection_shape
-from .quantization import OWN_MEMORY, changes, num_bytes, num_kept_neurons
+from .quantization import OWN_MEMORY, QUANTIZED_DTYPES, changes, is_4bit, is_8bit, num_bytes, num_kept_neurons
 from .sparsity import method_class
 from .streaming import first_owner, own_forward, streaming_hook
 
@@ -38,7 +39,7 @@ def find_held(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig
     for module in (*(getattr(*place) for place in streamed), *(part for site in sites for part in site.parts)):
         if streaming_hook(module) is not None:
             own_forward(module)  # which may not be fit for a copy
-    needed = sum(sum(neuron_bytes(site, config).values()) for site in sites)
+    needed = sum(_neuron_bytes(site, config) for site in sites)
     needed += sum(_copy_bytes(getattr(*place), config) for place in resident)
     if streaming_hook(first) is not None:
         needed += _copy_bytes(first, config)
@@ -93,31 +94,43 @@ def _copy_bytes(module: nn.Module, config: SiriusConfig) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def neuron_bytes(site: MlpSite, config: SiriusConfig) -> dict[nn.Module, int]:
-    """Returns how many bytes the gathered neurons of each projection of an MLP take; none of what is not gathered."""
+def _neuron_bytes(site: MlpSite, config: SiriusConfig) -> int:
+    """Returns how many bytes the gathered neurons of an MLP take."""
+    return sum(num_bytes(part, config.draft_dtype, *shape) for part, shape in _gathered_shapes(site, config).items())
+
+
+def _gathered_shapes(site: MlpSite, config: SiriusConfig) -> dict[nn.Module, tuple[int, int]]:
+    """Returns (out_features, in_features) of what is gathered of each projection of an MLP, if it is not kept as it
+    is.
+    """
     num_kept = num_kept_neurons(config.density, site.num_neurons, config.draft_dtype)
-    sizes = {}
+    shapes = {}
     for part in site.parts:
         as_it_is = num_kept == site.num_neurons and not changes(part, config.draft_dtype)
         if as_it_is and streaming_hook(part) is None:
             continue
+        out_features, in_features = projection_shape(part)
         if part is site.down:
-            sizes[part] = num_bytes(part, config.draft_dtype, num_columns=num_kept)
+            shapes[part] = out_features, num_kept
         else:
-            num_rows = projection_shape(part)[0] // site.num_neurons * num_kept
-            sizes[part] = num_bytes(part, config.draft_dtype, num_rows=num_rows)
-    return sizes
+            shapes[part] = out_features // site.num_neurons * num_kept, in_features
+    return shapes
 
 
 def kept_neuron_bytes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module, int]:
-    """Returns how much memory the twin keeps for the neurons of each projection: large ones on a CPU. (Elsewhere torch
-    keeps what it allocates anyway, and offloaded weights are gathered while they pass.)
+    """Returns how much memory the twin keeps for the neurons of each projection: large ones on a CPU, which are not
+    quantized. (Elsewhere torch keeps what it allocates anyway, offloaded weights are gathered while they pass, and
+    quantizing takes longer than new memory.)
     """
-    if not method_class(config.method).gathers:
+    if not method_class(config.method).gathers or config.draft_dtype in QUANTIZED_DTYPES:
         return {}
-    return {
-        part: size
-        for site in sites
-        for part, size in neuron_bytes(site, config).items()
-        if part.weight.device.type == "cpu" and streaming_hook(part) is None and size >= OWN_MEMORY
-    }
+    sizes = {}
+    for site in sites:
+        for part, (num_rows, num_columns) in _gathered_shapes(site, config).items():
+            if part.weight.device.type != "cpu" or is_8bit(part) or is_4bit(part):
+                continue
+            dtype = part.weight.dtype if config.draft_dtype is None else getattr(torch, config.draft_dtype)
+            size = num_rows * num_columns * dtype.itemsize
+            if size >= OWN_MEMORY:
+                sizes[part] = size
+    return sizes

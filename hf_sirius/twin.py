@@ -174,8 +174,8 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     twin.__class__ = _twin_class(type(model))
     # Not submodules of the twin.
     twin.__dict__["_dense_model"] = model
-    # Without the twin itself, which would make a cycle: its casts are to be freed at once, and not when the garbage
-    # collector comes.
+    # Without the twin itself, which would make a cycle: what it keeps is to be freed at once, and not when the garbage
+    # collector comes. (accelerate's hooks make one all the same.)
     pairs = [(copies[id(module)], module) for module in model.modules() if id(module) in copies and module is not model]
     pairs += [(new, owners[owner_id]) for owner_id, parts in replacements.items() for new in parts.values()]
     twin.__dict__["_copies"] = pairs
