@@ -44,7 +44,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     The twin is of the model's class and shares its weights; the model's modules and state dict stay as they are.
     Several twins of one model can live side by side. `twin.detach()`, or the twin as a context manager, takes the bond
     back. Until then a twin keeps what its calls share: the projections that `draft_scope="all"` casts and, of `griffin`
-    on a CPU, the memory for gathered neurons.
+    on a CPU, the memory for gathered neurons that are not quantized.
 
     Args:
         model: the dense model, with its weights loaded.
