@@ -32,8 +32,8 @@ class _Cast:
         self.linear(torch.ones(1, projection_shape(projection)[1], dtype=self.linear.input_dtype, device=device))
 
     def is_of(self, projection: nn.Module) -> bool:
-        """Whether the projection is still what it was, as far as is seen: not moved, cast or loaded, nor written to
-        (behind autograd's back, as `.data` allows: no row of 256 numbers or more).
+        """Whether the projection is still what it was: not moved, cast, loaded or written to. Of what is written through
+        `.data`, which autograd does not count, a whole row of at least 256 numbers is sure to be seen.
         """
         return self._marks == _marks(projection) and all(map(torch.equal, self._samples, _samples(projection)))
 

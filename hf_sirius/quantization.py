@@ -335,10 +335,7 @@ def _int8_values(source: torch.Tensor, rows: torch.Tensor | None, columns: torch
 
 
 def _quantized_to_8bit(
-    source: torch.Tensor,
-    rows: torch.Tensor | None,
-    columns: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, bias: torch.Tensor | None
 ) -> DraftLinear:
     from bitsandbytes.functional import int8_vectorwise_quant
 

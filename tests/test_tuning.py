@@ -16,7 +16,8 @@ from tiny import build_model, make_prompt, shared_model
 from hf_sirius import SiriusConfig, make_sparse, timing, tuning
 from hf_sirius.cli import main
 from hf_sirius.prediction import Costs, expected_events, match_rates
-from hf_sirius.tuning import Candidate, Measurement, Tuning, tune
+from hf_sirius.tuning import tune
+from hf_sirius.tuning_result import Candidate, Measurement, Tuning
 
 
 NUM_NEW = 12
