@@ -32,8 +32,9 @@ class _Cast:
         self.linear(torch.ones(1, projection_shape(projection)[1], dtype=self.linear.input_dtype, device=device))
 
     def is_of(self, projection: nn.Module) -> bool:
-        """Whether the projection is still what it was: not moved, cast, loaded or written to. Of what is written through
-        `.data`, which autograd does not count, a whole row of at least 256 numbers is sure to be seen.
+        """Whether the projection is still what it was: not moved, cast, loaded or written to.
+
+        Of what is written through `.data`, which autograd does not count, whole rows of 256 numbers and more are seen.
         """
         return self._marks == _marks(projection) and all(map(torch.equal, self._samples, _samples(projection)))
 
@@ -47,7 +48,7 @@ def _marks(projection: nn.Module) -> list[tuple]:
 
 def _samples(projection: nn.Module) -> list[torch.Tensor]:
     """Returns some numbers of each parameter, in which writing through `.data` shows, as merges do it."""
-    # One of each row, in ever other columns.
+    # One of each row, in other columns each time.
     return [p.detach().flatten()[:: max(p.shape[-1] - 1, 255) if p.ndim > 1 else 1] for p in projection.parameters()]
 
 
