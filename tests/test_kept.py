@@ -232,7 +232,9 @@ def test_small_neurons_are_gathered_in_new_memory():
 @pytest.mark.parametrize("draft_dtype", [None, *DRAFT_DTYPES])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_drafts_are_the_same_in_memory_that_was_used_before(bits, draft_dtype, any_size, monkeypatch, tmp_path):
-    build_model(dtype=torch.float32, intermediate_size=100 if bits is None else 128).save_pretrained(tmp_path)
+    # bitsandbytes' 4-bit layers for AVX-512 want whole blocks of 64 in a row.
+    sizes = {"intermediate_size": 100} if bits is None else {"hidden_size": 64, "intermediate_size": 128}
+    build_model(dtype=torch.float32, **sizes).save_pretrained(tmp_path)
     settings = {None: None, 8: BitsAndBytesConfig(load_in_8bit=True), 4: BitsAndBytesConfig(load_in_4bit=True)}
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings[bits])
     fields = {"method": "griffin", "density": 0.47, "draft_dtype": draft_dtype}

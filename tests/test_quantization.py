@@ -42,14 +42,15 @@ def make_projection(kind: str, in_features: int, out_features: int, bias: bool =
 
 
 def held_bytes(draft: DraftLinear) -> int:
-    """Returns the bytes of all tensors that a draft's projection keeps alive."""
+    """Returns the bytes of all tensors that a draft's projection keeps alive, as they were when it was made."""
     linear = draft.linear
-    tensors = list(linear.parameters())
+    num_bytes = sum(parameter.nbytes for parameter in linear.parameters())
     if is_8bit(linear):
-        tensors.append(linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB)
+        num_bytes += (linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB).nbytes
     if is_4bit(linear):
-        tensors.append(linear.weight.quant_state.absmax)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        # In the first forward bitsandbytes makes them bfloat16 where the processor has AVX-512 for it.
+        num_bytes += linear.weight.quant_state.absmax.numel() * torch.float32.itemsize
+    return num_bytes
 
 
 # Projections
