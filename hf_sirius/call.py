@@ -61,7 +61,7 @@ class Call(contextlib.AbstractContextManager):
             self.method.held.update(self.twin.kept.casts())
             self.method.memory = undo.enter_context(self.twin.kept.memory())
             if offloaded:
-                undo.enter_context(running(self.model))
+                undo.enter_context(running(self.model, self.twin.sites))
             self.undo.push(undo.pop_all())
         self.twin.stats = self.stats  # not before this call is sure to run
         self._token = _current.set(self)

@@ -1,6 +1,8 @@
 """Memory: by how much a process or a device grew, what tensors are alive, and what is streamed from a folder."""
 
+import ctypes
 import gc
+import sys
 import weakref
 from collections.abc import Mapping
 
@@ -11,6 +13,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .streaming import streaming_hook
+
+
+def trim_heap() -> None:
+    """Has glibc, where that is what gives memory, return what is free to the system.
+
+    Of what a layer's activations took, the KV-cache takes small parts, so the next layer's find no room there and take
+    more: free memory grows with every layer, and glibc by itself keeps it.
+    """
+    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        malloc_trim(0)
 
 
 class PeakMemory:
@@ -28,6 +40,7 @@ class PeakMemory:
         if device.type == "cuda":
             self._before = torch.cuda.memory_allocated(device)
         elif self.is_known:
+            trim_heap()  # memory that is free already would hide growth
             self._before = process_memory("VmRSS")
 
     def restart(self) -> None:

@@ -20,6 +20,7 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 from transformers import PreTrainedModel
 
+from .memory import trim_heap
 from .mlp import MlpSite
 from .quantization import narrowed
 from .sparsity.base import SparsityMethod
@@ -143,9 +144,10 @@ def _alone(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Within the block, weights on disk are not copied out of their files, and the first parameter of an offloaded
-    model stays loaded; after it no weight is.
+def running(model: nn.Module, sites: list[MlpSite]) -> Iterator[None]:
+    """Within the block, weights on disk are not copied out of their files, the first parameter of an offloaded model
+    stays loaded, and memory that is free before a projection of an MLP runs goes back to the system; after it no weight
+    is loaded.
 
     Raises `RuntimeError` while another thread is within such a block.
 
@@ -158,6 +160,8 @@ def running(model: nn.Module) -> Iterator[None]:
     with _alone(model):
         try:
             undo.enter_context(_mapping(model))
+            for part in (part for site in sites for part in site.parts):
+                undo.callback(part.register_forward_pre_hook(lambda *_: trim_heap()).remove)
             if hook is not None:
                 hook.pre_forward(owner)
                 # Accelerate finds tied weights by their address, which will be another weight's before the call ends.

@@ -1,7 +1,6 @@
 """What a twin keeps from call to call: made once for all calls and twins, never out of date, freed with the last."""
 
 import copy
-import ctypes
 import gc
 import platform
 import weakref
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from hf_sirius import make_sparse, quantization, residency
 from hf_sirius.config import DRAFT_DTYPES
 from hf_sirius.kept import Kept
-from hf_sirius.memory import process_memory
+from hf_sirius.memory import process_memory, trim_heap
 from hf_sirius.quantization import DraftLinear
 from hf_sirius.sparsity.griffin import Griffin
 from hf_sirius.widening import wide_reasoner
@@ -286,7 +285,7 @@ def test_gathered_neurons_are_freed_with_the_call_and_what_is_kept_with_the_last
 def resident_bytes() -> int:
     """Returns what the process holds, without what malloc has free, of which it gives back what it likes."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     return process_memory("VmRSS")
 
 

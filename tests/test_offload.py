@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import platform
 import re
 import threading
 import types
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 from hf_sirius import calibrate, make_sparse
 from hf_sirius import offload as offload_module
 from hf_sirius.config import DRAFT_DTYPES
+from hf_sirius.memory import process_memory, trim_heap
 from hf_sirius.sparsity.griffin import Griffin
 from hf_sirius.streaming import is_offloaded, streaming_hook
 
@@ -309,6 +311,33 @@ def file_under(tensor: torch.Tensor) -> str | None:
         if start <= tensor.data_ptr() < end:
             return name
     return None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks Linux and glibc")
+def test_free_memory_goes_back_to_the_system():
+    blocks = [b"x" * 100_000 for _ in range(1000)]
+    del blocks[::2]
+    before = process_memory("VmRSS")
+    trim_heap()
+    assert process_memory("VmRSS") < before - 40_000_000
+
+
+def test_memory_goes_back_while_an_offloaded_model_drafts_and_at_no_other_time(offload, monkeypatch):
+    trims = []
+    monkeypatch.setattr(offload_module, "trim_heap", lambda: trims.append(None))
+    model = build_model()
+    with make_sparse(model, **FIELDS) as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12)
+    assert not trims
+    offload(model)
+    with make_sparse(model, **FIELDS) as sparse:
+        model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=12)
+        cycles = sparse.stats.num_cycles
+        # Before each projection of each MLP, in the prefill and in each verification.
+        assert len(trims) == (1 + cycles) * sum(len(site.parts) for site in sparse.sites)
+        trims.clear()
+        model.generate(make_prompt(), max_new_tokens=12)
+        assert not trims
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="not Linux")
