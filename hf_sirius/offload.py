@@ -160,8 +160,9 @@ def running(model: nn.Module, sites: list[MlpSite]) -> Iterator[None]:
     with _alone(model):
         try:
             undo.enter_context(_mapping(model))
-            for part in (part for site in sites for part in site.parts):
-                undo.callback(part.register_forward_pre_hook(lambda *_: trim_heap()).remove)
+            for site in sites:
+                for part in site.parts:
+                    undo.callback(part.register_forward_pre_hook(lambda *_: trim_heap()).remove)
             if hook is not None:
                 hook.pre_forward(owner)
                 # Accelerate finds tied weights by their address, which will be another weight's before the call ends.
