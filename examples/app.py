@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
 import hf_sirius
-from hf_sirius.tracing import FATES, TokenTracer
+from hf_sirius.study.tracing import FATES, TokenTracer
 
 
 PROBLEM = hf_sirius.reasoner_problems()[0]["question"]

@@ -12,7 +12,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sirius
-from hf_sirius.problems import problem_prompt
+from hf_sirius.study.problems import problem_prompt
 
 
 def corpus(args, tokenizer):

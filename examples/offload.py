@@ -33,12 +33,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sirius
-from hf_sirius.memory import PeakMemory
-from hf_sirius.offload import offload_to_folder
-from hf_sirius.problems import problem_prompt
-from hf_sirius.streaming import streaming_hook
-from hf_sirius.timing import generator
-from hf_sirius.widening import widen
+from hf_sirius.model.accelerate_hooks import streaming_hook
+from hf_sirius.study.problems import problem_prompt
+from hf_sirius.study.timing import generator
+from hf_sirius.study.widening import widen
+from hf_sirius.weights.memory import PeakMemory
+from hf_sirius.weights.offload import offload_to_folder
 
 
 def load(args, device: torch.device, folder: str):

@@ -6,7 +6,7 @@ python examples/pipeline.py
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hf_sirius
-from hf_sirius.problems import problem_prompt
+from hf_sirius.study.problems import problem_prompt
 
 
 def main():

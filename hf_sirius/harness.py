@@ -6,17 +6,16 @@ does not yet, so that this file can be run with the arguments of `lm_eval` as we
     python -m hf_sirius.harness --model hf-sirius --model_args pretrained=reasoner,method=griffin --tasks gsm8k
 """
 
-import dataclasses
 import logging
 from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList
 
-from .assistant import make_sparse
-from .calibration import Calibration
-from .config import SiriusConfig
+from .decode.attach import make_sparse
 from .reasoner import reasoner_path
+from .settings.calibration import Calibration
+from .settings.config import SiriusConfig, rules
 
 
 try:
@@ -30,7 +29,7 @@ except ImportError as error:
 # Below the harness' own logger, which is the one that its command line shows.
 logger = logging.getLogger(f"lm_eval.{__name__}")
 
-_FIELDS = {field.name: field for field in dataclasses.fields(SiriusConfig)}
+_FIELDS = rules()
 
 
 class SiriusLM(HFLM):
@@ -120,9 +119,8 @@ def _parse(name: str, value: Any) -> Any:
         return value
     if name == "calibration":
         return Calibration.from_pretrained(value)
-    field = _FIELDS[name]
-    kind = int if field.type == int | None else type(field.default)
-    if kind not in (int, float):
+    kind = _FIELDS[name].kind
+    if kind is str:
         return value
     try:
         return kind(value)

@@ -17,10 +17,10 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import Calibration, SiriusConfig, calibrate, reasoner_path, reasoner_problems
-from hf_sirius.evaluation import run_task, standard_ways
 from hf_sirius.harness import _FIELDS, SiriusLM
-from hf_sirius.problems import problem_prompt
-from hf_sirius.tasks import ProblemTask
+from hf_sirius.study.evaluation import run_task, standard_ways
+from hf_sirius.study.problems import problem_prompt
+from hf_sirius.study.tasks import ProblemTask
 
 
 PROBLEMS = reasoner_problems()[:5]

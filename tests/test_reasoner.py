@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import make_sparse, reasoner_path, reasoner_problems
-from hf_sirius.problems import problem_prompt
-from hf_sirius.tasks import ProblemTask
+from hf_sirius.study.problems import problem_prompt
+from hf_sirius.study.tasks import ProblemTask
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -1,8 +1,8 @@
 """The base of the sparsity methods: what one call knows about the neurons, and how a twin's modules ask for it.
 
 A method object lives as long as one `generate` call. During the prefill it observes the dense model; while it is
-*drafting*, the twin's replaced modules find it in a context variable and compute sparsely. At all other times they
-compute densely. So two calls on one twin, in two threads, do not mix.
+*drafting*, the twin's activations find it in a context variable and drop neurons. At all other times they compute
+densely. So two calls on one twin, in two threads, do not mix.
 """
 
 import contextlib
@@ -15,45 +15,43 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import SiriusConfig
-from ..mlp import MlpSite
-from ..observation import Observed, observing
-from ..quantization import num_elements
+from ..model.observation import Observed, observing
+from ..model.sites import MlpSite
+from ..settings.config import SiriusConfig
+from ..weights.formats import num_elements
 
 
 _drafting: ContextVar["SparsityMethod | None"] = ContextVar("hf_sirius_drafting", default=None)
 
 
-def drafting_method() -> "SparsityMethod | None":
-    """Returns the method that drafts in this context, or `None` where the twin is to compute densely."""
-    return _drafting.get()
-
-
 class SparsityMethod(ABC):
-    """Chooses the neurons of one call. Subclasses say what they observe, what they replace, and how they choose.
+    """Chooses the neurons of one call. A subclass declares what it observes and replaces, and says how it chooses.
 
     Args:
         config: the settings of the twin.
         sites: the MLPs of the dense model.
 
     Attributes:
-        held: what the draft has in place of modules of the dense model. The call lets go of it at its end.
-        memory: where the weights of what is gathered may go, uint8 [num_bytes] for each projection.
+        observed: what `observe` is given.
+        gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
+        neuron_indices: of a method that gathers, long [num_kept] for each MLP, ascending; `None` before the choice.
     """
 
-    observed: ClassVar[Observed]  # what `observe` is given
-    gathers: ClassVar[bool] = False  # whether the chosen neurons are copied
+    observed: ClassVar[Observed]
+    gathers: ClassVar[bool] = False
 
     def __init__(self, config: SiriusConfig, sites: list[MlpSite]):
         self.config = config
         self.sites = sites
-        self.held: dict[nn.Module, nn.Module] = {}
-        self.memory: dict[nn.Module, torch.Tensor] = {}
+        self.neuron_indices: list[torch.Tensor | None] = [None] * len(sites)
 
     @classmethod
-    @abstractmethod
     def replacements(cls, site: MlpSite) -> dict[str, nn.Module]:
-        """Returns the attributes of the MLP that the twin replaces, and by what. They are shared by all calls."""
+        """Returns the attributes of the MLP that the twin replaces, and by what. They are shared by all calls.
+
+        Raises `ValueError` for an MLP in which this method cannot act.
+        """
+        return {}
 
     @abstractmethod
     def observe(self, site: MlpSite, values: torch.Tensor) -> None:
@@ -62,8 +60,8 @@ class SparsityMethod(ABC):
         """
 
     @abstractmethod
-    def select(self) -> None:
-        """Ends the prefill: chooses what is chosen once per prompt."""
+    def choose(self, site: MlpSite) -> None:
+        """Chooses what is chosen of one MLP once per prompt, from what was observed so far."""
 
     @abstractmethod
     def num_parameters_read(self, site: MlpSite) -> float | None:
@@ -121,33 +119,6 @@ class SparsityMethod(ABC):
             _drafting.reset(token)
 
 
-class TwinModule(nn.Module):
-    """Stands in for a module in the twin: the same parameters, and for drafts maybe a copy that the call holds.
-
-    It shares the very dicts of parameters and buffers with the dense module, so the twin's state dict has the dense
-    model's names, and whatever is moved, cast or loaded there is here at once.
-    """
-
-    def __init__(self, dense: nn.Module):
-        super().__init__()
-        self.__dict__["dense"] = dense  # not a submodule: its parameters are already ours
-        self._parameters, self._buffers, self._modules = dense._parameters, dense._buffers, dense._modules
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.dense, name)  # such as the eps of a norm
-
-    def forward(self, *args, **kwargs):
-        method = drafting_method()
-        module = self.dense if method is None else method.held.get(self.dense, self.dense)
-        return module(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        return f"of {self.dense}"
-
-
 class TwinActivation(nn.Module):
     """Stands in for an activation function in the twin: the drafting method zeroes the neurons that it drops."""
 
@@ -158,5 +129,5 @@ class TwinActivation(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         activations = self.dense(values)
-        method = drafting_method()
+        method = _drafting.get()
         return activations if method is None else method.drop(self.site_idx, activations)

@@ -2,9 +2,9 @@
 
 import torch
 
-from ..calibration import MagnitudeHistogram
-from ..mlp import MlpSite
+from ..model.sites import MlpSite
 from .base import SparsityMethod, TwinActivation
+from .calibrate import MagnitudeHistogram
 
 
 class Cats(SparsityMethod):
@@ -19,9 +19,9 @@ class Cats(SparsityMethod):
 
     def __init__(self, config, sites):
         super().__init__(config, sites)
-        self.thresholds: list[float | torch.Tensor] = []
+        self.cutoffs: list[float | torch.Tensor] = [0.0] * len(sites)
         if config.calibration is not None:
-            self.thresholds = config.calibration.thresholds(config.density)
+            self.cutoffs = config.calibration.thresholds(config.density)
         self._histograms = [MagnitudeHistogram() for _ in sites] if self.needs_prefill() else []
         self._num_kept: list[torch.Tensor | int] = [0] * len(sites)
         self._num_tokens = [0] * len(sites)
@@ -36,9 +36,9 @@ class Cats(SparsityMethod):
     def observe(self, site, values):
         self._histograms[site.idx].add(values)
 
-    def select(self):
+    def choose(self, site):
         if self.needs_prefill():
-            self.thresholds = [histogram.quantile(1 - self.config.density) for histogram in self._histograms]
+            self.cutoffs[site.idx] = self._histograms[site.idx].quantile(1 - self.config.density)
 
     def drop(self, site_idx: int, activations: torch.Tensor) -> torch.Tensor:
         """Zeroes the dropped neurons of act(gate_proj x), [..., num_tokens, num_neurons].
@@ -56,7 +56,7 @@ class Cats(SparsityMethod):
         else:
             # A threshold among the zeros is the least float32 above them, which float16 does not have.
             dtype = torch.promote_types(magnitudes.dtype, torch.float32)
-            neuron_mask = magnitudes.to(dtype) >= self.thresholds[site_idx]
+            neuron_mask = magnitudes.to(dtype) >= self.cutoffs[site_idx]
         self._num_kept[site_idx] += neuron_mask.sum()
         self._num_tokens[site_idx] += neuron_mask[..., 0].numel()
         return activations * neuron_mask

@@ -1,0 +1,227 @@
+"""The commands of the command line, each from its options to what it prints. What they need is imported as they run."""
+
+import json
+import sys
+from pathlib import Path
+
+from .options import (
+    check_device,
+    check_directory,
+    check_file,
+    choose_method,
+    load_model,
+    load_tokenizer,
+    read_prompt,
+    sirius_config,
+    tokenize,
+)
+
+
+def demo(args) -> None:
+    from rich.console import Console
+
+    from ..study.demo import run_demo
+
+    run_demo(Console(), args.num_problems)
+
+
+def generate(args) -> None:
+    config = sirius_config(args)  # a wrong value is told before anything is loaded
+
+    from transformers import TextStreamer, set_seed
+
+    from ..decode.attach import make_sparse
+
+    model, tokenizer = load_model(args), load_tokenizer(args)
+    inputs = read_prompt(args, tokenizer).to(model.device)
+    set_seed(args.seed)
+    with make_sparse(model, config) as twin:
+        output = model.generate(
+            **inputs,
+            assistant_model=twin,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=args.do_sample,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None,
+        )
+        if not args.stream:
+            print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        if args.stats:
+            print(twin.stats, file=sys.stderr)
+
+
+def report(args) -> None:
+    config = sirius_config(args)
+    for name in ("output", "json"):
+        check_file(f"--{name}", getattr(args, name))
+
+    from transformers import set_seed
+
+    from ..decode.attach import make_sparse
+    from ..study.report import write_report
+    from ..study.tracing import trace
+
+    model, tokenizer = load_model(args), load_tokenizer(args)
+    inputs = read_prompt(args, tokenizer)
+    set_seed(args.seed)
+    with make_sparse(model, config) as twin:
+        traced = trace(twin, tokenizer, inputs, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample)
+    write_report(traced, args.output)
+    if args.json:
+        Path(args.json).write_text(json.dumps(traced.to_dict(), indent=2) + "\n", encoding="utf-8")
+    print(f"Written: {', '.join(filter(None, (args.output, args.json)))}")
+
+
+def evaluate(args) -> None:
+    from ..study.evaluation import standard_ways
+    from ..study.tasks import TextTask
+
+    ways = standard_ways(sirius_config(args))  # a wrong value is told before anything is loaded
+
+    def ways_of(task):
+        # Of plain text nothing is corrected: it tells what the full model would accept.
+        return ways[: 2 if isinstance(task, TextTask) else 3]
+
+    _run_task(args, ways_of)
+
+
+def sweep(args) -> None:
+    from ..study.sweep import check_plots, plot_sweep, sweep_ways
+    from ..study.tasks import TextTask
+
+    choose_method(args)
+    if args.no_plots and args.plot:
+        raise ValueError("--plot names a file to draw to, but --no_plots was given too: leave one out")
+    if not args.no_plots:
+        check_plots(args.plot)
+    check_file("--plot", args.plot)
+
+    names = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size"}
+    names |= {"thresholds": "threshold", "tree_widths": "tree_width"}
+    swept = sweep_ways(sirius_config(args), {field: getattr(args, name) for name, field in names.items()})
+
+    def ways(task):
+        if isinstance(task, TextTask):
+            raise ValueError(f"a sweep wants problems with answers, and {task.name} is plain text: use hf-sirius eval")
+        return swept
+
+    results, directory, is_first = _run_task(args, ways)
+    if is_first and not args.no_plots:
+        path = args.plot or directory / "sweep.png"
+        plot_sweep(results, path)
+        print(f"Plots: {path}")
+
+
+def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
+    """Runs the task that the options name; returns its results, where they are, and whether this is the first process.
+
+    Args:
+        make_ways: from the task to the ways to run.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from ..decode.attach import make_sparse
+    from ..study.evaluation import default_directory, describe_run, process_state, run_task
+    from ..study.tasks import load_task
+    from .tables import show_results
+
+    if args.output_dir and Path(args.output_dir).is_file():
+        raise ValueError(f"--output_dir {args.output_dir} is a file: name a directory")
+    state = process_state()
+    if args.device is None and state.device.type != "cpu":
+        args.device = str(state.device)
+    if not state.is_main_process:
+        transformers_logging.set_verbosity_error()
+    options = {name: getattr(args, name) for name in ("few_shot", "num_items", "chat", "max_new_tokens", "window")}
+    task = load_task(args.task, load_tokenizer(args), **options)
+    model = load_model(args)
+    ways = make_ways(task)
+    for way in ways:  # whatever a twin would refuse is refused now
+        if way.config is not None:
+            make_sparse(model, way.config).detach()
+    name = args.model.rstrip("/")
+    directory = Path(args.output_dir or default_directory(describe_run(model, name, task), ways))
+    results = run_task(model, task, ways, directory, name, show_progress=True)
+    if state.is_main_process:
+        show_results(results, task.columns)
+        print(f"Written: {directory / 'results.json'}, results.csv, and every record")
+    return results, directory, state.is_main_process
+
+
+def tune(args) -> None:
+    choose_method(args)
+    config = sirius_config(args)
+    check_file("--json", args.json)
+    check_directory("--output", args.output)
+    if args.model != "reasoner" and args.widen:
+        raise ValueError(f"--widen is for --model reasoner alone, got {args.model}: leave it out")
+    if args.quantization and args.widen:
+        raise ValueError("--widen repeats weights that are not quantized: leave --quantization or --widen out")
+    if args.model != "reasoner" and not args.prompts:
+        raise ValueError(f"{args.model} needs --prompts, a file; only the reasoner comes with its own")
+
+    from ..study.problems import long_prompts, read_prompts
+    from ..study.timing import describe_machine
+    from ..study.tuning import candidate_grid, tune
+    from ..study.widening import widen
+    from .tables import show_tuning
+
+    texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts(args.chat))[: args.num_prompts]
+    names = ("methods", "densities", "kernel_sizes", "agreement", "thresholds")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    candidate_grid(config, **given)  # a wrong value is told before anything is loaded
+    given |= {name: getattr(args, name) for name in ("max_new_tokens", "num_measured", "num_repeats")}
+    model, tokenizer = load_model(args), load_tokenizer(args)
+    if args.widen:
+        model = widen(model, *args.widen)
+    prompts = [tokenize(text, tokenizer, args.chat) for text in texts]
+    tuning = tune(model, prompts, config, **given, show_progress=True)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    machine = describe_machine(str(model.device))
+    dtype = str(model.dtype).removeprefix("torch.")
+    show_tuning(tuning, f"{args.model}, {num_parameters / 1e6:.0f} M parameters in {dtype}, on {machine['device']}")
+    if args.output:
+        tuning.config.save_pretrained(args.output)
+        print(f"Written: {Path(args.output) / 'sirius_config.json'}")
+    if args.json:
+        figures = {"machine": machine, "num_parameters": num_parameters, "dtype": dtype, **tuning.as_dict()}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def bench_decode(args) -> None:
+    from .tables import decode_lines
+
+    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "max_new_tokens", "device")
+    _bench(args, "bench_decode", names, decode_lines)
+
+
+def bench_offload(args) -> None:
+    from .tables import offload_lines
+
+    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "lengths", "device", "folder")
+    _bench(args, "bench_offload", names, offload_lines)
+
+
+def bench_tree(args) -> None:
+    from .tables import tree_lines
+
+    _bench(args, "bench_tree", ("tree_widths", "context_length", "max_new_tokens", "device"), tree_lines)
+
+
+def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
+    choose_method(args)
+    config = sirius_config(args)
+    check_file("--json", args.json)
+    check_device(args.device)
+
+    import torch
+
+    from ..study import benchmark
+
+    bench = getattr(benchmark, function_name)
+    figures = bench(config, dtype=getattr(torch, args.dtype), **{name: getattr(args, name) for name in names})
+    text = json.dumps(figures, indent=2)
+    if args.json:
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        print("\n".join(summary(figures)))
+    else:
+        print(text)

@@ -1,0 +1,211 @@
+"""The command line, `hf-sirius`."""
+
+import argparse
+import functools
+import sys
+
+from .. import __version__
+from . import commands
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status; an error of the user's is told in one line."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"hf-sirius: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nhf-sirius: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-sirius", description="Contextual sparsity with correction, for any causal language model."
+    )
+    parser.add_argument("--version", action="version", version=f"hf_sirius {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    subparsers = parser.add_subparsers(title="commands", required=True)
+
+    demo = subparsers.add_parser(
+        "demo", help="the embedded reasoner: dense, sparse alone and corrected, with no hub access"
+    )
+    _add(
+        demo,
+        "--num_problems",
+        type=_positive,
+        default=40,
+        help="unseen problems to solve in each way (default: 40, at most 500)",
+    )
+    demo.set_defaults(run=commands.demo)
+
+    generate = subparsers.add_parser("generate", help="generate with any causal language model and its sparse twin")
+    _add_generation_options(generate)
+    _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
+    _add(generate, "--stream", action="store_true", help="print the text as it is verified")
+    _add_config_options(generate.add_argument_group("sparsity and correction (SiriusConfig)"))
+    generate.set_defaults(run=commands.generate)
+
+    report = subparsers.add_parser("report", help="generate, and show what became of each token: one page of HTML")
+    _add_generation_options(report)
+    _add(report, "--output", default="report.html", help="file to write the page to (default: report.html)")
+    _add(report, "--json", help="file to write its data to as well")
+    _add_config_options(report.add_argument_group("sparsity and correction (SiriusConfig)"))
+    report.set_defaults(run=commands.report)
+
+    eval_ = subparsers.add_parser("eval", help="a task: dense, sparse alone and corrected, side by side")
+    _add_task_options(eval_)
+    _add_config_options(eval_.add_argument_group("sparsity and correction (SiriusConfig)"))
+    eval_.set_defaults(run=commands.evaluate)
+
+    sweep = subparsers.add_parser("sweep", help="a task with many settings: one table, and plots")
+    _add_task_options(sweep)
+    grid = sweep.add_argument_group("what varies (every combination is run)")
+    _add(grid, "--thresholds", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
+    _add(grid, "--methods", nargs="+", default=[])
+    _add(grid, "--densities", type=float, nargs="+", default=[])
+    _add(grid, "--kernel_sizes", type=int, nargs="+", default=[])
+    _add(grid, "--tree_widths", type=int, nargs="+", default=[])
+    _add(sweep, "--plot", help="file to draw to (default: sweep.png in the output directory)")
+    _add(sweep, "--no_plots", action="store_true", help="draw nothing (needs no matplotlib)")
+    group = sweep.add_argument_group("what does not vary (SiriusConfig)")
+    _add_config_options(group, method="griffin", left_out=("threshold",))
+    sweep.set_defaults(run=commands.sweep, threshold=None)
+
+    tune = subparsers.add_parser("tune", help="find the settings with the least time per token on this machine")
+    _add_tune_options(tune)
+    tune.set_defaults(run=commands.tune)
+
+    bench = subparsers.add_parser("bench", help="time dense and corrected generation in alternation")
+    benchmarks = bench.add_subparsers(title="benchmarks", required=True)
+    decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
+    _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
+    decode.set_defaults(run=commands.bench_decode)
+    offload = benchmarks.add_parser("offload", help="the same model with its weights on disk, and a resident draft")
+    _add(offload, "--lengths", type=_over_one, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
+    _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")
+    offload.set_defaults(run=commands.bench_offload)
+    tree = benchmarks.add_parser("tree", help="memory that a cycle takes after a long prompt, by tree width")
+    _add(tree, "--tree_widths", type=_positive, nargs="+", default=[1, 2, 4, 8, 16])
+    _add(tree, "--context_length", type=_positive, default=4000, help="tokens of the prompt (default: 4000)")
+    _add(tree, "--max_new_tokens", type=_positive, default=100, help="length of the outputs (default: 100)")
+    tree.set_defaults(run=commands.bench_tree)
+    for parser_, num_problems in ((decode, 3), (offload, 1)):
+        _add(parser_, "--hidden_factor", type=_positive, default=9, help="times its hidden size (default: 9)")
+        _add(parser_, "--neuron_factor", type=_positive, default=16, help="times its neurons (default: 16)")
+        help_ = f"long ones to answer (default: {num_problems})"
+        _add(parser_, "--num_problems", type=_positive, default=num_problems, help=help_)
+        _add(parser_, "--num_repeats", type=_positive, default=3, help="how often all are timed (default: 3)")
+    for parser_ in (decode, offload, tree):
+        _add(parser_, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+        _add(parser_, "--device", default="cpu", help="device that computes (default: cpu)")
+        _add(parser_, "--json", help="file to write the figures to; by default they go to standard output")
+        group = parser_.add_argument_group("sparsity and correction (SiriusConfig)")
+        _add_config_options(group, method="griffin", left_out=("tree_width",) if parser_ is tree else ())
+    tree.set_defaults(tree_width=None)
+    return parser
+
+
+def _add(parser, name: str, **kwargs) -> None:
+    """Adds an option under its name and under the spelling with hyphens."""
+    names = dict.fromkeys([name, "--" + name[2:].replace("_", "-")])
+    parser.add_argument(*names, **kwargs)
+
+
+def _add_model_options(parser, required: bool = False) -> None:
+    model = {"required": True} if required else {"default": "reasoner"}
+    _add(parser, "--model", **model, help="id on the hub, or path ('reasoner' for the embedded one)")
+    _add(parser, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
+    _add(parser, "--device", help="device of the model (default: cuda if there is one, else cpu)")
+    _add(parser, "--quantization", choices=("8bit", "4bit"), help="of the weights, by bitsandbytes (default: none)")
+
+
+def _add_generation_options(parser) -> None:
+    _add_model_options(parser, required=True)
+    _add(parser, "--prompt", required=True, help="the text to continue; '-' reads standard input")
+    _add(parser, "--max_new_tokens", type=_positive, default=256, help="length of the output (default: 256)")
+    _add(parser, "--do_sample", action="store_true", help="sample, with the model's own generation settings")
+    _add(parser, "--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    _add(parser, "--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+
+
+def _add_task_options(parser) -> None:
+    _add_model_options(parser)
+    task_help = "'reasoner' or 'reasoner-long' (embedded problems), a .jsonl file of problems (question, and answer "
+    task_help += "ending in '#### 42'), or a file of plain text (default: reasoner)"
+    _add(parser, "--task", default="reasoner", help=task_help)
+    _add(parser, "--num_items", type=_positive, help="the first so many problems or windows (default: all)")
+    _add(parser, "--few_shot", help="a .jsonl file of solved problems to put before each")
+    chat = {"action": argparse.BooleanOptionalAction, "default": None}
+    _add(parser, "--chat", **chat, help="use the tokenizer's chat template (default: if it has one)")
+    _add(parser, "--max_new_tokens", type=_positive, help="of an answer (default: 256)")
+    _add(parser, "--window", type=_positive, help="for plain text: tokens that are read at a time (default: 512)")
+    directory_help = "where every record, results.json and results.csv go; the same command goes on with what is there "
+    directory_help += "(default: a directory of its own under runs/)"
+    _add(parser, "--output_dir", help=directory_help)
+
+
+def _add_tune_options(parser) -> None:
+    _add_model_options(parser)
+    prompts_help = "a file with a prompt on each line, or a .jsonl file of objects with a prompt or a question "
+    prompts_help += "(default: long problems of the embedded reasoner, if that is the model)"
+    _add(parser, "--prompts", help=prompts_help)
+    _add(parser, "--num_prompts", type=_positive, default=3, help="the first so many (default: 3)")
+    _add(parser, "--chat", action="store_true", help="put each into the tokenizer's chat template")
+    _add(parser, "--max_new_tokens", type=_over_one, default=100, help="length of the outputs (default: 100)")
+    factors = ("HIDDEN", "NEURONS")
+    widen_help = "make the reasoner's hidden size and neurons so many times larger, with the same outputs"
+    _add(parser, "--widen", type=_positive, nargs=2, metavar=factors, help=widen_help)
+    grid = parser.add_argument_group("candidates (every combination is predicted)")
+    _add(grid, "--methods", nargs="+", help="default: griffin cats")
+    _add(grid, "--densities", type=float, nargs="+", help="default: 0.5 0.3")
+    _add(grid, "--kernel_sizes", type=int, nargs="+", help="default: 4 8 16 24 32")
+    agreement_help = "share of the output's tokens, such as 0.98, that must be the full model's argmax (default: all, "
+    agreement_help += "with threshold 1.0)"
+    _add(grid, "--agreement", type=float, help=agreement_help)
+    thresholds_help = "candidates beside 1.0 with --agreement (default: 0.1 0.3 0.5 0.9)"
+    _add(grid, "--thresholds", type=float, nargs="+", help=thresholds_help)
+    _add(parser, "--num_measured", type=_positive, default=1, help="of the best, how many are measured (default: 1)")
+    _add(parser, "--num_repeats", type=_positive, default=2, help="how often each output is measured (default: 2)")
+    _add(parser, "--output", help="directory to save the best SiriusConfig to")
+    _add(parser, "--json", help="file to write all figures to")
+    group = parser.add_argument_group("what does not vary (SiriusConfig)")
+    left_out = ("method", "density", "kernel_size", "threshold", "draft_confidence", "reselect_every", "tree_width")
+    left_out += ("branch_cutoff",)
+    _add_config_options(group, left_out=left_out)
+    parser.set_defaults(**dict.fromkeys(left_out))
+
+
+def _add_config_options(group, method: str | None = None, left_out: tuple[str, ...] = ()) -> None:
+    # The defaults are the config's own, so an option that is not given stays None. The config validates the values.
+    from ..settings.config import SiriusConfig, rules
+    from ..settings.methods import owner_of
+
+    _add(group, "--config", help="a SiriusConfig: directory or hub id; the other options win over it")
+    for name, rule in rules().items():
+        if name in left_out:
+            continue
+        default = method if method and name == "method" else getattr(SiriusConfig, name)
+        owner = f"for {owner_of(name)}: " if owner_of(name) else ""
+        shown = "" if default is None else f" (default: {default})"
+        _add(group, f"--{name}", type=rule.kind, default=None, help=owner + rule.help + shown)
+
+
+def _at_least(minimum: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text!r}")
+    return int(text)
+
+
+_positive = functools.partial(_at_least, 1)
+_over_one = functools.partial(_at_least, 2)  # tokens of which some are behind the first one
+
+
+if __name__ == "__main__":
+    sys.exit(main())

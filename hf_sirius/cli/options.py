@@ -1,0 +1,110 @@
+"""What the options of the command line stand for: a config, a model, a prompt, places to write to."""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+
+def sirius_config(args):
+    from ..settings.calibration import Calibration
+    from ..settings.config import SiriusConfig
+
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SiriusConfig)}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if "calibration" in fields:
+        fields["calibration"] = Calibration.from_pretrained(fields["calibration"])
+    config = SiriusConfig.from_pretrained(args.config) if args.config else SiriusConfig()
+    return config.with_method(fields.pop("method", config.method), **fields)
+
+
+def choose_method(args) -> None:
+    """Names the method, where the options do not: the one that options of its own are given for, or one that saves
+    time.
+    """
+    from ..settings.methods import METHODS
+
+    if args.method:
+        return
+    owners = [name for name, row in METHODS.items() if any(getattr(args, field) is not None for field in row.fields)]
+    if len(owners) > 1:
+        raise ValueError(f"options of several methods ({', '.join(owners)}) were given: give those of one")
+    if owners:
+        args.method = owners[0]
+    elif not args.config:
+        args.method = next(name for name, row in METHODS.items() if row.saves_time)
+
+
+def load_tokenizer(args):
+    """Returns the tokenizer of the model that the options name."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_model_path(args))
+
+
+def load_model(args):
+    """Returns the model that the options name."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = _model_path(args)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    dtype = getattr(torch, args.dtype, None)
+    if args.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype must be auto, float32, bfloat16, float16 or float64, got {args.dtype}")
+    if args.quantization is None:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each 8-bit product tells that it casts
+    is_4bit = args.quantization == "4bit"
+    settings = BitsAndBytesConfig(load_in_4bit=is_4bit, load_in_8bit=not is_4bit, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=args.dtype, quantization_config=settings, device_map={"": device}
+    )
+    return model.eval()
+
+
+def _model_path(args) -> str:
+    from ..reasoner import reasoner_path
+
+    return reasoner_path() if args.model == "reasoner" else args.model
+
+
+def check_device(device: str) -> None:
+    """Raises `ValueError` if nothing can be put on a device."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used ({error}): name another one, such as cpu") from error
+
+
+def read_prompt(args, tokenizer):
+    """Returns what the tokenizer makes of the prompt that the options name."""
+    return tokenize(sys.stdin.read() if args.prompt == "-" else args.prompt, tokenizer, args.chat)
+
+
+def tokenize(prompt: str, tokenizer, chat: bool):
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def check_file(option: str, path: str | None) -> None:
+    """Raises `ValueError` if no file can be written to a path; all is well without one."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"the directory of {option} {path} does not exist: make it first")
+    if path and Path(path).is_dir():
+        raise ValueError(f"{option} {path} is a directory: name a file in it")
+
+
+def check_directory(option: str, path: str | None) -> None:
+    """Raises `ValueError` if no directory can be made at a path; all is well without one."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"the directory in which {option} {path} would be made does not exist: make it first")
+    if path and Path(path).is_file():
+        raise ValueError(f"{option} {path} is a file: name a directory")

@@ -1,0 +1,115 @@
+"""`make_sparse`: what it takes, and what it refuses."""
+
+from typing import Any
+
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
+
+from ..draft.tree_reading import check_tree
+from ..draft.twin import Twin, build_twin
+from ..model.accelerate_hooks import execution_device, is_offloaded
+from ..model.sites import find_mlps
+from ..settings.config import SiriusConfig, check_field_names
+from ..settings.methods import method_class
+from ..weights.formats import check_draft_dtype
+from ..weights.offload import check_offload
+from .bond import bind, lock, twin_of
+from .sparse_twin import SparseTwin, sparse_twin
+
+
+# Tokens per cycle: the paper's, and where a verification has to stream the weights.
+KERNEL_SIZE, OFFLOADED_KERNEL_SIZE = 16, 32
+
+
+def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fields: Any) -> SparseTwin:
+    """Returns the contextually sparse twin of a causal language model, which drafts for it in stock `generate`.
+
+        sparse = make_sparse(model, method="griffin", density=0.5)
+        model.generate(**inputs, assistant_model=sparse)
+
+    The twin is of the model's class and shares its weights; the model's modules and state dict stay as they are.
+    The twin may be made inside the call, `model.generate(**inputs, assistant_model=make_sparse(model))`, and several
+    twins of one model can live side by side. While any lives, the model has a class of the same name over its own; with
+    the last one, be it that nobody holds it any more, it is as it was.
+
+    What the calls share is kept with the model for the next twin of the same settings: the casts that `draft_dtype`
+    asks for and, of `griffin` on a CPU, the memory for gathered neurons that are not quantized. `twin.detach()`, the
+    twin as a context manager, a twin of other settings, or the model's own end let go of it.
+
+    Args:
+        model: the dense model, with its weights loaded.
+        config: the settings; `SiriusConfig()` by default.
+        fields: fields of the config, which win over those of `config`.
+
+    Raises:
+        `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value
+        that is not allowed, a model without an MLP of a known kind, one without its weights, one quantized other than
+        by bitsandbytes, a twin, a calibration of another model, a `draft_memory` too small, or a `draft_dtype` that
+        the device cannot run; `ImportError` for a package that a `draft_dtype` needs; `FileNotFoundError` if offloaded
+        weights are gone.
+    """
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise TypeError(
+            "make_sparse takes a transformers model that can generate (such as AutoModelForCausalLM loads), got "
+            f"{type(model).__name__}"
+        )
+    if isinstance(model, SparseTwin):
+        raise ValueError("this model is a sparse twin already: call make_sparse on its dense_model")
+    if config is not None and not isinstance(config, SiriusConfig):
+        raise TypeError(
+            f"config must be a SiriusConfig, got {type(config).__name__}: use SiriusConfig.from_dict or "
+            "from_pretrained, or pass fields by name"
+        )
+    check_field_names(fields)
+    config = (config or SiriusConfig()).replace(**fields)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; hf_sirius takes decoder-only language models"
+        )
+    offloaded = is_offloaded(model)
+    if not offloaded and any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has parameters on the meta device: load its weights first, with from_pretrained"
+        )
+    _check_quantization(model, offloaded)
+    if offloaded and not method_class(config.method).gathers:
+        raise ValueError(
+            f"{type(model).__name__} is offloaded by accelerate: a draft of method={config.method!r}, which gathers no "
+            "neurons, would have to stream it for every token. Use method='griffin', whose neurons stay resident"
+        )
+    if offloaded:
+        check_offload(model)
+    if config.kernel_size is None:
+        config = config.replace(kernel_size=OFFLOADED_KERNEL_SIZE if offloaded else KERNEL_SIZE)
+    with lock:
+        twin = twin_of(model, config, lambda: _build(model, config))
+        user = sparse_twin(twin, model)
+        bind(user, twin, model)
+    return user
+
+
+def _build(model: PreTrainedModel, config: SiriusConfig) -> Twin:
+    check_draft_dtype(config.draft_dtype, execution_device(model))
+    sites = find_mlps(model)
+    if config.tree_width > 1:
+        check_tree(model)
+    if config.calibration is not None:
+        config.calibration.check_model(sites)
+    return build_twin(model, config, sites)
+
+
+def _check_quantization(model: PreTrainedModel, offloaded: bool) -> None:
+    if not getattr(model, "is_quantized", False):
+        return
+    method = getattr(model, "quantization_method", None)
+    if method != QuantizationMethod.BITS_AND_BYTES:
+        raise ValueError(
+            f"{type(model).__name__} is quantized by {getattr(method, 'value', method)}, of which hf_sirius cannot "
+            "take neurons: load it with BitsAndBytesConfig (8 or 4 bits), or without quantization and with a "
+            "draft_dtype of griffin's"
+        )
+    if offloaded:
+        raise ValueError(
+            f"{type(model).__name__} is quantized by bitsandbytes and offloaded as well, which is not supported: "
+            "offload the unquantized model, with draft_dtype='int8' or 'nf4' for a small draft"
+        )

@@ -1,0 +1,196 @@
+"""The bond of a model with its twins: a class that the model has while any of them lives.
+
+`model.generate(..., assistant_model=make_sparse(model))` looks `generate` up before there is a twin, so nothing laid
+over it could take part. But stock `generate` asks the model's *class* for its decoding loop, once the arguments are
+made. The model gets its own class back with its last twin, and nothing is written to the instance.
+
+`_assisted_decoding` and `_get_candidate_generator` are private to transformers and used in no other file;
+tests/decode/test_attach.py fails loudly if their signatures change.
+"""
+
+import copyreg
+import ctypes
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from transformers import PreTrainedModel, SynthIDTextWatermarkLogitsProcessor
+
+from ..draft.twin import Twin, structure_of
+from ..model.compat import IS_5_17, SettledCriteria
+from ..model.stock import STOCK_CLASS, stock_class
+from ..settings.config import SiriusConfig
+from .call import Call, check_batch_size
+from .candidates import SiriusCandidateGenerator
+
+
+# The garbage collector may end a twin within a block that holds it.
+lock = threading.RLock()
+# dense model -> by id, its living twins
+_bonds: "weakref.WeakKeyDictionary[PreTrainedModel, dict[int, weakref.ref]]" = weakref.WeakKeyDictionary()
+# dense model -> the modules of its latest twin, for the next one of the same settings
+_latest: "weakref.WeakKeyDictionary[PreTrainedModel, Twin]" = weakref.WeakKeyDictionary()
+
+
+class Assisted:
+    """What a model can do while twins of it live, over its own class."""
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        stock = getattr(cls, STOCK_CLASS)
+        return stock(*args, **kwargs) if args or kwargs else stock.__new__(stock)  # as type(model)(config) is meant
+
+    def __reduce_ex__(self, protocol: Any):
+        """Pickles and copies the model as one of its own class."""
+        make, _, *state = reduced = super().__reduce_ex__(max(protocol, 2))
+        return (object.__new__, (stock_class(self),), *state) if make is copyreg.__newobj__ else reduced
+
+    def __call__(self, *args: Any, **kwargs: Any):
+        call = Call.current()
+        if call is None or call.model is not self or call.next_forward is None:
+            return super().__call__(*args, **kwargs)
+        read, call.next_forward = call.next_forward, None
+        return read(super().__call__, *args, **kwargs)
+
+    # `generate` hands `inputs_tensor` to a loop that declares it.
+    def _assisted_decoding(
+        self, input_ids, *args, stopping_criteria, inputs_tensor=None, assistant_model=None, **kwargs
+    ):
+        decode = functools.partial(super()._assisted_decoding, input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
+        if not _is_bound(assistant_model, self):
+            return decode(stopping_criteria=stopping_criteria, assistant_model=assistant_model)
+        try:
+            check_batch_size(inputs_tensor)
+            check_batch_size(input_ids)
+            with assistant_model.new_call(stopping_criteria) as call:
+                if IS_5_17:
+                    stopping_criteria = SettledCriteria(stopping_criteria, lambda: call.is_verifying)
+                # No frame below this one holds what the user does, so that it is gone with the user's own.
+                return decode(stopping_criteria=stopping_criteria, assistant_model=call.draft.twin.module)
+        except BaseException:
+            _forget(assistant_model, sys._getframe(1))
+            assistant_model = None
+            raise
+
+    def _get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **kwargs,
+    ):
+        call = Call.current()
+        if call is None or call.model is not self or assistant_model is not call.draft.twin.module:
+            return super()._get_candidate_generator(
+                generation_config=generation_config, input_ids=input_ids, inputs_tensor=inputs_tensor,
+                logits_processor=logits_processor, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs,
+            )  # fmt: skip
+        _check_call(call.draft.config, generation_config, logits_processor)
+        return SiriusCandidateGenerator(call, generation_config, logits_processor)
+
+
+@functools.cache
+def _assisted_class(model_class: type[PreTrainedModel]) -> type:
+    # transformers keys hooks and messages by these names.
+    namespace = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(model_class.__name__, (Assisted, model_class), {**namespace, STOCK_CLASS: model_class})
+
+
+def bind(user: Any, twin: Twin, model: PreTrainedModel) -> None:
+    """Has `model` know what a user holds of a twin, until it is released or gone."""
+    with lock:
+        bonds = _bonds.setdefault(model, {})
+        if not isinstance(model, Assisted):
+            model.__class__ = _assisted_class(type(model))
+        bonds[id(user)] = weakref.ref(user)
+        twin.num_users += 1
+        end = weakref.finalize(user, _release, model, twin, id(user))
+    end.atexit = False
+    user.__dict__["_end"] = end
+
+
+def _release(model: PreTrainedModel, twin: Twin, key: int) -> None:
+    with lock:
+        twin.num_users -= 1
+        bonds = _bonds[model]
+        del bonds[key]
+        # A class that somebody has laid over ours since stays.
+        if not bonds:
+            del _bonds[model]
+            model.__class__ = stock_class(model)
+
+
+def release(user: Any, twin: Twin, model: PreTrainedModel) -> None:
+    """Ends a bond, and lets go of what is kept for further twins of these settings. Harmless when repeated."""
+    with lock:
+        user.__dict__["_end"]()
+        if _latest.get(model) is twin:
+            del _latest[model]
+        if not twin.num_users:
+            twin.kept.clear()
+
+
+def twin_of(model: PreTrainedModel, config: SiriusConfig, build: Callable[[], Twin]) -> Twin:
+    """Returns the modules of the model's latest twin if they would be built alike, or else new ones.
+
+    The latest are kept as long as the model lives, with their casts: one set, that of the latest settings.
+    """
+    with lock:
+        latest = _latest.get(model)
+        if latest is None or latest.config != config or latest.structure != structure_of(model):
+            _latest[model] = latest = build()  # which finds the casts of the one before
+        return latest
+
+
+def _is_bound(user: Any, model: PreTrainedModel) -> bool:
+    bond = _bonds.get(model, {}).get(id(user))
+    return bond is not None and bond() is user
+
+
+def _forget(user: Any, frame: FrameType | None) -> None:
+    """Takes a twin out of the frames of a failed stock `generate`.
+
+    Whoever keeps the exception keeps these frames, and with them a twin that was made for this call alone: the model
+    would not get its class back. The user's own variables stay as they are.
+    """
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("transformers.generation.", "torch.")):
+        values = frame.f_locals
+        for name, value in list(values.items()):
+            if value is user:
+                values[name] = None
+            elif name in ("kwargs", "generation_mode_kwargs") and dict(value).get("assistant_model") is user:
+                value["assistant_model"] = None
+        if sys.version_info < (3, 13):  # from there on f_locals writes through
+            ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+        frame = frame.f_back
+
+
+def _check_call(config: SiriusConfig, generation_config, logits_processor) -> None:
+    """Raises `ValueError` for what a call cannot ask of a twin."""
+    if generation_config.assistant_ensemble_weight is not None:
+        raise ValueError(
+            "assistant_ensemble_weight blends the draft's probabilities into the model's, while a sparse twin is "
+            "verified by its likelihood threshold: leave assistant_ensemble_weight out and lower SiriusConfig.threshold"
+        )
+    if generation_config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale={generation_config.guidance_scale} runs the model over a KV-cache of its own, in which "
+            "drafts cannot be undone: leave guidance_scale out, or generate without the twin"
+        )
+    if any(isinstance(processor, SynthIDTextWatermarkLogitsProcessor) for processor in logits_processor):
+        raise ValueError(
+            "SynthID's watermark counts every token that it is asked about, of which some are rolled back: use a "
+            "WatermarkingConfig, which counts none, or generate without the twin"
+        )
+    if config.tree_width > 1 and generation_config.do_sample:
+        raise ValueError(
+            f"tree_width={config.tree_width} was given with do_sample=True, but a tree keeps the likeliest of its "
+            "branches, which would skew the distribution: use tree_width=1 to sample, or do_sample=False (a pipeline "
+            "samples unless it is told so)"
+        )

@@ -1,0 +1,311 @@
+"""The candidate generator that the stock assisted-decoding loop asks for drafts, cycle by cycle. It translates what a
+proposer makes for the loop, and notes what the verification says.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from ..draft.cache import CacheView, roomy
+from ..draft.proposers import ChainProposer, Proposal, likelihood
+from ..draft.tree_proposer import TreeProposer
+from ..draft.tree_reading import keep_rows
+from ..model.compat import IS_5_17, stop_recording
+from .call import Call
+from .stats import Cycle
+from .tree_verification import PathProcessor, Verdict, judge
+from .verification import VerificationHook
+
+
+class SiriusCandidateGenerator(CandidateGenerator):
+    """Hands the loop what the draft proposes.
+
+    Args:
+        call: the state of the running `generate` call.
+        generation_config: the call's prepared configuration, which is its own copy.
+        logits_processor: the call's own list. Appended to it are the verification hook, if drafts may be kept that the
+            dense model would not have written, and a look at the scores, where the call keeps them.
+    """
+
+    requires_model_outputs = True  # so that the loop hands over its model_kwargs, with the KV-cache
+    model_kwargs_overrides: dict = {}
+
+    def __init__(self, call: Call, generation_config: GenerationConfig, logits_processor: LogitsProcessorList):
+        self.call = call
+        self.config = call.draft.config
+        self.do_sample = generation_config.do_sample
+        self.generation_config = generation_config
+        self.max_length = generation_config.max_length
+        self.logits_processor = LogitsProcessorList(logits_processor)
+        # Criteria may read the scores so far, where the call keeps them. Then the dense model's decide.
+        self.seen: _SeenScores | None = None
+        if generation_config.return_dict_in_generate and generation_config.output_scores:
+            self.seen = _SeenScores(call.stopping_criteria, generation_config)
+            logits_processor.append(self.seen)
+        self.hook: VerificationHook | None = None
+        if self.config.threshold < 1.0:
+            self.hook = VerificationHook(self.config.threshold, self.config.temperature, self.do_sample)
+            logits_processor.append(self.hook)
+        self.path: PathProcessor | None = None
+        if self.config.tree_width > 1:
+            self.path = PathProcessor(LogitsProcessorList(logits_processor))
+            logits_processor[:] = [self.path]
+        proposer_class = ChainProposer if self.path is None else TreeProposer
+        self.proposer = proposer_class(
+            call.draft,
+            self.logits_processor,
+            _would_stop(call.stopping_criteria, self.seen),
+            self.do_sample,
+            keeps_scores=self.seen is not None,
+        )
+        self.proposal: Proposal | None = None  # what is being verified
+        self.verdict: Verdict | None = None  # about its tree
+        self._draft_seconds = self._verification_start = 0.0
+        self._has_room = False
+        self._observed = contextlib.ExitStack()
+        call.undo.push(self._observed)
+
+    def get_candidates(
+        self, input_ids: torch.LongTensor, model_kwargs: dict, is_first_iteration: bool, **kwargs
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """Returns the sequence with the draft appended, and the draft's processed logits when sampling.
+
+        Args:
+            input_ids: long [1, length], all verified tokens.
+            model_kwargs: the loop's own, with `past_key_values` of all tokens but the last.
+            is_first_iteration: whether the dense model has yet to read the prompt. Then there is no draft.
+
+        Returns:
+            long [1, length + num_drafted] and, if any was sampled, float32 [1, num_drafted, vocab_size].
+        """
+        self.call.is_verifying = True
+        cache = model_kwargs["past_key_values"]
+        if is_first_iteration:
+            _check_mask(input_ids, model_kwargs)
+            if IS_5_17:
+                self.call.undo.callback(stop_recording, cache)
+            self._observed.enter_context(self.call.draft.observing(mask_of_new_tokens(model_kwargs)))
+            mask_length = getattr(self.generation_config, "_mask_length", None)
+            self._take_next_forward(_reading_new_tokens_only(input_ids, model_kwargs, mask_length))
+            return input_ids, None
+        if not self._has_room:  # the prefill has made the cache's layers, if they were not there
+            self.call.undo.enter_context(roomy(cache))
+            self._has_room = True
+        start = time.perf_counter()
+        # The last token before `max_length` is the dense model's.
+        num_tokens = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
+        self.proposal = proposal = self.proposer.propose(input_ids, model_kwargs, num_tokens)
+        self._draft_seconds = time.perf_counter() - start
+        if proposal.ends_output:
+            _end_output_at(self.generation_config, input_ids.shape[1] + proposal.ids.shape[1])
+        # On the device to which the loop would move it, which would make another tensor of it.
+        candidate_ids = torch.cat([input_ids, proposal.ids], dim=-1).to(self.call.model.device)
+        if self.config.reselect_every is not None:
+            self._observed.enter_context(self.call.draft.observing(None, takes_weights=self._reselects()))
+            self._take_next_forward()
+        if self.path is not None:
+            self.path.end, self.verdict = float("inf"), Verdict([], 0, 0, {}, 1)
+            if proposal.ids.shape[1]:
+                self._take_next_forward(
+                    lambda inputs: proposal.reader.inputs(proposal.tree, 0, inputs),
+                    lambda outputs: self._judge_tree(outputs, candidate_ids, cache),
+                )
+        for listener in (self.seen, self.hook):
+            if listener is not None:
+                listener.arm(candidate_ids, start=input_ids.shape[1])
+        self._verification_start = time.perf_counter()
+        return candidate_ids, proposal.scores
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Takes note of a verification.
+
+        Args:
+            input_ids: long [1, length], the accepted tokens and the bonus token included.
+            scores: float32 [1, num_drafted + 1, vocab_size], the processed logits; the hook's lifts are taken out of
+                them.
+            num_matches: number of accepted tokens.
+        """
+        now, num_matches = time.perf_counter(), int(num_matches)
+        if self.hook is not None:
+            self.hook.restore(scores)
+        if self.seen is not None:
+            self.seen.scores += tuple(scores[:, i] for i in range(num_matches + 1))
+        self._observed.close()
+        self.call.is_verifying = False
+        self.generation_config.max_length = self.max_length
+        bonus_id = input_ids[0, -1].item()
+        (bonus_likelihood,) = self._likelihoods(input_ids[:, -1:], scores[:, num_matches, None])
+        if self.proposal is None:
+            self.call.draft.select()
+            self.call.stats.record_first(bonus_id, bonus_likelihood, time.perf_counter() - now)
+            return
+        if self._reselects():
+            self.call.draft.select()
+        is_cut, branches = self.proposal.is_cut, None
+        if self.verdict is None:
+            drafted_ids = tuple(self.proposal.ids[0].tolist())
+            likelihoods = self._likelihoods(self.proposal.ids, scores[:, :-1])
+        else:
+            branches = self.verdict.branches(self.proposal)
+            drafted_ids = branches.leaf_ids[branches.winner]
+            likelihoods = branches.leaf_likelihoods[branches.winner]
+            is_cut |= self.proposal.tree.leaves[branches.winner].is_end
+        self.call.stats.record_cycle(
+            Cycle(
+                drafted_ids=drafted_ids,
+                num_accepted=num_matches,
+                num_agreed=self._num_agreed(input_ids, scores, num_matches),
+                bonus_id=bonus_id,
+                is_full=not is_cut,
+                likelihoods=likelihoods,
+                bonus_likelihood=bonus_likelihood,
+                num_steps=self.proposal.num_steps,
+                draft_seconds=self._draft_seconds,
+                verification_seconds=now - self._verification_start,
+                branches=branches,
+            )
+        )
+
+    def _likelihoods(self, token_ids: torch.LongTensor, scores: torch.Tensor) -> tuple[float, ...]:
+        """Returns the full model's likelihood of each token, [1, num_tokens], by its scores at their places."""
+        return tuple(likelihood(token_ids.to(scores.device), scores, self.config.temperature)[0].tolist())
+
+    def _num_agreed(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> int:
+        """Returns how many of the accepted tokens are the full model's argmax."""
+        accepted_ids = input_ids[0, -num_matches - 1 : -1].to(scores.device)
+        return (scores[0, :num_matches].argmax(dim=-1) == accepted_ids).sum().item()
+
+    def _reselects(self) -> bool:
+        """Whether the neurons are chosen anew after the running cycle."""
+        every = self.config.reselect_every
+        return every is not None and (self.call.stats.num_cycles + 1) % every == 0
+
+    def _take_next_forward(
+        self,
+        prepare: Callable[[dict], dict] = lambda inputs: inputs,
+        finish: Callable[[Any], None] = lambda outputs: None,
+    ) -> None:
+        """Has the loop's next forward read what `prepare` makes of its inputs, and `finish` see the outputs. What
+        observes it ends with it: later forwards, such as a processor may make, are none of the loop's.
+        """
+
+        def read(forward: Callable[..., Any], **inputs: Any) -> Any:
+            with self._observed:
+                outputs = forward(**prepare(inputs))
+            finish(outputs)
+            return outputs
+
+        self.call.next_forward = read
+
+    def _judge_tree(self, outputs: Any, candidate_ids: torch.LongTensor, cache: Cache) -> None:
+        """Leaves of a tree's verification the path that wins, as if it alone had been proposed and read.
+
+        The stock loop compares, and keeps, the very tensor that it was handed: the path is written into it. Behind one
+        that ends early comes a token that is not the dense model's own, at which the loop stops.
+        """
+        tree, depth = self.proposal.tree, self.proposal.ids.shape[1]
+        verified_ids = candidate_ids[:, :-depth]
+        self.verdict = judge(tree, verified_ids, outputs.logits, self.logits_processor, self.config)
+        path, padding = self.verdict.path, [0] * (depth - len(self.verdict.path))
+        kept_ids = [*(tree.token_ids[node] for node in path), *(self.verdict.rejecting_id for _ in padding)]
+        candidate_ids[:, -depth:] = candidate_ids.new_tensor([kept_ids])
+        kept = torch.tensor([0, *path, *padding], device=candidate_ids.device)
+        CacheView(cache).keep(len(tree), kept)
+        keep_rows(outputs, len(tree), kept)
+        self.path.end = verified_ids.shape[1] + len(path)
+        if self.hook is not None:
+            self.hook.shorten(self.path.end)
+
+
+class _SeenScores(LogitsProcessor):
+    """Keeps the scores of the output so far, and ends it at a candidate where the criteria are met by the dense model's
+    scores.
+
+    Attributes:
+        scores: float32 [1, vocab_size] for each verified token, processed.
+    """
+
+    def __init__(self, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig):
+        self.stopping_criteria = stopping_criteria
+        self.generation_config = generation_config
+        self.scores: tuple[torch.Tensor, ...] = ()
+        self._candidate_ids: torch.Tensor | None = None
+        self._with_candidates: tuple[torch.Tensor, ...] = ()
+
+    def arm(self, candidate_ids: torch.LongTensor, start: int) -> None:
+        """Expects the verification of `candidate_ids`, long [1, length]."""
+        self._candidate_ids, self._with_candidates = candidate_ids, self.scores
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        length = input_ids.shape[1] + 1
+        if self._candidate_ids is not None and length <= self._candidate_ids.shape[1]:
+            self._with_candidates = (*self._with_candidates, scores.clone())
+            if self.stopping_criteria(self._candidate_ids[:, :length], self._with_candidates).all():
+                _end_output_at(self.generation_config, length)
+        return scores
+
+
+def _would_stop(criteria: StoppingCriteriaList, seen: _SeenScores | None) -> Callable[..., bool]:
+    def would_stop(input_ids: torch.LongTensor, draft_scores: Sequence[torch.Tensor]) -> bool:
+        return bool(criteria(input_ids, None if seen is None else (*seen.scores, *draft_scores)).all())
+
+    return would_stop
+
+
+def _end_output_at(generation_config: GenerationConfig, length: int) -> None:
+    """Has the stock loop drop what this verification adds beyond a length: it trims at the length, not at criteria."""
+    generation_config.max_length = min(generation_config.max_length, length)
+
+
+def _reading_new_tokens_only(
+    input_ids: torch.LongTensor, model_kwargs: dict, mask_length: int | None
+) -> Callable[[dict], dict]:
+    """Keeps the stock loop's first forward from reading again what a carried-over KV-cache already holds.
+
+    Works around transformers 5.17 to 5.23, where assisted decoding hands the whole sequence to its first forward
+    (plain `generate` slices it in `_prefill`). To go when that is mended there: the length is then right and nothing is
+    sliced.
+    """
+    past_length, length = model_kwargs["past_key_values"].get_seq_length(), input_ids.shape[1]
+    if (attention_mask := model_kwargs.get("attention_mask")) is not None:
+        mask_length = attention_mask.shape[1]
+
+    def sliced(inputs: dict) -> dict:
+        for name in ("input_ids", "position_ids", "token_type_ids"):
+            value = inputs.get(name)
+            if value is not None and value.shape[-1] == length:
+                inputs[name] = value[..., past_length:]
+        return inputs
+
+    return sliced if past_length and mask_length == length else lambda inputs: inputs
+
+
+def mask_of_new_tokens(model_kwargs: dict) -> torch.Tensor | None:
+    """Returns the attention mask of the tokens that the first forward reads, long [batch_size, num_new_tokens]."""
+    attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    if attention_mask is None or cache is None:
+        return attention_mask
+    return attention_mask[:, cache.get_seq_length() :]
+
+
+def _check_mask(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
+    """Sees to a mask of another length than input_ids, which the stock assisted loop would cut to that length.
+
+    Such is the case with inputs_embeds, and where only the new tokens of a turn are passed. Without padding the mask
+    says nothing, so it is dropped (as newer versions of `generate` do themselves); with padding this is an error.
+    """
+    attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]:
+        return
+    if not attention_mask.all():
+        raise ValueError(
+            f"a padded attention_mask of {attention_mask.shape[1]} tokens came with {input_ids.shape[1]} input_ids, "
+            "while assisted decoding takes them to be of one length: pass the input_ids of the whole sequence (not "
+            "inputs_embeds, or of the new tokens alone), or leave the padding out"
+        )
+    del model_kwargs["attention_mask"]

@@ -1,0 +1,123 @@
+"""What a user holds: the twin as a model of its own, and its bond with the dense model."""
+
+import functools
+
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+from ..draft.draft import Draft
+from ..draft.twin import Twin
+from ..model.stock import stock_class
+from ..settings.config import SiriusConfig
+from .bond import release
+from .call import Call, check_batch_size
+from .candidates import mask_of_new_tokens
+from .stats import CallHistory, GenerationStats
+
+
+class SparseTwin:
+    """What a twin can do beyond its model class. Made by [`make_sparse`], used as `model.generate(...,
+    assistant_model=twin)`.
+
+    A forward of the twin outside of `generate` is a prefill, and so it is dense. `twin.generate(...)` is the
+    sparse-only baseline: a dense prefill, which chooses the neurons, then sparse decoding without correction.
+
+    Nothing of a draft refers to this object, so that it is gone as soon as the user lets go of it.
+
+    Attributes:
+        sirius_config ([`SiriusConfig`]): the settings.
+        stats ([`GenerationStats`]): the counts of the latest call; `stats.total` those of all calls.
+        dense_model: the model that the twin drafts for.
+    """
+
+    _twin: Twin
+    _dense_model: PreTrainedModel
+    _history: CallHistory
+
+    @property
+    def sirius_config(self) -> SiriusConfig:
+        return self.__dict__["_twin"].config
+
+    @property
+    def stats(self) -> GenerationStats:
+        return self.__dict__["_history"].latest
+
+    @property
+    def dense_model(self) -> PreTrainedModel:
+        return self.__dict__["_dense_model"]
+
+    def detach(self) -> None:
+        """Ends the bond with the dense model, which is left exactly as it was before `make_sparse`, and lets go of what
+        is kept for further twins of these settings. Harmless when repeated.
+        """
+        release(self, self._twin, self.dense_model)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.detach()
+
+    def new_call(self, stopping_criteria: StoppingCriteriaList | None = None) -> Call:
+        """Returns the state of one `generate` call; within it, and after it, `stats` speaks of it."""
+        return Call(Draft(self._twin, self.dense_model), self._history, stopping_criteria)
+
+    @property
+    def training(self) -> bool:
+        return self.dense_model.training
+
+    def train(self, mode: bool = True):
+        """Sets the mode of the dense model, whose modules are the twin's as well."""
+        self.dense_model.train(mode)
+        self._twin.follow_mode(self.dense_model)
+        return self
+
+    def __call__(self, *args, **kwargs):
+        self._twin.follow(self.dense_model, kwargs)
+        return self._twin.module(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """Stock `generate`, with a dense prefill and sparse decoding, at batch size 1."""
+        generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        if getattr(generation_config, "is_assistant", False):
+            raise ValueError(
+                "this sparse twin is not attached to the model that it was given to: it was detached, or it is a copy, "
+                f"or it was made from another {type(self.dense_model).__name__}. Call make_sparse on this model."
+            )
+        settings = generation_config or self.generation_config
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name, getattr(settings, name, None)) is not None:
+                raise ValueError(
+                    f"{name} was given to a sparse twin's generate, which is the model without correction and takes "
+                    "no assistant: call generate of its dense_model, or leave it out"
+                )
+        prompt = next(
+            (kwargs[name] for name in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(name) is not None), None
+        )
+        check_batch_size(args[0] if args else prompt)
+        with self.new_call():
+            return super().generate(*args, **kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # The dense model's prefill is the one place where neurons are observed, with and without correction.
+        call = Call.current()
+        with call.draft.observing(mask_of_new_tokens(model_kwargs)):
+            outputs = self.dense_model._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        call.draft.select()
+        call.undo.enter_context(call.draft.drafting())
+        return outputs
+
+
+def sparse_twin(twin: Twin, model: PreTrainedModel) -> "SparseTwin":
+    """Returns what a user holds of a twin of `model`."""
+    user_class = _user_class(stock_class(model))
+    held = user_class.__new__(user_class)
+    held.__dict__.update(twin.module.__dict__)
+    # Not submodules of the twin.
+    held.__dict__.update(_twin=twin, _dense_model=model, _history=CallHistory(twin.config.kernel_size))
+    return held
+
+
+@functools.cache
+def _user_class(model_class: type[PreTrainedModel]) -> type:
+    # The name stays: pipelines and the like look classes up by it.
+    return type(model_class.__name__, (SparseTwin, model_class), {"__module__": model_class.__module__})

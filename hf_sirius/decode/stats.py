@@ -1,0 +1,211 @@
+"""What happened in each cycle of a call, and the measures that follow from it."""
+
+import dataclasses
+import threading
+from typing import Any
+
+
+_COUNTS = (
+    "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified",
+    "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum",
+)  # fmt: skip
+_lock = threading.Lock()  # calls in several threads add to one total
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """The tree of a draft with `tree_width` over 1.
+
+    Attributes:
+        leaf_ids: the tokens of each continuation, the likeliest to the draft first.
+        leaf_likelihoods: the full model's likelihood of each of these tokens, as in [`Cycle`].
+        winner: which of them was kept, or went furthest.
+        num_nodes_drafted, num_nodes_verified: tokens that the draft wrote, and those of them that led to a
+            continuation in the end, which are those that the full model read.
+        likeliest_advance_length: what the advance would have been without branches.
+    """
+
+    leaf_ids: tuple[tuple[int, ...], ...]
+    leaf_likelihoods: tuple[tuple[float | None, ...], ...]
+    winner: int
+    num_nodes_drafted: int
+    num_nodes_verified: int
+    likeliest_advance_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycle:
+    """One draft and its verification.
+
+    Attributes:
+        drafted_ids: the drafted tokens, in order; of a tree those of the continuation that won.
+        num_accepted: how many of them, from the first on, the full model kept.
+        bonus_id: the full model's own token, which follows the accepted ones.
+        is_full: whether the draft ended by itself, after `kernel_size - 1` tokens or in doubt (`draft_confidence`), and
+            was not cut by EOS, a stopping criterion or the length. Where it was, its advance says nothing about the
+            draft's quality.
+        likelihoods: the full model's likelihood of each drafted token, softmax(l / temperature) as the acceptance rule
+            reads it; `None` for a token of a tree behind one that was not accepted, about which it was not asked.
+        bonus_likelihood: that of its own token.
+        num_agreed: how many of the accepted tokens are its argmax.
+        num_steps: forwards of the draft.
+        draft_seconds, verification_seconds: what the two took, by the host's clock.
+        branches: of a tree, else `None`.
+    """
+
+    drafted_ids: tuple[int, ...]
+    num_accepted: int
+    bonus_id: int
+    is_full: bool
+    likelihoods: tuple[float | None, ...]
+    bonus_likelihood: float
+    num_agreed: int
+    num_steps: int = 0
+    draft_seconds: float = dataclasses.field(default=0.0, compare=False)
+    verification_seconds: float = dataclasses.field(default=0.0, compare=False)
+    branches: Branches | None = None
+
+    @property
+    def advance_length(self) -> int:
+        """Tokens that the cycle added to the sequence: the accepted ones and the bonus token."""
+        return self.num_accepted + 1
+
+
+class GenerationStats:
+    """Counts of one `generate` call, kept while it runs; `total` has the same counts over all calls of the twin.
+
+    Attributes:
+        kernel_size: tokens per cycle, n.
+        first_id, first_likelihood: the full model's own token after the prefill, which precedes the cycles, and its
+            likelihood as in [`Cycle`]; `None` before it, and in the total.
+        selection_seconds: what choosing and gathering the neurons took behind the prefill; of the total, of all calls.
+        cycles: the [`Cycle`]s of the call, in order (the total keeps none).
+        num_cycles: cycles, the short ones included; the prefill is not a cycle.
+        num_short_cycles: cycles that EOS, a stopping criterion or the length cut short.
+        num_drafted, num_accepted, num_rolled_back: drafted tokens, and how many of them were kept and rolled back; of
+            trees the continuations that won count.
+        num_nodes_drafted, num_nodes_verified: tokens that drafts wrote, and that verifications read, losing branches
+            included.
+    """
+
+    def __init__(self, kernel_size: int, total: "GenerationStats | None" = None):
+        self.kernel_size = kernel_size
+        self.total = total
+        self._clear()
+
+    def reset(self) -> None:
+        """Sets every count back to zero, those of the total included."""
+        self._clear()
+        if self.total is not None:
+            self.total.reset()
+
+    def _clear(self) -> None:
+        self.first_id: int | None = None
+        self.first_likelihood: float | None = None
+        self.selection_seconds = 0.0
+        self.cycles: list[Cycle] = []
+        for name in _COUNTS:
+            setattr(self, name, 0)
+
+    def counts(self) -> dict[str, float]:
+        """Returns all that the measures follow from, as plain numbers that `add_counts` takes."""
+        return {name.lstrip("_"): getattr(self, name) for name in _COUNTS}
+
+    def add_counts(self, counts: dict[str, float]) -> None:
+        """Adds the `counts()` of other calls to these, as to a total."""
+        with _lock:
+            for name in _COUNTS:
+                setattr(self, name, getattr(self, name) + counts.get(name.lstrip("_"), 0))
+
+    def record_first(self, token_id: int, likelihood: float, selection_seconds: float) -> None:
+        """Notes the token that the full model wrote after the prefill, and what choosing the neurons then took."""
+        self.first_id, self.first_likelihood = token_id, likelihood
+        for stats in self._with_total():
+            with _lock:
+                stats.selection_seconds += selection_seconds
+
+    def record_cycle(self, cycle: Cycle) -> None:
+        """Adds a verified cycle to the counts, and to the total's."""
+        self.cycles.append(cycle)
+        num_drafted = len(cycle.drafted_ids)
+        branches = cycle.branches or Branches((), (), 0, num_drafted, num_drafted, cycle.advance_length)
+        counts = {
+            "num_cycles": 1,
+            "num_short_cycles": not cycle.is_full,
+            "num_drafted": num_drafted,
+            "num_accepted": cycle.num_accepted,
+            "num_nodes_drafted": branches.num_nodes_drafted,
+            "num_nodes_verified": branches.num_nodes_verified,
+            "full_advance": cycle.advance_length * cycle.is_full,
+            "full_drafted": num_drafted * cycle.is_full,
+            "full_likeliest_advance": branches.likeliest_advance_length * cycle.is_full,
+        }
+        for stats in self._with_total():
+            stats.add_counts(counts)
+
+    def record_draft_density(self, draft_density: float) -> None:
+        """Notes the share of all parameters that the call's draft steps read, on average."""
+        for stats in self._with_total():
+            stats.add_counts({"num_densities": 1, "density_sum": draft_density})
+
+    def _with_total(self) -> list["GenerationStats"]:
+        return [self] if self.total is None else [self, self.total]
+
+    @property
+    def num_rolled_back(self) -> int:
+        return self.num_drafted - self.num_accepted
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens, or `None` before any draft."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else None
+
+    @property
+    def aal(self) -> float | None:
+        """Average advance length (paper, section 4): mean of accepted + 1 over full cycles, or `None` without one."""
+        num_full = self.num_cycles - self.num_short_cycles
+        return self._full_advance / num_full if num_full else None
+
+    @property
+    def aal_gain(self) -> float | None:
+        """What the branches of trees added to the AAL: AAL over what it would be without them - 1."""
+        return self._full_advance / self._full_likeliest_advance - 1 if self._full_likeliest_advance else None
+
+    @property
+    def draft_density(self) -> float | None:
+        """Parameters that a draft step read / all parameters, measured when the call ends; of the total, the mean over
+        calls.
+        """
+        return self._density_sum / self._num_densities if self._num_densities else None
+
+    @property
+    def effective_density(self) -> float | None:
+        """Parameters read per token / all parameters: ((n - 1) * draft_density + 1) / AAL (paper, section 4), with the
+        mean of what was drafted for n - 1 where `draft_confidence` ends drafts early.
+        """
+        num_full = self.num_cycles - self.num_short_cycles
+        if not num_full or self.draft_density is None:
+            return None
+        return (self._full_drafted * self.draft_density + num_full) / self._full_advance
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the counts and measures as plain numbers; a measure without data is `None`."""
+        counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back",
+                  "num_nodes_drafted", "num_nodes_verified")  # fmt: skip
+        measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "effective_density")
+        return {name: getattr(self, name) for name in (*counts, *measures)}
+
+    def __repr__(self) -> str:
+        shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in self.as_dict().items()}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
+
+
+class CallHistory:
+    """Where the calls of one twin leave their counts: `latest`, whose `total` is that of all."""
+
+    def __init__(self, kernel_size: int):
+        self.latest = GenerationStats(kernel_size, total=GenerationStats(kernel_size))
+
+    def new(self) -> GenerationStats:
+        """Returns the counts of a further call, which is not the latest one before it runs."""
+        return GenerationStats(self.latest.kernel_size, total=self.latest.total)

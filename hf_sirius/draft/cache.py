@@ -1,0 +1,124 @@
+"""The KV-cache of a call: room for tokens to come, wider windows, and rolling back."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from ..model.compat import DummyLayer
+
+
+_ROOM = 64  # tokens
+
+
+class RoomyLayer(DynamicLayer):
+    """A `DynamicLayer` that writes new states behind those it has, into room that it keeps there. The stock one copies
+    all that it holds for every token, which took a quarter of a draft step.
+
+    Layers become one for the time of a call, and `keys` and `values` stay what they are: float [batch_size, num_heads,
+    length, head_dim], here views into larger tensors: what is rolled back is written over.
+    """
+
+    _key_room: torch.Tensor | None = None
+    _value_room: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.get_seq_length():
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self._key_room = _append(self.keys, key_states, self._key_room)
+        self.values, self._value_room = _append(self.values, value_states, self._value_room)
+        return self.keys, self.values
+
+
+def _append(
+    states: torch.Tensor, new: torch.Tensor, room: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns (states followed by new, the tensor that has room for more)."""
+    if states.dtype != new.dtype or states.shape[:2] != new.shape[:2]:
+        return torch.cat([states, new], dim=-2), None
+    start, end = states.shape[-2], states.shape[-2] + new.shape[-2]
+    # Whoever reorders or moves a cache puts other tensors there.
+    is_in_room = room is not None and states.data_ptr() == room.data_ptr() and states.stride() == room.stride()
+    # Nor may tensors of an inference mode be written to outside of it.
+    if not is_in_room or room.is_inference() != torch.is_inference_mode_enabled() or end > room.shape[-2]:
+        room = states.new_empty(*states.shape[:2], end + _ROOM, states.shape[-1])
+        room[..., :start, :] = states
+    room[..., start:end, :] = new
+    return room[..., :end, :], room
+
+
+@contextlib.contextmanager
+def roomy(cache: Cache) -> Iterator[None]:
+    """Within the block, the cache's plain layers are [`RoomyLayer`]s; the others stay as they are, and so do those of
+    an offloaded cache, of which nothing is to be kept.
+    """
+    layers = [
+        layer for layer in cache.layers if type(layer) is DynamicLayer and not getattr(cache, "offloading", False)
+    ]
+    for layer in layers:
+        layer.__class__ = RoomyLayer
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = DynamicLayer
+            for name in ("_key_room", "_value_room"):
+                layer.__dict__.pop(name, None)
+
+
+class CacheView:
+    """A KV-cache as a draft sees it: the draft marks where the verified tokens end, and comes back to there."""
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+        self._lengths: list[int | None] = []
+
+    def mark(self) -> None:
+        """Takes note of how many tokens each layer has seen; of one that keeps no keys and values that is not known."""
+        self._lengths = [
+            int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else None for layer in self.cache.layers
+        ]
+
+    def roll_back(self, num_tokens: int) -> None:
+        """Takes back what was written since the mark: `num_tokens`, or more in some layers if a forward was
+        interrupted.
+        """
+        for layer, length in zip(self.cache.layers, self._lengths, strict=True):
+            # A crop by 0 still brings sliding windows back to their size.
+            layer.crop(-num_tokens if length is None else length - int(layer.get_seq_length()))
+
+    def keep(self, num_read: int, kept: torch.Tensor) -> None:
+        """Leaves of the tokens that the last forward read only some, in this order.
+
+        Args:
+            num_read: how many it read.
+            kept: long [num_kept], which of them to keep.
+        """
+        for layer in self.cache.layers:
+            if isinstance(layer, DummyLayer):
+                continue
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                start = states.shape[-2] - num_read
+                end = start + len(kept)
+                states[..., start:end, :] = states[..., start:, :].index_select(-2, kept.to(states.device))
+                setattr(layer, name, states[..., :end, :])
+            if layer.is_sliding:
+                layer.cumulative_length -= num_read - len(kept)
+
+
+@contextlib.contextmanager
+def wide_windows(cache: Cache, num_tokens: int) -> Iterator[None]:
+    """Within the block, sliding-window layers hand out so many states more than their window has."""
+    layers = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    for layer in layers:
+        layer.sliding_window += num_tokens
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.sliding_window -= num_tokens

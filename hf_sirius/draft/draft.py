@@ -1,0 +1,143 @@
+"""A draft: the twin of one call, with the neurons that its method chose and the weights that it holds."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..model.accelerate_hooks import is_offloaded
+from ..model.sites import PROJECTIONS, MlpSite
+from ..settings.methods import method_class
+from ..weights.draft_modules import reading
+from ..weights.formats import changes, draft_linear, gather_neurons
+from ..weights.linear import native_products
+from ..weights.offload import capture_weights, check_offload, offload_session
+from .twin import Twin
+
+
+class Draft:
+    """Drafts for a dense model in one `generate` call. As a context manager it lets go of its weights at the end.
+
+    Args:
+        twin: the modules.
+        model: the dense model.
+
+    Attributes:
+        method: chooses the neurons, from what it observes of the dense model.
+        held: what is read in place of modules of the dense model: casts, gathered neurons, and copies of what is
+            offloaded.
+    """
+
+    def __init__(self, twin: Twin, model: PreTrainedModel):
+        self.twin = twin
+        self.model = model
+        self.config = twin.config
+        self.method = method_class(twin.config.method)(twin.config, twin.sites)
+        self.held: dict[nn.Module, nn.Module] = {}
+        self._memory: dict[nn.Module, torch.Tensor] = {}
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> "Draft":
+        if offloaded := is_offloaded(self.model):
+            if not self.twin.is_offloaded:
+                raise ValueError(
+                    f"{type(self.model).__name__} was offloaded after make_sparse, whose twin knows nothing of it: "
+                    "detach this one, and call make_sparse again"
+                )
+            check_offload(self.model)
+        with contextlib.ExitStack() as undo:
+            self.held.update(self.twin.kept.casts())
+            self._memory = undo.enter_context(self.twin.kept.memory())
+            if offloaded:
+                undo.enter_context(offload_session(self.model, self.twin.sites))
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._undo.close()
+        self.held.clear()
+        self._memory.clear()
+
+    @contextlib.contextmanager
+    def observing(self, attention_mask: torch.Tensor | None, takes_weights: bool = True) -> Iterator[None]:
+        """Within the block, the method watches the dense model's forwards in this context, and the weights that the
+        draft needs are taken as they are streamed past.
+
+        Args:
+            attention_mask: long [batch_size, num_new_tokens] of the tokens that will be read, or `None` without
+                padding.
+            takes_weights: whether weights are taken, where the model is offloaded.
+        """
+        with contextlib.ExitStack() as watched:
+            watched.enter_context(self.method.observing(attention_mask))
+            if self.twin.is_offloaded and takes_weights:
+                resident = [module for module in self.twin.resident if module not in self.held]
+                watched.enter_context(
+                    capture_weights(
+                        self.twin.sites, resident, self.config.draft_dtype, self.method.choose, self._gather, self._hold
+                    )
+                )
+            yield
+
+    def select(self) -> None:
+        """Ends the prefill: chooses what is chosen once per prompt, and gathers it."""
+        for site in self.twin.sites:
+            self.method.choose(site)
+            for part in site.parts if self.method.gathers else ():
+                if not part.weight.is_meta:  # else it was gathered while it was loaded
+                    self._gather(site, part, part)
+
+    @torch.no_grad()
+    def _gather(self, site: MlpSite, part: nn.Module, loaded: nn.Module) -> None:
+        neuron_indices = self.method.neuron_indices[site.idx]
+        linear = gather_neurons(
+            site, part, loaded, neuron_indices, self.config.draft_dtype, memory=self._memory.get(part)
+        )
+        if linear is not None:
+            self.held[part] = linear
+
+    @torch.no_grad()
+    def _hold(self, module: nn.Module, loaded: nn.Module) -> None:
+        """Takes an offloaded module outside the MLPs, cast if `draft_scope` says so; `loaded` has its weights."""
+        is_cast = self.config.draft_scope == "all" and isinstance(module, PROJECTIONS)
+        if is_cast and changes(module, self.config.draft_dtype):
+            loaded = draft_linear(loaded, self.config.draft_dtype, compute_dtype=module.weight.dtype)
+        self.held[module] = loaded
+
+    @contextlib.contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Within the block, forwards of the twin in this context are sparse."""
+        weights = (parameter for module in self.held.values() for parameter in module.parameters())
+        on_cpu = any(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
+        # The leaves of a level are several tokens, which oneDNN is there for.
+        is_native = on_cpu and self.config.tree_width == 1
+        with self.method.drafting(), reading(self.held), native_products() if is_native else contextlib.nullcontext():
+            yield
+
+    def step(self, input_ids: torch.LongTensor, model_kwargs: dict) -> Any:
+        """Returns the twin's outputs for the last of `input_ids`, long [num_rows, length]: `logits` are [num_rows, 1,
+        vocab_size]. The KV-cache of `model_kwargs` holds all but the last.
+        """
+        return self.forward(self.inputs(input_ids, model_kwargs))
+
+    def inputs(self, input_ids: torch.LongTensor, model_kwargs: dict) -> dict:
+        """Returns the inputs of such a step, as the model itself prepares them."""
+        return self.twin.module.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=1, is_first_iteration=False, **model_kwargs
+        )
+
+    def forward(self, inputs: dict) -> Any:
+        """Returns the twin's outputs. What the call asks of the dense model beside logits is not asked of it."""
+        left_out = {name: False for name in ("output_attentions", "output_hidden_states") if inputs.get(name)}
+        return self.twin(self.model, **{**inputs, **left_out, "return_dict": True})
+
+    def next_kwargs(self, outputs: Any, model_kwargs: dict) -> dict:
+        """Returns the `model_kwargs` of the step after the one that had these outputs."""
+        return self.twin.module._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+    def density(self) -> float | None:
+        """Returns the parameters that a draft step read / all parameters, or `None` before the first step."""
+        return self.method.draft_density(self.model)

@@ -1,0 +1,130 @@
+"""Proposes a tree of tokens."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..model.compat import stepwise_windows
+from .cache import CacheView, wide_windows
+from .proposers import ChainProposer, Proposal
+from .tree import Leaf, Tree, ids_at
+from .tree_reading import TreeReader
+
+
+class _Offer(NamedTuple):
+    """How a continuation may go on, if it is among the likeliest of its level.
+
+    Attributes:
+        is_chain: whether this is what a draft without branches would write.
+        log_prob: the draft's log-probability of the continuation, the token included.
+        leaf: the node behind which it goes on.
+        token_id: the token; `None` where the continuation is finished.
+    """
+
+    is_chain: bool
+    log_prob: float
+    leaf: int
+    token_id: int | None
+
+
+class TreeProposer(ChainProposer):
+    """Drafts a tree: several continuations, of which each level is one forward of the twin."""
+
+    def propose(self, input_ids: torch.LongTensor, model_kwargs: dict, num_tokens: int) -> Proposal:
+        """Returns a tree of up to `num_tokens` levels behind `input_ids`, long [1, length]."""
+        cache = CacheView(model_kwargs["past_key_values"])
+        given = self.draft.inputs(input_ids, model_kwargs)
+        position = given.get("position_ids")
+        if position is None:
+            position = input_ids.new_tensor([[input_ids.shape[1] - 1]])
+        reader = TreeReader(self.draft.model, cache.cache, position, model_kwargs.get("attention_mask"))
+        tree, num_steps = self._grow(input_ids, num_tokens, cache, reader, given)
+        num_drafted = len(tree) - 1
+        tree = tree.pruned()
+        depth = max(tree.depths)
+        path = tree.path_ids(tree.depths.index(depth))
+        return Proposal(
+            ids=input_ids.new_tensor([path], dtype=torch.long),
+            num_steps=num_steps,
+            is_cut=num_tokens < self.config.kernel_size - 1 or not depth,
+            tree=tree,
+            reader=reader,
+            num_nodes_drafted=num_drafted,
+        )
+
+    def _grow(self, input_ids, num_levels: int, cache: CacheView, reader, given: dict) -> tuple[Tree, int]:
+        """Returns the drafted tree, the nodes that lead nowhere included, and the number of forwards."""
+        width = self.config.tree_width
+        tree = Tree(input_ids[0, -1].item())
+        scores_of: dict[int, tuple[torch.Tensor, ...]] = {0: ()}
+        chain: int | None = 0  # the last node of what a draft without branches would write, until that is finished
+        is_doubtful = False  # whether such a draft would have ended in doubt
+        finished: list[_Offer] = []
+        unread, first, num_steps = [0], 0, 0
+        cache.mark()
+        try:
+            with (
+                self.draft.drafting(),
+                wide_windows(cache.cache, width * num_levels + 1),
+                stepwise_windows(cache.cache),
+            ):
+                for _ in range(num_levels):
+                    inputs = reader.inputs(tree, first, {**given, "past_key_values": cache.cache})
+                    logits = self.draft.forward(inputs).logits
+                    first, num_steps = len(tree), num_steps + 1
+                    offers, level_scores = list(finished), {}
+                    for i, leaf in enumerate(unread):
+                        scores = logits[:, i].to(dtype=torch.float32, device=input_ids.device, copy=True)
+                        scores = self.logits_processor(ids_at(input_ids, tree, leaf), scores)
+                        level_scores[leaf] = scores
+                        offers += self._offers(leaf, tree.log_probs[leaf], scores[0], is_chain=leaf == chain)
+                    unread, finished, is_sure = [], [], False
+                    # The chain always stays, so that no cycle is worse for its branches.
+                    offers.sort(key=lambda offer: (-offer.is_chain, -offer.log_prob))
+                    for offer in offers[:width]:
+                        leaf, token_id = offer.leaf, offer.token_id
+                        if token_id is not None:
+                            leaf_ids = ids_at(input_ids, tree, leaf)
+                            next_ids = torch.cat([leaf_ids, leaf_ids.new_tensor([[token_id]])], dim=-1)
+                            if self.would_stop(next_ids, [*scores_of[leaf], level_scores[leaf]]):
+                                token_id = None  # as in a draft without branches, it is the dense model's
+                        if token_id is None:
+                            finished.append(offer._replace(token_id=None))
+                            chain = None if offer.is_chain else chain
+                            continue
+                        node = tree.add(leaf, token_id, offer.log_prob)
+                        scores_of[node] = (*scores_of[leaf], level_scores[leaf]) if self.keeps_scores else ()
+                        unread.append(node)
+                        is_likely = math.exp(offer.log_prob - tree.log_probs[leaf]) >= self.config.draft_confidence
+                        is_sure |= is_likely
+                        if offer.is_chain:
+                            chain = node
+                            tree.likeliest = tree.likeliest if is_doubtful else node
+                            is_doubtful |= not is_likely
+                    if not unread or not is_sure:
+                        break
+        finally:
+            cache.roll_back(first)
+        leaves = [Leaf(offer.leaf, offer.log_prob, is_end=True) for offer in finished]
+        leaves += [Leaf(node, tree.log_probs[node], is_end=False) for node in unread]
+        tree.leaves = sorted(leaves, key=lambda leaf: -leaf.log_prob)
+        return tree, num_steps
+
+    def _offers(self, leaf: int, leaf_log_prob: float, scores: torch.Tensor, is_chain: bool) -> list[_Offer]:
+        """Returns the likeliest tokens behind a leaf; scores is float32 [vocab_size], processed."""
+        likeliest = scores.argmax().item()  # of equal ones, the token that a draft without branches takes
+        log_probs = (scores / self.config.temperature).log_softmax(dim=-1)
+        token_ids = [likeliest]
+        if not log_probs[likeliest].exp() >= self.config.branch_cutoff:
+            width = self.config.tree_width
+            others = scores.topk(min(width, len(scores))).indices.tolist()
+            token_ids = list(dict.fromkeys([likeliest, *others]))[:width]
+        offers = [
+            _Offer(is_chain and token_id == likeliest, leaf_log_prob + log_prob, leaf, token_id)
+            for token_id, log_prob in zip(token_ids, log_probs[token_ids].tolist(), strict=True)
+            if log_prob > -math.inf
+        ]
+        if is_chain and not any(offer.is_chain for offer in offers):  # no token is allowed here
+            offers.append(_Offer(True, leaf_log_prob, leaf, None))
+        return offers

@@ -1,0 +1,215 @@
+"""The twin's modules: those of the model, with stand-ins where a draft computes something else. The only place that
+copies modules.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from ..model.accelerate_hooks import is_offloaded, own_forward, streaming_hook
+from ..model.sites import MlpSite
+from ..model.stock import stock_class
+from ..settings.config import SiriusConfig
+from ..settings.methods import method_class
+from ..weights.draft_modules import TwinModule
+from ..weights.formats import reusable_bytes
+from ..weights.kept import Kept
+from ..weights.residency import find_resident
+
+
+_CAPTURED = ("output_attentions", "output_hidden_states")
+# Names within transformers.
+_IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_capturing_hook"
+
+
+@dataclasses.dataclass
+class Twin:
+    """The modules of a twin, and what all its drafts have in common. It does not know the dense model's root, so that
+    it may be kept as long as that lives.
+
+    Attributes:
+        module: the root, of the model's class.
+        config: the settings.
+        sites: the MLPs of the dense model.
+        resident: the dense model's modules of which drafts hold copies, gathered neurons aside.
+        kept: what stays from call to call.
+        is_offloaded: whether accelerate streams weights of the dense model.
+        copies: each copied or replaced module with the dense model's that it stands for, but for the root.
+        structure: of the dense model when this was built.
+        num_users: how many hold it.
+    """
+
+    module: PreTrainedModel
+    config: SiriusConfig
+    sites: list[MlpSite]
+    resident: list[nn.Module]
+    kept: Kept
+    is_offloaded: bool
+    copies: list[tuple[nn.Module, nn.Module]]
+    structure: tuple
+    num_users: int = 0
+
+    def __call__(self, model: PreTrainedModel, **inputs: Any):
+        """A forward, as a draft step makes it; `model` is the dense one, whose modes are followed."""
+        self.follow(model, inputs)
+        return self.module(**inputs)
+
+    def follow(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+        """Does what a forward needs: the copied containers have modes of their own, which have to follow the
+        originals', and hooks that record states.
+        """
+        if self.module.training != model.training:
+            self.follow_mode(model)
+        if any(inputs.get(name, getattr(model.config, name, False)) for name in _CAPTURED):
+            self._share_capturing_hooks(model)
+
+    def follow_mode(self, model: PreTrainedModel) -> None:
+        """Sets the modes of the twin's own modules to those of the dense model's."""
+        for copied, original in self._pairs(model):
+            copied.training = original.training
+
+    def _pairs(self, model: PreTrainedModel) -> Iterator[tuple[nn.Module, nn.Module]]:
+        yield self.module, model
+        yield from self.copies
+
+    def _share_capturing_hooks(self, model: PreTrainedModel) -> None:
+        """Lays the hooks that record attentions and hidden states as the dense model would. Left to itself transformers
+        lays them for the twin too, and so twice over the modules that both share.
+        """
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        if not any(getattr(module, _IS_HOOKED, False) for module in models):
+            maybe_install_capturing_hooks(model)
+        for copied, original in self._pairs(model):
+            if not isinstance(copied, stock_class(original)):  # a part in its owner's place
+                continue
+            for key, hook in original._forward_hooks.items():
+                if getattr(hook, "__name__", "") == _CAPTURING_HOOK:
+                    copied._forward_hooks.setdefault(key, hook)
+            if hasattr(original, _IS_HOOKED):
+                setattr(copied, _IS_HOOKED, getattr(original, _IS_HOOKED))
+
+
+def structure_of(model: nn.Module) -> tuple:
+    """Returns what a twin is built from, by identity: with another module, forward, hook, mode or dtype it is another.
+
+    Weights by themselves do not count: they are shared, and casts look for themselves.
+    """
+    marks: list[Any] = [(p.dtype, p.device) for p in model.parameters()]
+    for module in model.modules():
+        marks += id(module), stock_class(module)
+        for name, value in list(module.__dict__.items()):
+            is_filled = isinstance(value, dict) and name not in ("_parameters", "_buffers")
+            marks.append(tuple(map(id, value.values())) if is_filled else id(value))
+    return tuple(marks)
+
+
+def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite]) -> Twin:
+    """Builds the twin of a model: copies of the containers on the way to what is replaced, and the model's own modules
+    for all the rest.
+
+    Nothing of the dense model changes. The copies share their dicts of parameters and buffers with the originals.
+    """
+    structure = structure_of(model)
+    method = method_class(config.method)
+    replacements = {id(site.owner): method.replacements(site) for site in sites}
+    resident = find_resident(model, sites, config, method.gathers)
+    gathered = [(site.owner, name) for site in sites for name in site.part_names] if method.gathers else []
+    for owner, name in (*gathered, *resident):
+        replacements.setdefault(id(owner), {})[name] = TwinModule(getattr(owner, name))
+    owners = {id(module): module for module in model.modules() if id(module) in replacements}
+    copies: dict[int, nn.Module] = {}
+    root = _copied(model, replacements, copies)
+    pairs = [(copies[id(module)], module) for module in model.modules() if id(module) in copies and module is not model]
+    for owner_id, parts in replacements.items():
+        for name, new in parts.items():
+            dense = getattr(owners[owner_id], name)
+            pairs.append((new, dense if isinstance(dense, nn.Module) else owners[owner_id]))
+    held = [getattr(owner, name) for owner, name in resident]
+    return Twin(
+        module=root,
+        config=config,
+        sites=sites,
+        resident=held,
+        kept=Kept(
+            [module for module in held if streaming_hook(module) is None],
+            config.draft_dtype,
+            reusable_bytes(sites, config) if method.gathers else {},
+        ),
+        is_offloaded=is_offloaded(model),
+        copies=pairs,
+        structure=structure,
+    )
+
+
+def _copied(
+    module: nn.Module, replacements: Mapping[int, dict[str, nn.Module]], copies: dict[int, nn.Module]
+) -> nn.Module:
+    """Returns the module with replacements, by the id of their owner, somewhere in it; itself where there are none."""
+    if id(module) in copies:
+        return copies[id(module)]
+    children = {name: child and _copied(child, replacements, copies) for name, child in module._modules.items()}
+    if id(module) not in replacements and all(children[name] is child for name, child in module._modules.items()):
+        return module
+    copies[id(module)] = twin = shallow_copy(module)
+    twin._modules = children
+    for name, replacement in replacements.get(id(module), {}).items():
+        twin.__dict__.pop(name, None)  # an activation may be a plain function
+        twin._modules[name] = replacement
+    return twin
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Returns a module of the same class over the same parameters and buffers, with hooks and submodules of its own."""
+    hook = module.__dict__.get("_hf_hook")
+    copy_class = stock_class(module) if hook is None else _hooked_class(stock_class(module))
+    twin = copy_class.__new__(copy_class)
+    for name, value in dict(module.__dict__).items():
+        # `.to()` and `load_state_dict(assign=True)` put new tensors into these two dicts, which must reach the twin as
+        # well.
+        if isinstance(value, dict) and name.startswith("_") and name not in ("_parameters", "_buffers"):
+            value = value.copy()
+        if not _runs(value, module):
+            twin.__dict__[name] = value
+    # Code of torch.compile and accelerate's hook are of the original.
+    twin.__dict__["_compiled_call_impl"] = None
+    for name in ("_hf_hook", "forward", "_old_forward", "generate"):
+        twin.__dict__.pop(name, None)
+    if (forward := own_forward(module)) is not None:
+        twin.__dict__["forward" if hook is None else "_own_forward"] = types.MethodType(forward, twin)
+    if hook is not None:
+        twin.__dict__["_dense_hook"] = hook
+    return twin
+
+
+def _runs(value: Any, module: nn.Module) -> bool:
+    """Whether a value is a method of a module, maybe wrapped, which would lead a copy back to it."""
+    return callable(value) and getattr(inspect.unwrap(value), "__self__", None) is module
+
+
+@functools.cache
+def _hooked_class(module_class: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class of copies of a module on which accelerate has a hook. Laid over an instance, as accelerate does
+    it, the hook makes a cycle, and only the garbage collector frees the twin.
+    """
+
+    def forward(self, *args, **kwargs):
+        hook: ModelHook = self.__dict__["_dense_hook"]
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        own = self.__dict__.get("_own_forward") or functools.partial(module_class.forward, self)
+        with torch.no_grad() if hook.no_grad else contextlib.nullcontext():
+            output = own(*args, **kwargs)
+        return hook.post_forward(self, output)
+
+    namespace = {"forward": functools.wraps(module_class.forward)(forward)}
+    namespace |= {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(module_class.__name__, (module_class,), namespace)

@@ -1,0 +1,56 @@
+"""What accelerate has laid over a module whose weights it streams from CPU memory or disk."""
+
+from collections.abc import Callable
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from torch import nn
+
+
+def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """Returns accelerate's hook that loads this module's weights for each forward, if it has one."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+        if isinstance(part, AlignDevicesHook) and part.offload:
+            return part
+    return None
+
+
+def own_forward(module: nn.Module) -> Callable | None:
+    """Returns the forward that was laid over this very module, under accelerate's if there is one, or `None`.
+
+    Of a forward that torch.compile made it is the one that was compiled.
+
+    Raises:
+        `ValueError` if it is no method of the module, so that a copy would compute something else.
+    """
+    forward = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    if forward is None:
+        return None
+    if getattr(forward, "__self__", None) is not module:
+        raise ValueError(
+            f"a {type(module).__name__} of this model has a forward of its own ({forward!r}): it would run the dense "
+            "model in the twin's place. Lay it over the module after make_sparse, or compile the model by "
+            "model.compile()"
+        )
+    return None if forward.__func__ is type(module).forward else forward.__func__
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate streams any weight of this model."""
+    return any(streaming_hook(module) is not None for module in model.modules())
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Returns the device that the model's first forward runs on, which `model.device` hides where it is offloaded."""
+    for module in model.modules():
+        if (hook := streaming_hook(module)) is not None:
+            return torch.device(hook.execution_device)
+    return model.device
+
+
+def first_owner(model: nn.Module) -> nn.Module:
+    """Returns the module of the first parameter, whose device `model.device` is."""
+    name, _ = next(model.named_parameters())
+    return model.get_submodule(name.rpartition(".")[0])

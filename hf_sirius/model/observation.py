@@ -1,0 +1,84 @@
+"""Watching the dense model's MLPs during a forward of this context, for the choice of neurons and for calibration; and
+having a model in evaluation meanwhile.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from .sites import MlpSite
+
+
+# What is watched: "activation" is act(gate_proj x), "neurons" is the input of the down projection.
+Observed = Literal["activation", "neurons"]
+
+_observer: ContextVar[object | None] = ContextVar("hf_sirius_observer", default=None)
+
+
+@contextlib.contextmanager
+def observing(
+    sites: list[MlpSite],
+    observed: Observed,
+    observe: Callable[[MlpSite, torch.Tensor], None],
+    attention_mask: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """Within the block, hands what the MLPs compute in this context to `observe(site, values)`.
+
+    Args:
+        sites: the MLPs of the dense model.
+        observed: what to watch.
+        observe: takes values of shape [num_tokens, num_neurons]; padding tokens are left out.
+        attention_mask: long [batch_size, num_new_tokens] of the tokens that will be read, or `None` without padding.
+    """
+    me = object()
+    num_seen = [0] * len(sites)
+    token = _observer.set(me)
+
+    def hand_over(site: MlpSite, values: torch.Tensor) -> None:
+        # Another thread's forward passes the same hooks, but not in this context.
+        if _observer.get() is not me:
+            return
+        values = values.detach().flatten(0, -2)
+        if attention_mask is not None:
+            # A prefill may come in chunks, and a looped model runs an MLP several times over the same tokens.
+            start = num_seen[site.idx] % attention_mask.shape[1]
+            num_tokens = values.shape[0] // attention_mask.shape[0]
+            num_seen[site.idx] += num_tokens
+            token_mask = attention_mask[:, start : start + num_tokens].flatten().bool()
+            values = values[token_mask.to(values.device)]
+        observe(site, values)
+
+    def watch(site: MlpSite):
+        if observed == "neurons":
+            return site.down.register_forward_pre_hook(lambda _, args: hand_over(site, args[0]))
+        # The activation may be a plain function or shared by all layers, so the gate projection is watched instead.
+        activation = getattr(site.owner, site.activation)
+        return site.gate.register_forward_hook(
+            lambda _, args, output: hand_over(site, activation(output[..., : site.num_neurons]))
+        )
+
+    handles = []
+    try:
+        for site in sites:
+            handles.append(watch(site))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        _observer.reset(token)
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, no module of a model is in training, so that none drops anything out."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,184 @@
+"""Where the MLPs of a model are: the one place that knows how families name gate, up, down and the activation.
+
+A family's forward is never copied. The twin keeps it and replaces the projections or the activation that it calls, so
+all that is needed here is a table of attribute names.
+"""
+
+import dataclasses
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpKind:
+    """The attribute names of one MLP layout.
+
+    Attributes:
+        gate: the projection whose activation decides. In a plain two-layer MLP it is the first layer; in a fused one it
+            holds gate and up, in this order.
+        up: the projection that the activation is multiplied with, if it is one of its own.
+        down: the projection back to the hidden size.
+        num_fused: how many projections `gate` holds (2 for a fused gate_up).
+    """
+
+    gate: str
+    down: str
+    up: str | None = None
+    num_fused: int = 1
+
+
+MLP_KINDS = (
+    MlpKind(
+        gate="gate_proj", up="up_proj", down="down_proj"
+    ),  # Llama, Mistral, Gemma, Qwen, OLMo, Cohere, Granite, ...
+    MlpKind(gate="gate_up_proj", down="down_proj", num_fused=2),  # Phi-3, GLM
+    MlpKind(gate="up_proj", down="down_proj"),  # Nemotron, Arcee, MPT
+    MlpKind(gate="fc1", down="fc2"),  # OPT, Phi, XGLM, BioGPT, Persimmon
+    MlpKind(gate="fc_in", down="fc_out"),  # GPT-J, CodeGen
+    MlpKind(gate="c_fc", down="c_proj"),  # GPT-2, GPT-Neo, GPT-BigCode, StarCoder2
+    MlpKind(gate="dense_h_to_4h", down="dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+)
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
+PROJECTIONS = (nn.Linear, Conv1D)
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpSite:
+    """One MLP of a model.
+
+    Attributes:
+        idx: its place among the model's MLPs, from 0.
+        name: the dotted name of the module that owns the projections (in OPT the decoder layer itself).
+        owner: that module, in the dense model.
+        kind: the attribute names of its parts.
+        activation: the attribute name of its activation function.
+        num_neurons: its intermediate size.
+    """
+
+    idx: int
+    name: str
+    owner: nn.Module
+    kind: MlpKind
+    activation: str
+    num_neurons: int
+
+    @property
+    def gate(self) -> nn.Module:
+        return getattr(self.owner, self.kind.gate)
+
+    @property
+    def up(self) -> nn.Module | None:
+        return getattr(self.owner, self.kind.up) if self.kind.up else None
+
+    @property
+    def down(self) -> nn.Module:
+        return getattr(self.owner, self.kind.down)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.kind.gate, self.kind.up, self.kind.down) if name)
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """Its projections: gate, up if there is one, and down."""
+        return tuple(getattr(self.owner, name) for name in self.part_names)
+
+    def num_parameters(self) -> int:
+        """Parameters of the projections, biases included."""
+        return sum(_num_parameters(part) for part in self.parts)
+
+    def num_parameters_read(self, share: float, gate_in_full: bool) -> float:
+        """Parameters that a step reads with this share of the neurons; to find them it may need the whole gate."""
+        gate = _num_parameters(self.gate)
+        up = _num_parameters(self.up) if self.up is not None else 0
+        if self.kind.num_fused == 2:
+            gate, up = gate / 2, gate / 2
+        down_bias = self.down.bias.numel() if self.down.bias is not None else 0
+        down_weight = _num_parameters(self.down) - down_bias
+        return gate * (1.0 if gate_in_full else share) + share * (up + down_weight) + down_bias
+
+
+def projection_shape(projection: nn.Module) -> tuple[int, int]:
+    """Returns (out_features, in_features), which the weight of a 4-bit layer does not tell."""
+    if isinstance(projection, Conv1D):
+        return projection.nf, projection.nx
+    return projection.out_features, projection.in_features
+
+
+def _num_parameters(projection: nn.Module) -> int:
+    out_features, in_features = projection_shape(projection)
+    return out_features * in_features + (projection.bias.numel() if projection.bias is not None else 0)
+
+
+def neuron_weight(projection: nn.Module) -> torch.Tensor:
+    """Returns the weight of a projection as [out_features, in_features] (Conv1D stores the transpose), a view."""
+    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+
+def find_other_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
+    """Returns the linear layers of the decoder outside its MLPs, and the head: (owner, attribute name) of each."""
+    in_mlps = {part for site in sites for part in site.parts}
+    decoder = set(model.get_decoder().modules())
+    head = model.get_output_embeddings()
+    return [
+        (owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, PROJECTIONS) and child not in in_mlps and (owner in decoder or child is head)
+    ]
+
+
+def _match(owner: nn.Module) -> tuple[MlpKind, str] | None:
+    activation = next((name for name in ACTIVATIONS if callable(getattr(owner, name, None))), None)
+    if activation is None:
+        return None
+    for kind in MLP_KINDS:
+        parts = [getattr(owner, name, None) for name in (kind.gate, kind.up, kind.down) if name is not None]
+        if all(isinstance(part, nn.Module) for part in parts):
+            return kind, activation
+    return None
+
+
+def find_mlps(model: nn.Module) -> list[MlpSite]:
+    """Returns the MLPs of a model, in order.
+
+    Raises:
+        `ValueError` if the model has experts, no MLP of a known kind, or a projection of an unknown type.
+    """
+    sites = []
+    # A vision or audio tower has MLPs of its own, which no draft step passes.
+    decoder = set(model.get_decoder().modules()) if hasattr(model, "get_decoder") else set(model.modules())
+    for name, module in model.named_modules():
+        if module not in decoder:
+            continue
+        if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
+            raise ValueError(
+                f"{type(model).__name__} has mixture-of-experts blocks (the first is {name!r}), which hf_sirius "
+                "cannot make sparse: use a model with dense MLPs"
+            )
+        if (matched := _match(module)) is None:
+            continue
+        kind, activation = matched
+        for part_name in (kind.gate, kind.up, kind.down):
+            part = getattr(module, part_name) if part_name else None
+            if part is not None and not isinstance(part, PROJECTIONS):
+                raise ValueError(
+                    f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs "
+                    "of "
+                    f"{', '.join(p.__name__ for p in PROJECTIONS)} sparse. Load the model without adapters (or merge "
+                    "them first), and without quantization or with bitsandbytes (BitsAndBytesConfig)."
+                )
+        num_neurons = projection_shape(getattr(module, kind.down))[1]
+        if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:
+            continue
+        sites.append(MlpSite(len(sites), name, module, kind, activation, num_neurons))
+    if not sites:
+        layouts = ", ".join("/".join(part for part in (k.gate, k.up, k.down) if part) for k in MLP_KINDS)
+        raise ValueError(
+            f"{type(model).__name__} has no MLP of a known kind: a module with an activation "
+            f"({', '.join(ACTIVATIONS)}) and the projections of one of {layouts}. Add a row to "
+            "hf_sirius.model.sites.MLP_KINDS if its MLP only has other names."
+        )
+    return sites

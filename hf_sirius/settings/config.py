@@ -1,0 +1,310 @@
+"""What a user may choose: `SiriusConfig`. It knows no model and changes none."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from transformers.utils import PushToHubMixin, cached_file
+from transformers.utils.hub import hf_api
+
+from .calibration import CALIBRATION_NAME, Calibration
+from .methods import METHODS, check_method_name, owner_of
+
+
+CONFIG_NAME = "sirius_config.json"
+DRAFT_DTYPES = ("bfloat16", "float16", "int8", "nf4")
+_DOWNLOAD_OPTIONS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",
+    "user_agent",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a field may be, for the checks, the command line and the harness.
+
+    Attributes:
+        kind: `float`, `int` or `str`, as which it is read from text.
+        help: what it means, in a line.
+        allowed: the range of a number, in words.
+        is_allowed: whether a number lies in it.
+        choices: the strings that are allowed.
+        is_optional: whether it may be `None`.
+    """
+
+    kind: type
+    help: str
+    allowed: str = ""
+    is_allowed: Callable[[Any], bool] = lambda value: True
+    choices: tuple[str, ...] = ()
+    is_optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises `TypeError` or `ValueError` unless the field may have this value."""
+        if value is None and self.is_optional:
+            return
+        if self.choices:
+            if value not in self.choices:
+                allowed = [*(["None"] if self.is_optional else []), *map(repr, self.choices)]
+                raise ValueError(f"{name} must be one of [{', '.join(allowed)}], got {value!r}")
+        elif self.kind is not str:
+            kinds = (int, float) if self.kind is float else int
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                what = "a number" if self.kind is float else "an int or None" if self.is_optional else "an int"
+                raise TypeError(f"{name} must be {what} {self.allowed}, got {value!r}")
+            if not math.isfinite(value) or not self.is_allowed(value):
+                raise ValueError(f"{name} must be {self.allowed}, got {value!r}")
+
+
+def _field(default: Any, kind: type, help: str, *args: Any, **kwargs: Any) -> Any:
+    rule = Rule(kind, help, *args, is_optional=default is None, **kwargs)
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+@dataclasses.dataclass(frozen=True)
+class SiriusConfig(PushToHubMixin):
+    """The settings of a sparse twin and of its correction. Frozen: derive another one with
+    `config.replace(density=0.3)`.
+
+    Args:
+        method (`str`, defaults to `"cats"`):
+            How neurons are chosen. `"cats"`: per token, by |act(gate_proj x)| (fine-grained; FSparse in the paper).
+            `"griffin"`: once per prompt, from the prefill's activations (coarse-grained; CSparse in the paper).
+        density (`float`, defaults to 0.5):
+            Share of the neurons of each MLP that a draft step keeps, in (0, 1].
+        kernel_size (`int`, *optional*):
+            Tokens per cycle: `kernel_size - 1` drafted ones and one of the full model. At least 2; by default 16, or 32
+            for a model that accelerate offloads, where a verification costs more. The twin's own config tells which.
+        threshold (`float`, defaults to 0.1):
+            A drafted token is kept if it is the full model's argmax or its likelihood is at least this, in [0, 1].
+            1.0 gives the full model's output: token for token when greedy, the same distribution when sampling.
+        temperature (`float`, defaults to 0.6):
+            Temperature of the softmax in which that likelihood is read. Greater than 0.
+        selection (`str`, defaults to `"threshold"`):
+            For `"cats"`. `"threshold"`: a neuron is kept while it exceeds its layer's threshold (from `calibration`, or
+            else from the prompt), so that the share kept varies by token. `"topk"`: the largest share of each token.
+        calibration ([`Calibration`], *optional*):
+            For `"cats"` with thresholds: what [`calibrate`] measured on a corpus. Saved and loaded with the config.
+        draft_dtype (`str` or `torch.dtype`, *optional*):
+            Dtype of the MLPs' weights that a draft reads (of `"griffin"` the gathered neurons), `"bfloat16"`,
+            `"float16"`, `"int8"` or `"nf4"` (the last two by bitsandbytes, `pip install hf_sirius[bnb]`); by default
+            the model's own format. Fewer bytes to read, at a less faithful draft; the verification is the model's own
+            all the same.
+        draft_scope (`str`, defaults to `"mlp"`):
+            What `draft_dtype` casts. `"mlp"`: the MLPs. `"all"`: the attention's projections and the head as well.
+            Of what is not gathered the twin keeps copies, which are made anew when the weights change.
+        draft_memory (`int` or `str`, *optional*):
+            The most bytes that a draft's own weights may take, such as `6 * 2**30` or `"6GiB"`. Of an
+            offloaded model, modules outside the MLPs stay resident as far as this allows; by default all do.
+        draft_confidence (`float`, defaults to 0.0):
+            A draft ends after a token that the twin itself finds less likely than this (softmax(l / temperature) of its
+            own processed logits), in [0, 1), so that a hopeless tail is not drafted. 0 drafts `kernel_size - 1` tokens
+            always.
+        reselect_every (`int`, *optional*):
+            For `"griffin"`: choose the neurons anew after every so many cycles, from the activations of the prompt and
+            of all verifications so far. By default the prompt alone decides.
+        tree_width (`int`, defaults to 1):
+            Continuations that a draft carries on, 1 to 16; the full model reads them all in one forward and keeps the
+            longest acceptable one. 1 drafts a single one.
+        branch_cutoff (`float`, defaults to 0.95):
+            Where the twin finds a token at least this likely, a tree does not branch, in [0, 1].
+    """
+
+    method: str = _field("cats", str, f"one of {', '.join(METHODS)}")
+    density: float = _field(
+        0.5, float, "share of the neurons of each MLP to keep, in (0, 1]",
+        "in (0, 1], the share of neurons to keep", lambda value: 0 < value <= 1,
+    )  # fmt: skip
+    kernel_size: int | None = _field(
+        None, int, "tokens per cycle, at least 2 (default: 16, or 32 for an offloaded model)",
+        "at least 2: one drafted token and one of the full model (without drafts call model.generate alone)",
+        lambda value: value >= 2,
+    )  # fmt: skip
+    threshold: float = _field(
+        0.1, float, "likelihood at which a drafted token is kept, in [0, 1]; 1 gives the dense output",
+        "in [0, 1], a likelihood", lambda value: 0 <= value <= 1,
+    )  # fmt: skip
+    temperature: float = _field(
+        0.6, float, "temperature of that likelihood", "greater than 0", lambda value: value > 0
+    )  # fmt: skip
+    selection: str = _field("threshold", str, "one of threshold, topk", choices=("threshold", "topk"))
+    calibration: Calibration | None = _field(None, str, "a directory with a saved calibration")
+    draft_dtype: str | None = _field(
+        None, str, f"dtype of what the draft holds itself, one of {', '.join(DRAFT_DTYPES)}", choices=DRAFT_DTYPES
+    )
+    draft_scope: str = _field("mlp", str, "what draft_dtype casts, one of mlp, all", choices=("mlp", "all"))
+    draft_memory: int | str | None = _field(None, str, "the most bytes of a draft's own weights, such as 6GiB")
+    draft_confidence: float = _field(
+        0.0, float, "a draft ends after a token less likely than this to itself, in [0, 1)",
+        "in [0, 1), a likelihood", lambda value: 0 <= value < 1,
+    )  # fmt: skip
+    reselect_every: int | None = _field(
+        None, int, "choose the neurons anew after every so many cycles",
+        "at least 1 (cycles; None never chooses anew)", lambda value: value >= 1,
+    )  # fmt: skip
+    tree_width: int = _field(
+        1, int, "continuations that a draft carries on, 1 to 16",
+        "in 1 to 16 (1 drafts no tree)", lambda value: 1 <= value <= 16,
+    )  # fmt: skip
+    branch_cutoff: float = _field(
+        0.95, float, "likelihood to the twin from which on a tree does not branch, in [0, 1]",
+        "in [0, 1], a likelihood", lambda value: 0 <= value <= 1,
+    )  # fmt: skip
+
+    def __post_init__(self):
+        check_method_name(self.method)
+        if isinstance(self.draft_dtype, torch.dtype):
+            object.__setattr__(self, "draft_dtype", str(self.draft_dtype).removeprefix("torch."))
+        for name, rule in rules().items():
+            rule.check(name, getattr(self, name))
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+            raise TypeError(
+                f"calibration must be a hf_sirius.Calibration, got {type(self.calibration).__name__}. "
+                "Make one with hf_sirius.calibrate(...) or load it with Calibration.from_pretrained(...)."
+            )
+        for field in dataclasses.fields(self):
+            owner = owner_of(field.name)
+            if owner not in (None, self.method) and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name} belongs to method={owner!r}, but the method is {self.method!r}: leave it out, or "
+                    f"use method={owner!r}. To change the method of a config, call config.with_method({self.method!r})"
+                )
+        if self.draft_scope != "mlp" and self.draft_dtype is None:
+            raise ValueError(
+                f"draft_scope={self.draft_scope!r} says what draft_dtype casts, but draft_dtype is None: set it to one "
+                f"of {list(DRAFT_DTYPES)}, or leave draft_scope out"
+            )
+        if self.draft_memory is not None:
+            _check_memory(self.draft_memory)
+        if self.selection == "topk" and self.calibration is not None:
+            raise ValueError(
+                "selection='topk' needs no thresholds: leave calibration out, or use selection='threshold'"
+            )
+
+    def replace(self, **fields: Any) -> "SiriusConfig":
+        """Returns a copy with the given fields changed, validated anew."""
+        check_field_names(fields)
+        return dataclasses.replace(self, **fields)
+
+    def with_method(self, method: str, **fields: Any) -> "SiriusConfig":
+        """Returns a copy for another method, without the fields that belong to the one it had."""
+        check_method_name(method)
+        others = {f.name: f.default for f in dataclasses.fields(self) if owner_of(f.name) not in (None, method)}
+        return self.replace(method=method, **{**others, **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain values; a calibration is left out, as it has a file of its own."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "calibration"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], calibration: Calibration | None = None) -> "SiriusConfig":
+        """Builds a config from `to_dict`'s result. Raises `ValueError` for a name that is not a field."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a config is a mapping of fields, got {values!r}")
+        values = {name: value for name, value in values.items() if name != "hf_sirius_version"}
+        if "calibration" in values:
+            raise ValueError("a calibration is no plain value: pass it as calibration=..., or save it with the config")
+        check_field_names(values)
+        return cls(**values, calibration=calibration)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `sirius_config.json` (and the thresholds, if calibrated) to a directory, created if need be.
+
+        With `push_to_hub=True` the files go to the hub as well; `kwargs` are `repo_id`, `commit_message`, and what
+        `huggingface_hub.create_repo` takes (`private`, `token`, ...).
+        """
+        from .. import __version__
+
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise ValueError(f"save_directory must be a directory, but {str(directory)!r} is a file")
+        directory.mkdir(parents=True, exist_ok=True)
+        if push_to_hub:
+            commit_message = kwargs.pop("commit_message", None)
+            repo_id = kwargs.pop("repo_id", directory.name)
+            repo_id = hf_api().create_repo(repo_id, exist_ok=True, **kwargs).repo_id
+            timestamps = self._get_files_timestamps(directory)
+        if self.calibration is not None:
+            self.calibration.save_pretrained(directory)
+        else:
+            (directory / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier save
+        stored = {"hf_sirius_version": __version__, **self.to_dict()}
+        if self.calibration is not None:
+            stored["calibration"] = CALIBRATION_NAME
+        text = json.dumps(stored, indent=2)
+        (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        if push_to_hub:
+            self._upload_modified_files(
+                directory, repo_id, timestamps, commit_message=commit_message, token=kwargs.get("token")
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_name_or_path: str | os.PathLike, **kwargs) -> "SiriusConfig":
+        """Loads a config (and its thresholds, if saved with it) from a directory or a hub repository.
+
+        Args:
+            pretrained_name_or_path: a directory that `save_pretrained` wrote, or a repository id on the hub.
+            kwargs: config fields override what was saved; everything else (`revision`, `token`, `cache_dir`,
+                `local_files_only`, ...) is handed to the download.
+
+        Raises:
+            `OSError` if there is no such file, `ValueError` if it is not a valid config.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        unknown = sorted(set(kwargs) - set(_DOWNLOAD_OPTIONS))
+        if unknown:
+            raise ValueError(
+                f"unknown keyword {', '.join(map(repr, unknown))}: neither a field {sorted(names)} nor an option of "
+                f"the download {list(_DOWNLOAD_OPTIONS)}"
+            )
+        file = cached_file(pretrained_name_or_path, CONFIG_NAME, **kwargs)
+        try:
+            values = json.loads(Path(file).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not valid JSON ({error}): write it anew with save_pretrained") from error
+        calibration = None
+        if isinstance(values, dict) and values.get("calibration") == CALIBRATION_NAME:
+            del values["calibration"]
+            calibration = Calibration.from_file(cached_file(pretrained_name_or_path, CALIBRATION_NAME, **kwargs))
+        try:
+            config = cls.from_dict(values, calibration=calibration)
+        except TypeError as error:
+            raise ValueError(f"{file} is not a valid config: {error}") from error
+        return config.replace(**overrides) if overrides else config
+
+
+def rules() -> dict[str, Rule]:
+    """Returns the rule of each field."""
+    return {field.name: field.metadata["rule"] for field in dataclasses.fields(SiriusConfig)}
+
+
+def check_field_names(fields: dict[str, Any]) -> None:
+    """Raises `ValueError` naming the fields that `SiriusConfig` does not have."""
+    allowed = [field.name for field in dataclasses.fields(SiriusConfig)]
+    unknown = sorted(set(fields) - set(allowed))
+    if unknown:
+        raise ValueError(f"SiriusConfig has no field {', '.join(map(repr, unknown))}; its fields are {allowed}")
+
+
+def memory_bytes(value: int | str) -> int:
+    """Returns a number of bytes, from an int or a string such as "6GiB"."""
+    return int(value) if isinstance(value, int) or value.isdigit() else convert_file_size_to_int(value)
+
+
+def _check_memory(value: Any) -> None:
+    allowed = "draft_memory must be a number of bytes greater than 0, as an int or in KB, MB, GB, KiB, MiB or GiB"
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"{allowed}, got {value!r}")
+    try:
+        num_bytes = memory_bytes(value)
+    except ValueError as error:
+        raise ValueError(f"{allowed}, got {value!r}") from error
+    if num_bytes < 1:
+        raise ValueError(f"{allowed}, got {value!r}")

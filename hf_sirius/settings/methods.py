@@ -1,0 +1,49 @@
+"""The table of the sparsity methods: a row each, and a file that is loaded when the method is first used."""
+
+import dataclasses
+import difflib
+import importlib
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRow:
+    """What must be known of a method before its file is loaded.
+
+    Attributes:
+        path: its class, `"module:Class"`, a [`SparsityMethod`].
+        fields: fields of [`SiriusConfig`] that only this method takes.
+        saves_time: whether its drafts are faster than the model by themselves, without a kernel.
+    """
+
+    path: str
+    fields: tuple[str, ...] = ()
+    saves_time: bool = False
+
+
+# Those that save time come first.
+METHODS = {
+    "griffin": MethodRow("hf_sirius.sparsity.griffin:Griffin", fields=("reselect_every",), saves_time=True),
+    "cats": MethodRow("hf_sirius.sparsity.cats:Cats", fields=("selection", "calibration")),
+}
+
+
+def check_method_name(name: str) -> None:
+    """Raises `TypeError` or `ValueError` unless a method of this name exists."""
+    if not isinstance(name, str):
+        raise TypeError(f"method must be one of {list(METHODS)}, got {name!r}")
+    if name not in METHODS:
+        close = difflib.get_close_matches(name.lower(), METHODS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown method {name!r}.{hint} The methods are {list(METHODS)}.")
+
+
+def method_class(name: str) -> type:
+    """Returns the class of a method, a [`SparsityMethod`]."""
+    check_method_name(name)
+    module_name, class_name = METHODS[name].path.split(":")
+    return getattr(importlib.import_module(module_name), class_name)
+
+
+def owner_of(field: str) -> str | None:
+    """Returns the method that alone takes a field of the config, or `None` where all do."""
+    return next((name for name, row in METHODS.items() if field in row.fields), None)

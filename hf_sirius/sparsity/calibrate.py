@@ -1,0 +1,140 @@
+"""How the thresholds of cats are measured: magnitudes of activations, counted over a prompt or a corpus."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..model.observation import evaluating, observing
+from ..model.sites import find_mlps
+from ..settings.calibration import CALIBRATED_DENSITIES, Calibration, probe_weights
+from ..weights.draft_modules import TwinModule
+from .base import TwinActivation
+
+
+class MagnitudeHistogram:
+    """Counts of magnitudes in bins as fine as bfloat16 is, so that quantiles of any stream take bounded memory.
+
+    The upper half of a float32's bits (sign, exponent, 7 bits of mantissa) grows with its magnitude: it is the bin's
+    number. A quantile is thus right to a relative 2**-7.
+    """
+
+    _NUM_BINS = 0x7F80 + 1  # up to the bits of infinity
+
+    def __init__(self):
+        self.counts: torch.Tensor | None = None
+
+    def add(self, values: torch.Tensor) -> None:
+        """Counts the magnitudes of a float tensor of any shape."""
+        bins = values.float().abs().contiguous().view(torch.int32).flatten() >> 16
+        counts = torch.bincount(bins.clamp_(max=self._NUM_BINS - 1), minlength=self._NUM_BINS)
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def quantiles(self, shares: list[float]) -> torch.Tensor:
+        """Returns, for each share, a magnitude that about this share of the values does not exceed: float32
+        [len(shares)].
+
+        Share 0 gives -1, which every magnitude exceeds.
+        """
+        if self.counts is None or not self.counts.any():
+            raise ValueError("no value was counted: quantiles need at least one token")
+        cumulative = self.counts.cumsum(0).double() / self.counts.sum()
+        wanted = torch.tensor(shares, dtype=torch.float64, device=cumulative.device)
+        bins = torch.searchsorted(cumulative, wanted).clamp_(max=self._NUM_BINS - 2)
+        # The bin's upper edge: all that is counted up to this bin lies below it.
+        edges = ((bins.to(torch.int32) + 1) << 16).contiguous().view(torch.float32)
+        return torch.where(wanted <= 0, torch.full_like(edges, -1.0), edges)
+
+    def quantile(self, share: float) -> torch.Tensor:
+        """Returns one quantile, a float32 scalar tensor."""
+        return self.quantiles([share])[0]
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    tokenizer,
+    texts: Iterable,
+    *,
+    max_length: int = 512,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Measures the magnitudes of |act(gate_proj x)| of a model on a corpus, for `SiriusConfig(method="cats",
+    calibration=...)`.
+
+    The texts are read one at a time and only histograms are kept, so the memory needed does not grow with the corpus.
+
+    Args:
+        model: the dense model, loaded and on its device.
+        tokenizer: the model's tokenizer. It may be `None` if every item of `texts` holds token ids already.
+        texts: strings, or items with `input_ids` of shape [length] or [1, length] (such as those of
+            `optimum.gptq.data.get_dataset`).
+        max_length: longer texts are cut to this many tokens.
+        max_tokens: stop after this many tokens; all texts are read without it.
+        progress: whether to show a progress bar.
+
+    Raises:
+        `TypeError` for a single string or for text without a tokenizer, `ValueError` if the corpus has no token or the
+        model no known MLP.
+    """
+    for name, value in (("max_length", max_length), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(texts, Mapping):
+        raise TypeError("texts must be an iterable of texts, got a single encoding: pass [encoding]")
+    if isinstance(texts, str):
+        raise TypeError("texts must be an iterable of texts, got a single string: pass [text], or its lines")
+    if any(isinstance(module, (TwinModule, TwinActivation)) for module in model.modules()):
+        raise ValueError("calibrate measures the dense model, got its sparse twin: pass twin.dense_model")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has weights that are not loaded, or offloaded by accelerate, for which cats "
+            "cannot draft: calibrate the model where it is loaded, or use griffin, which needs no calibration"
+        )
+    sites = find_mlps(model)
+    histograms = [MagnitudeHistogram() for _ in sites]
+    num_texts = num_tokens = 0
+    with evaluating(model), tqdm(total=max_tokens, unit="token", disable=not progress, desc="calibrating") as bar:
+        for text in texts:
+            input_ids = _input_ids(text, tokenizer)[:, :max_length]
+            if max_tokens is not None:
+                input_ids = input_ids[:, : max_tokens - num_tokens]
+            if input_ids.shape[1]:
+                with observing(sites, "activation", lambda site, values: histograms[site.idx].add(values)):
+                    model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+                num_texts += 1
+                num_tokens += input_ids.shape[1]
+                bar.update(input_ids.shape[1])
+            if max_tokens is not None and num_tokens >= max_tokens:
+                break
+    if not num_tokens:
+        raise ValueError("the corpus holds no token: pass at least one text that is not empty")
+    table = torch.stack([h.quantiles([1 - d for d in CALIBRATED_DENSITIES]).cpu() for h in histograms])
+    metadata = {
+        "model_class": type(model).__name__,
+        "name_or_path": getattr(model.config, "_name_or_path", ""),
+        "num_mlps": len(sites),
+        "num_neurons": sites[0].num_neurons,
+        "num_texts": num_texts,
+        "num_tokens": num_tokens,
+    }
+    return Calibration(table, probe_weights(sites), metadata)
+
+
+def _input_ids(text, tokenizer) -> torch.Tensor:
+    """Returns the token ids of one item of a corpus, long [1, length]."""
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise TypeError("texts holds strings, so a tokenizer is needed; without one, pass items with input_ids")
+        return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].long()
+    try:
+        input_ids = torch.as_tensor(text["input_ids"] if isinstance(text, Mapping) else text)
+        if input_ids.ndim == 0:
+            raise TypeError("a single number")
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"an item of texts must be a string, token ids, or a mapping with input_ids, got {type(text).__name__}"
+        ) from error
+    return input_ids.long().reshape(1, -1)

@@ -1,0 +1,1 @@
+"""Measuring and showing: evaluation, tuning, benchmarks and reports."""

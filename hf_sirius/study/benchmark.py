@@ -1,0 +1,265 @@
+"""Timing: dense and corrected generation in alternation, in one process, as medians and ratios."""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from ..decode.attach import make_sparse
+from ..decode.sparse_twin import SparseTwin
+from ..reasoner import reasoner_path, reasoner_problems
+from ..settings.config import SiriusConfig
+from ..weights.memory import LiveBytes, PeakMemory, StreamedBytes
+from ..weights.offload import check_is_empty, offload_to_folder
+from .problems import long_prompts, problem_prompt
+from .timing import TimedRun, describe_machine, generator, synchronize, timed_run
+from .widening import wide_reasoner
+
+
+class _CycleMemory(BaseStreamer):
+    """Notes by how much each cycle's live tensors grew."""
+
+    def __init__(self, live: LiveBytes):
+        self.live = live
+        self.growths: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.growths.append(self.live.restart())
+
+    def end(self) -> None:
+        pass
+
+
+def _alternate(
+    model: PreTrainedModel,
+    sparse: SparseTwin,
+    prompts: list,
+    num_repeats: int,
+    max_new_tokens: int,
+    memory: PeakMemory,
+    streamed: StreamedBytes | None = None,
+) -> dict[str, Any]:
+    """Has the model write every answer dense and corrected in turn; returns medians, and medians of pairs' ratios."""
+    twins = {"dense": None, "sirius": sparse}
+    runs: dict[str, list[TimedRun]] = {name: [] for name in twins}
+    figures: dict[str, list[dict]] = {name: [] for name in twins}
+    sparse.stats.reset()
+    for _ in range(num_repeats):
+        for prompt in prompts:
+            for name, twin in twins.items():
+                memory.restart()
+                bytes_before = streamed.num_bytes if streamed else 0
+                run = timed_run(model, twin, prompt.to(memory.device), max_new_tokens=max_new_tokens)
+                runs[name].append(run)
+                figures[name].append(
+                    {
+                        "num_tokens": run.num_tokens,
+                        "seconds_to_first_token": run.to_first_token,
+                        "selection_seconds": run.selection,
+                        **{f"{part}_seconds_per_token": seconds for part, seconds in run.per_token.items()},
+                        "seconds": run.seconds,
+                        "peak_memory_growth": memory.growth(),
+                    }
+                )
+                if streamed:
+                    figures[name][-1]["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run.num_tokens
+
+    def median(name: str, key: str) -> float | None:
+        values = [of_run[key] for of_run in figures[name]]
+        return None if None in values else statistics.median(values)
+
+    pairs = list(zip(runs["sirius"], runs["dense"], strict=True))
+    ratios = {
+        f"ratio_{part}": statistics.median(s.per_token[part] / d.per_token[part] for s, d in pairs)
+        for part in ("steps", "decode", "whole")
+    }
+    return {
+        **{name: {key: median(name, key) for key in figures[name][0]} for name in figures},
+        **ratios,
+        "num_identical": sum(torch.equal(s.output_ids, d.output_ids) for s, d in pairs[: len(prompts)]),
+        "num_problems": len(prompts),
+        "stats": sparse.stats.total.as_dict(),
+    }
+
+
+def _warm_up(model: PreTrainedModel, prompt: dict, sparse: SparseTwin | None = None) -> PeakMemory:
+    """Generates a little, and measures memory from there on: what loads with the first use is not timed."""
+    generator(model, sparse)(**prompt, max_new_tokens=8, do_sample=False)
+    return PeakMemory(prompt["input_ids"].device)
+
+
+def _describe(model: PreTrainedModel, sparse: SparseTwin, device: torch.device) -> dict[str, Any]:
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "machine": describe_machine(str(device)),
+        "model": {
+            "num_parameters": num_parameters,
+            "num_bytes": num_parameters * model.dtype.itemsize,
+            "dtype": str(model.dtype),
+        },
+        "config": sparse.sirius_config.to_dict(),
+    }
+
+
+def bench_decode(
+    config: SiriusConfig,
+    hidden_factor: int = 9,
+    neuron_factor: int = 16,
+    num_problems: int = 3,
+    num_repeats: int = 3,
+    max_new_tokens: int = 120,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Times the widened reasoner, dense and with a twin, in memory, on long problems.
+
+    Both write every answer in turn, `num_repeats` times. `steps` counts drafting and verifying, `decode` all from the
+    first token on, which for the twin includes the gathering of its neurons, and `whole` the prefill as well.
+
+    Returns:
+        dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_steps`,
+        `ratio_decode` and `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of
+        `num_problems`; `stats`; `selection`, what choosing and gathering the neurons takes beside a dense prefill of 64
+        tokens.
+    """
+    _check_lengths(max_new_tokens)
+    prompts = _tokenized_prompts(num_problems)
+    model = wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
+    memory = _warm_up(model, prompts[0].to(device))
+    with make_sparse(model, config) as sparse:
+        _warm_up(model, prompts[0].to(device), sparse)
+        figures = _alternate(model, sparse, prompts, num_repeats, max_new_tokens, memory)
+        selection = _time_selection(model, sparse, max(11, num_repeats))  # a difference of two times is noisy
+        return {**_describe(model, sparse, model.device), **figures, "selection": selection}
+
+
+def _check_lengths(*lengths: int) -> None:
+    if min(lengths) < 2:
+        raise ValueError(f"outputs must have at least 2 tokens, behind the first of which is decoding, got {lengths}")
+
+
+@torch.no_grad()
+def _time_selection(model: PreTrainedModel, sparse: SparseTwin, num_repeats: int) -> dict[str, float]:
+    """Returns the median seconds of a dense prefill of 64 tokens and of what a call adds to it, and their ratio."""
+    prompt = torch.randint(4, model.config.vocab_size, (1, 64), device=model.device)
+    seconds: dict[str, list[float]] = {"prefill": [], "selection": []}
+    for _ in range(num_repeats):
+        synchronize(model.device)
+        start = time.perf_counter()
+        model(prompt)
+        synchronize(model.device)
+        middle = time.perf_counter()
+        with sparse.new_call() as call:
+            with call.draft.observing(None):
+                model(prompt)
+            call.draft.select()
+            synchronize(model.device)
+            end = time.perf_counter()
+        seconds["prefill"].append(middle - start)
+        seconds["selection"].append((end - middle) - (middle - start))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {**medians, "ratio": medians["selection"] / medians["prefill"]}
+
+
+def bench_offload(
+    config: SiriusConfig,
+    folder: str | os.PathLike | None = None,
+    hidden_factor: int = 9,
+    neuron_factor: int = 16,
+    num_problems: int = 1,
+    num_repeats: int = 3,
+    lengths: Sequence[int] = (40, 100, 300),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Times the widened reasoner under `accelerate.disk_offload`, dense and with a resident draft.
+
+    Args:
+        config: the settings; `draft_memory` bounds what stays resident.
+        folder: where the weights go, an empty directory; by default a temporary one.
+        lengths: of the outputs, in tokens, each measured by itself.
+
+    Returns:
+        dict as `bench_decode`'s, with the figures of each length under `lengths`. `peak_memory_growth` is the most
+        bytes that the process (or the GPU) had beyond those after the imports and a first dense generation;
+        `bytes_streamed_per_token` what accelerate took from the offload folder.
+
+    Raises:
+        `OSError` if the disk has no room for the weights, `ValueError` if the folder is not empty.
+    """
+    _check_lengths(*lengths)
+    with contextlib.ExitStack() as cleanup:
+        if folder is not None:
+            check_is_empty(folder)  # before the model is made
+        else:
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hf_sirius_offload_"))
+        prompts = _tokenized_prompts(num_problems)
+        model = wide_reasoner(hidden_factor, neuron_factor, dtype)
+        offload_to_folder(model, folder, device)
+        streamed = StreamedBytes(model)
+        with make_sparse(model, config) as sparse:  # which loads bitsandbytes, if need be
+            memory = _warm_up(model, prompts[0].to(device))
+            _warm_up(model, prompts[0].to(device), sparse)
+            description = _describe(model, sparse, torch.device(device))
+            by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, memory, streamed) for n in lengths}
+    return {**description, "lengths": by_length}
+
+
+def bench_tree(
+    config: SiriusConfig,
+    tree_widths: Sequence[int] = (1, 2, 4, 8, 16),
+    context_length: int = 4000,
+    max_new_tokens: int = 100,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measures by how much memory grows within a cycle after a long prompt, for trees of several widths. The model is
+    the embedded reasoner as it is.
+
+    Returns:
+        dict: `machine`, `model`, `config`, `state_bytes` of the prompt's KV-cache, and for each width, under `widths`,
+        by how many bytes of tensors a cycle grew at most beyond those before it, as the median (`median_growth`) and
+        the most (`peak_growth`) over cycles, with `nodes_drafted` and `nodes_verified` per cycle. A cycle in which the
+        cache runs out of room copies a layer's states; the first one, which makes the room, is left out.
+    """
+    if max_new_tokens < 2 * (config.kernel_size or 16) + 2:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is too short for two cycles: ask for more tokens")
+    configs = {tree_width: config.replace(tree_width=tree_width) for tree_width in tree_widths}
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    text = "\n".join(f"{problem_prompt(p['question'])} {p['answer']}" for p in reasoner_problems())
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
+    if ids.shape[1] < context_length:
+        raise ValueError(f"the embedded problems have {ids.shape[1]} tokens: ask for a context_length of at most that")
+    model = wide_reasoner(1, 1, dtype).to(device)
+    by_width, description, state_bytes = {}, {}, 0
+    for tree_width, tree_config in configs.items():
+        with make_sparse(model, tree_config) as sparse, LiveBytes() as live:
+            memory, cache = _CycleMemory(live), DynamicCache(config=model.config)
+            model.generate(
+                ids[:, :context_length], assistant_model=sparse, max_new_tokens=max_new_tokens, do_sample=False,
+                streamer=memory, past_key_values=cache, eos_token_id=None,
+            )  # fmt: skip
+            stats = sparse.stats
+            description = _describe(model, sparse, torch.device(device))
+            layers = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+            state_bytes = sum(s.nbytes for s in layers) * context_length // cache.get_seq_length()
+            by_width[tree_width] = {
+                # After the prompt, the prefill and the first cycle.
+                "median_growth": statistics.median(memory.growths[3:]),
+                "peak_growth": max(memory.growths[3:]),
+                "nodes_drafted": stats.num_nodes_drafted / stats.num_cycles,
+                "nodes_verified": stats.num_nodes_verified / stats.num_cycles,
+            }
+    return {**description, "context_length": context_length, "state_bytes": state_bytes, "widths": by_width}
+
+
+def _tokenized_prompts(num_problems: int) -> list:
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    return [tokenizer(prompt, return_tensors="pt") for prompt in long_prompts()[:num_problems]]

@@ -1,0 +1,249 @@
+"""Running a task in several ways (dense, sparse alone, corrected), item by item, with nothing lost to an interruption,
+over one process or many.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..decode.attach import make_sparse
+from ..decode.sparse_twin import SparseTwin
+from ..model.accelerate_hooks import execution_device
+from ..settings.config import SiriusConfig
+from .tasks import Task
+
+
+RESULTS_NAME = "results"
+_FORMAT = 2  # of the records: a run of another one is not gone on with
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to run a model.
+
+    Attributes:
+        name: for people.
+        config: of the twin; `None` runs the dense model.
+        alone: whether the twin runs without correction.
+    """
+
+    name: str
+    config: SiriusConfig | None = None
+    alone: bool = False
+
+    def description(self) -> dict[str, Any]:
+        """Returns all that its records depend on, as plain values."""
+        calibration = None
+        if self.config is not None and self.config.calibration is not None:
+            thresholds = str(self.config.calibration.thresholds(self.config.density))
+            calibration = hashlib.sha256(thresholds.encode()).hexdigest()[:16]
+        config = None if self.config is None else self.config.to_dict()
+        return {"config": config, "calibration": calibration, "alone": self.alone}
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def standard_ways(config: SiriusConfig) -> list[Way]:
+    """Returns the dense model, the twin alone, and the two together."""
+    return [Way("dense"), Way("sparse alone", config, alone=True), Way("Sirius", config)]
+
+
+def run_task(
+    model: PreTrainedModel,
+    task: Task,
+    ways: Iterable[Way],
+    directory: str | os.PathLike,
+    model_name: str,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Runs every item of a task in every way, in alternation, and writes `results.json` and `results.csv`.
+
+    Each record is on the disk before the next item begins. The same call on the same directory goes on where an earlier
+    one was interrupted, and ends with the same figures. Under `accelerate launch` the items are split over the
+    processes, and gathered once.
+
+    Args:
+        model: the dense model, of which twins are made as they are needed.
+        task: what to run.
+        ways: with the dense one, in the order of the table.
+        directory: of this run, made if need be.
+        model_name: what the results call the model.
+        show_progress: whether a bar is shown (by the first process).
+
+    Returns:
+        dict: `model`, `task`, and `rows`, one for each way, with the measures by name.
+
+    Raises:
+        `ValueError` if the directory holds another run, or a record that cannot be read.
+    """
+    ways = list(ways)
+    for way in ways:
+        task.check(model, way.config, way.alone)
+    state = process_state()
+    description = describe_run(model, model_name, task)
+    records = _Records(Path(directory), description, state)
+    # Whole items, so that the ways of each are run by one process, in alternation.
+    missing = [i for i in range(len(task)) if any((way.key, i) not in records.done for way in ways)]
+    mine = missing[state.process_index :: state.num_processes]
+    todo = [(idx, way) for idx in mine for way in ways if (way.key, idx) not in records.done]
+    progress = tqdm(
+        total=len(mine) * len(ways),
+        initial=len(mine) * len(ways) - len(todo),
+        disable=not show_progress or not state.is_main_process,
+        unit="item",
+        desc=task.name,
+    )
+    with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(progress)
+        twins: dict[str, SparseTwin] = {}
+        warm: set[str] = set()
+        for idx, way in todo:
+            if way.config is not None and way.key not in twins:
+                twins[way.key] = cleanup.enter_context(make_sparse(model, way.config))
+            if way.key not in warm:
+                task.warm_up(model, twins.get(way.key), way.alone)
+                warm.add(way.key)
+            record = task.run(idx, model, twins.get(way.key), way.alone)
+            records.append({"way": way.key, "item": idx, **record})
+            progress.update()
+    gathered = {**records.read}  # by every process
+    for part in gather_object([records.made]):
+        gathered.update(part)
+    rows = []
+    for way in ways:
+        of_way = [gathered[way.key, idx] for idx in range(len(task))]
+        rows.append({"way": way.name, **way.description(), "num_items": len(task), **task.measures(of_way)})
+    results = {**description, "rows": rows}
+    if state.is_main_process:
+        _write_results(Path(directory), results)
+    state.wait_for_everyone()
+    return results
+
+
+class _Records:
+    """The records of a run in a directory: `run.json` says of which run, `records-*.jsonl` has a line for each."""
+
+    def __init__(self, directory: Path, description: dict[str, Any], state: PartialState):
+        if directory.is_file():
+            raise ValueError(f"the directory of a run cannot be {str(directory)!r}, which is a file: name another one")
+        directory.mkdir(parents=True, exist_ok=True)
+        run_file = directory / "run.json"
+        text = json.dumps(description, indent=2)
+        if run_file.exists() and json.loads(run_file.read_text(encoding="utf-8")) != description:
+            raise ValueError(
+                f"{str(directory)!r} holds another run (see its run.json): name another directory, or remove this one"
+            )
+        if not run_file.exists() and any(directory.glob("records-*.jsonl")):
+            raise ValueError(
+                f"{str(directory)!r} holds records without the run.json that tells of which run they are: name another "
+                "directory, or remove this one"
+            )
+        state.wait_for_everyone()
+        if state.is_main_process and not run_file.exists():
+            _write(run_file, text)
+        self.read: dict[tuple[str, int], dict] = {}
+        self.made: dict[tuple[str, int], dict] = {}
+        for file in sorted(directory.glob("records-*.jsonl")):
+            for record in _read_records(file, state):
+                self.read[record["way"], record["item"]] = record
+        state.wait_for_everyone()  # before anybody writes
+        self._file = directory / f"records-{state.process_index}.jsonl"
+
+    def append(self, record: dict) -> None:
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.made[record["way"], record["item"]] = record
+
+    @property
+    def done(self) -> dict[tuple[str, int], dict]:
+        """All records, by way and item."""
+        return {**self.read, **self.made}
+
+
+def _read_records(file: Path, state: PartialState) -> Iterator[dict]:
+    """Yields the records of a file, without a last one that was cut short, which is taken off the file."""
+    whole, _, cut = file.read_bytes().rpartition(b"\n")
+    if cut and state.is_main_process:
+        os.truncate(file, len(whole) + bool(whole))
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: not valid JSON ({error}): remove the line") from error
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def _write_results(directory: Path, results: dict[str, Any]) -> None:
+    _write(directory / f"{RESULTS_NAME}.json", json.dumps(results, indent=2))
+    settings = [field.name for field in dataclasses.fields(SiriusConfig) if field.name != "calibration"]
+    names = [name for name in results["rows"][-1] if name not in ("config", "calibration", "way")]
+    part = directory / f"{RESULTS_NAME}.csv.part"
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["way", *settings, *names], extrasaction="ignore")
+        writer.writeheader()
+        for row in results["rows"]:
+            writer.writerow({**(row["config"] or {}), **row})
+    part.replace(directory / f"{RESULTS_NAME}.csv")
+
+
+def process_state() -> PartialState:
+    """Returns the state of accelerate's processes, which wait for each other as long as an item may take."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(days=30))
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Returns a digest of the ends of every weight that is loaded, by which to know a model again."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            values = parameter.detach().reshape(-1)
+            ends = torch.cat([values[:8], values[-8:]]).float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {ends.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[str, Any]:
+    """Returns all that the records of a run depend on, beside its ways, as plain values."""
+    quantization = getattr(model.config, "quantization_config", None)
+    return {
+        "model": model_name,
+        "dtype": str(model.dtype),
+        "quantization": None if quantization is None else quantization.to_diff_dict(),
+        "weights": _fingerprint(model),
+        "device": execution_device(model).type,
+        "attention": model.config._attn_implementation,
+        "hf_sirius": __version__,
+        "format": _FORMAT,
+        **task.description(),
+    }
+
+
+def default_directory(description: dict[str, Any], ways: Iterable[Way]) -> Path:
+    """Returns a directory of its own for each run and its ways, so that the same command goes on with a run."""
+    described = json.dumps([description, [way.key for way in ways]], sort_keys=True)
+    stem = "-".join(Path(description[name]).name for name in ("model", "task"))
+    return Path("runs") / f"{stem}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"

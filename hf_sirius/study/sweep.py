@@ -1,0 +1,137 @@
+"""Many settings over one task: the ways that a grid of settings makes, and plots of what they gave."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..settings.config import SiriusConfig
+from .evaluation import Way
+
+
+# What a point of a series has in common with the others of it.
+_SERIES = ("method", "density", "kernel_size", "tree_width")
+_SHORT = {"kernel_size": "n", "tree_width": "width"}
+
+
+def sweep_ways(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> list[Way]:
+    """Returns the dense model, each sparse draft alone, and every combination of a grid corrected.
+
+    Args:
+        config: the settings that do not vary.
+        grid: values by the name of a `SiriusConfig` field; an empty list leaves the config's own.
+
+    Raises:
+        `ValueError` for a combination that is no valid config.
+    """
+    grid = {name: list(dict.fromkeys(values)) for name, values in grid.items() if values}
+    ways = {}
+    for values in itertools.product(*grid.values()):
+        fields = dict(zip(grid, values, strict=True))
+        corrected = config.with_method(fields.pop("method", config.method), **fields)
+        # The draft by itself knows no cycles.
+        alone = corrected.replace(threshold=config.threshold, kernel_size=config.kernel_size, tree_width=1)
+        for way in (
+            Way(f"{alone.method} {alone.density} alone", alone, alone=True),
+            Way(_name(corrected, grid), corrected),
+        ):
+            ways.setdefault(way.key, way)
+    # Drafts alone come first.
+    return [Way("dense"), *sorted(ways.values(), key=lambda way: not way.alone)]
+
+
+def _name(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> str:
+    varied = [name for name in ("kernel_size", "threshold", "tree_width") if len(grid.get(name, ())) > 1]
+    parts = [f"{_SHORT.get(name, name)} {getattr(config, name)}" for name in varied]
+    return ", ".join([f"{config.method} {config.density}", *parts])
+
+
+def check_plots(path: str | os.PathLike | None = None) -> None:
+    """Raises `ImportError` if matplotlib is missing, `ValueError` for an ending that it does not write."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib: pip install hf_sirius[plot], or leave them out with --no_plots"
+        ) from error
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path is not None and Path(path).suffix.lstrip(".").lower() not in endings:
+        raise ValueError(f"a plot must end in one of {sorted(endings)}, got {str(path)!r}")
+
+
+def plot_sweep(results: dict[str, Any], path: str | os.PathLike) -> None:
+    """Draws accuracy against threshold, AAL against threshold, accuracy against effective density and accuracy against
+    AAL (figure 1 and table 8 of the paper, for this model), in one image.
+
+    Args:
+        results: what [`run_task`] returned for `sweep_ways`.
+        path: of the image; its ending chooses the format.
+    """
+    check_plots()
+    from matplotlib.figure import Figure  # not pyplot, which wants a display
+
+    rows = results["rows"]
+    dense = next(row for row in rows if row["config"] is None)
+    alone = {(row["config"]["method"], row["config"]["density"]): row for row in rows if row["alone"]}
+    series: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["config"] is not None and not row["alone"]:
+            series.setdefault(tuple(row["config"][name] for name in _SERIES), []).append(row)
+    shown = [name for i, name in enumerate(_SERIES) if name in ("method", "density") or len({k[i] for k in series}) > 1]
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (by_threshold, aal), (by_density, by_aal) = figure.subplots(2, 2)
+    colors = {pair: f"C{i}" for i, pair in enumerate(alone)}
+    markers = itertools.cycle("osD^vPX*")
+    for key, points in series.items():
+        setting = dict(zip(_SERIES, key, strict=True))
+        pair = setting["method"], setting["density"]
+        extra = [f"{_SHORT.get(n, n)} {setting[n]}" for n in shown if n not in ("method", "density")]
+        style = {
+            "color": colors[pair],
+            "marker": next(markers),
+            "markersize": 5,
+            "label": ", ".join([f"{pair[0]} {pair[1]}", *extra]),
+        }
+        points = sorted(points, key=lambda row: row["config"]["threshold"])
+        thresholds = [row["config"]["threshold"] for row in points]
+        _line(by_threshold, thresholds, points, "accuracy", style)
+        _line(aal, thresholds, points, "aal", style)
+        _line(by_density, [row["effective_density"] for row in points], points, "accuracy", style)
+        _line(by_aal, [row["aal"] for row in points], points, "accuracy", style)
+    for pair, row in alone.items():
+        label = f"{pair[0]} {pair[1]}, alone"
+        by_threshold.axhline(row["accuracy"], color=colors[pair], linestyle=":", linewidth=1, label=label)
+        if row["draft_density"] is not None:
+            by_density.plot(row["draft_density"], row["accuracy"], "x", color=colors[pair], markersize=8)
+    by_threshold.axhline(dense["accuracy"], color="black", linestyle="--", linewidth=1, label="dense")
+    by_aal.axhline(dense["accuracy"], color="black", linestyle="--", linewidth=1)
+    by_density.plot(1.0, dense["accuracy"], "*", color="black", markersize=11)
+    by_density.axvline(1.0, color="black", linewidth=0.5)
+    for axes, x_label, y_label, title in (
+        (by_threshold, "threshold", "accuracy", "Accuracy that sparsity loses and Sirius wins back"),
+        (aal, "threshold", "AAL (tokens per cycle)", "Average advance length"),
+        (
+            by_density,
+            "effective density (★ dense, × sparse alone)",
+            "accuracy",
+            "Accuracy for parameters read per token",
+        ),
+        (by_aal, "AAL (tokens per cycle)", "accuracy", "Accuracy for advance"),
+    ):
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_title(title, fontsize=11)
+        axes.grid(alpha=0.25)
+    for axes in (by_threshold, by_density, by_aal):
+        axes.set_ylim(-0.03, 1.03)
+    by_threshold.legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{results['model']}, {results['num_items']} items of {results['task']}", fontsize=12)
+    figure.savefig(Path(path), dpi=110)
+
+
+def _line(axes, xs: list, points: list[dict], measure: str, style: dict) -> None:
+    pairs = [(x, row[measure]) for x, row in zip(xs, points, strict=True) if None not in (x, row[measure])]
+    axes.plot(*zip(*pairs, strict=True) if pairs else ([], []), **style)

@@ -1,0 +1,342 @@
+"""What an evaluation asks: word problems with a final answer, or plain text to predict. A task runs one of its items in
+one way, and tells what the records of many mean.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from ..decode.sparse_twin import SparseTwin
+from ..decode.stats import GenerationStats
+from ..decode.verification import is_accepted
+from ..model.accelerate_hooks import execution_device
+from ..reasoner import reasoner_problems
+from ..settings.config import SiriusConfig
+from .problems import final_answer, load_problems, problem_prompt
+from .timing import generator, synchronize
+
+
+STOP_STRINGS = ("Question:",)  # where a model without a chat template goes on to a problem of its own
+
+
+# By the name that a user gives: which of the embedded problems.
+EMBEDDED_TASKS = {"reasoner": "test", "reasoner-long": "long"}
+
+
+class Task(ABC):
+    """Items that can be run in several ways, one at a time.
+
+    Attributes:
+        name: for people, and for the directory of a run.
+        columns: the measures of [`measures`] that belong to the task alone, in order.
+    """
+
+    name: str
+    columns: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """Returns all that the records depend on, as plain values."""
+
+    @abstractmethod
+    def run(self, idx: int, model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False) -> dict:
+        """Runs one item, and returns its record, plain values.
+
+        Args:
+            idx: of the item.
+            model: the dense model.
+            twin: its twin; `None` runs the dense model.
+            alone: whether the twin runs without correction.
+        """
+
+    def check(  # noqa: B027
+        self, model: PreTrainedModel, config: SiriusConfig | None = None, alone: bool = False
+    ) -> None:
+        """Raises `ValueError` if the task cannot be run in this way (as in [`Way`]) with this model."""
+
+    def warm_up(  # noqa: B027
+        self, model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
+    ) -> None:
+        """Has what loads with the first use be nobody's time."""
+
+    @abstractmethod
+    def measures(self, records: list[dict]) -> dict[str, float | None]:
+        """Returns the measures of one way from its records, in the order of the items."""
+
+
+class ProblemTask(Task):
+    """Problems with a final answer, answered greedily.
+
+    Args:
+        name: for people.
+        problems: dicts with `question` and `answer`, the latter ending in "#### 42".
+        tokenizer: of the model.
+        few_shot: solved problems that come before each, as turns of the chat or in the same text.
+        chat: whether the prompt is put into the tokenizer's chat template; by default if it has one.
+        max_new_tokens: of an answer.
+    """
+
+    columns = ("accuracy",)
+
+    def __init__(
+        self,
+        name: str,
+        problems: list[dict],
+        tokenizer: PreTrainedTokenizerBase,
+        few_shot: list[dict] = (),
+        chat: bool | None = None,
+        max_new_tokens: int = 256,
+    ):
+        if chat and not tokenizer.chat_template:
+            raise ValueError(
+                f"chat was asked for, but the {type(tokenizer).__name__} has no chat template: leave it out"
+            )
+        self.name, self.problems, self.tokenizer = name, problems, tokenizer
+        self.few_shot, self.max_new_tokens = list(few_shot), max_new_tokens
+        self.chat = bool(tokenizer.chat_template) if chat is None else chat
+        self._stops = []
+        if not self.chat:
+            try:
+                self._stops = [StopStringCriteria(tokenizer, list(STOP_STRINGS))]
+            except ValueError:  # a tokenizer of whole words, which stock transformers cannot match them with
+                self._stops = []
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "num_items": len(self),
+            "digest": _digest([self.problems, self.few_shot]),
+            "chat": self.chat,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def inputs(self, question: str):
+        """Returns the tokenized prompt of a question, long [1, length] each."""
+        if self.chat:
+            turns = [(example["question"], example["answer"]) for example in self.few_shot] + [(question, None)]
+            messages = [
+                {"role": role, "content": content}
+                for turn in turns
+                for role, content in zip(("user", "assistant"), turn, strict=True)
+                if content is not None
+            ]
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        shots = [f"{problem_prompt(example['question'])} {example['answer']}\n\n" for example in self.few_shot]
+        return self.tokenizer("".join(shots) + problem_prompt(question), return_tensors="pt")
+
+    def warm_up(self, model, twin=None, alone=False):
+        inputs = self.inputs(self.problems[0]["question"]).to(execution_device(model))
+        generator(model, twin, alone)(**inputs, max_new_tokens=8, do_sample=False)
+
+    def run(self, idx, model, twin=None, alone=False):
+        problem = self.problems[idx]
+        inputs = self.inputs(problem["question"]).to(execution_device(model))
+        generate = generator(model, twin, alone)
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "stopping_criteria": list(self._stops)}
+        start = time.perf_counter()
+        output = generate(**inputs, **options)
+        synchronize(execution_device(model))
+        seconds = time.perf_counter() - start
+        new_ids = output[0, inputs["input_ids"].shape[1] :]
+        text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
+        answer = final_answer(text)
+        return {
+            "is_correct": answer is not None and answer == final_answer(problem["answer"]),
+            "answer": answer,
+            "text": text,
+            "num_tokens": len(new_ids),
+            "seconds": seconds,
+            "counts": None if twin is None else twin.stats.counts(),
+        }
+
+    def measures(self, records):
+        measures = {"accuracy": sum(record["is_correct"] for record in records) / len(records)}
+        return {**measures, **_run_measures(records)}
+
+
+class TextTask(Task):
+    """Windows of plain text. Of each the first half is the prompt, from which the twin chooses its neurons; over the
+    second half the text itself is read, and what the draft says next is compared with what the full model says.
+
+    Measures: `perplexity`, exp of the mean negative log-likelihood of the text's tokens; `agreement`, the share of
+    places where the draft's argmax is the full model's; `acceptance`, where the acceptance rule keeps it.
+
+    Args:
+        name: for people.
+        texts: what is cut into windows, each text by itself; a rest shorter than a window is left out.
+        tokenizer: of the model.
+        window: tokens, at least 4.
+        max_windows: takes the first ones only.
+    """
+
+    columns = ("perplexity", "agreement", "acceptance")
+
+    def __init__(
+        self,
+        name: str,
+        texts: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        window: int = 512,
+        max_windows: int | None = None,
+    ):
+        if window < 4:
+            raise ValueError(f"a window must have at least 4 tokens, got {window}")
+        self.name, self.window = name, window
+        self.windows: list[list[int]] = []
+        # Each window begins as a text of its own would: with BOS, for a tokenizer that writes one.
+        empty = tokenizer("")["input_ids"]
+        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id in empty else []
+        size = window - len(start)
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            self.windows += [start + ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+        self.windows = self.windows[:max_windows]
+        if not self.windows:
+            raise ValueError(
+                f"{name} has no text of {window} tokens, which is one window: pass more text, or a smaller window"
+            )
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def description(self) -> dict[str, Any]:
+        return {"task": self.name, "num_items": len(self), "digest": _digest(self.windows), "window": self.window}
+
+    def check(self, model, config=None, alone=False):
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and self.window > limit:
+            raise ValueError(
+                f"a window of {self.window} tokens is longer than the {limit} positions of the "
+                f"{type(model).__name__}: pass a smaller window"
+            )
+        if config is not None and config.tree_width > 1:
+            raise ValueError(
+                f"plain text is read along one path, but tree_width={config.tree_width} was given: use tree_width=1"
+            )
+        if config is not None and not alone:
+            raise ValueError("plain text is read, and not corrected: run its draft alone")
+
+    @torch.no_grad()
+    def run(self, idx, model, twin=None, alone=False):
+        ids = torch.tensor([self.windows[idx]], device=execution_device(model))
+        half = self.window // 2
+        prompt, rest, targets = ids[:, :half], ids[:, half:-1], ids[:, half:]
+        if twin is None:
+            logits = model(ids[:, :-1], use_cache=False).logits[0, half - 1 :].float()
+            return self._record(logits, targets[0])
+        with twin.new_call() as call:
+            with call.draft.observing(None):
+                outputs = model(prompt, use_cache=True, return_dict=True)
+            call.draft.select()
+            first = outputs.logits[:, -1:]  # after the prompt both are one model
+            with call.draft.drafting():
+                logits = twin(rest, past_key_values=outputs.past_key_values, return_dict=True).logits
+        logits = torch.cat([first, logits], dim=1)[0].float()
+        dense = model(ids[:, :-1], use_cache=False).logits[0, half:].float()
+        drafted_ids = logits[1:].argmax(dim=-1)
+        config = twin.sirius_config
+        return {
+            **self._record(logits, targets[0]),
+            "num_compared": len(drafted_ids),
+            "num_agreeing": int((drafted_ids == dense.argmax(dim=-1)).sum()),
+            "num_accepted": int(is_accepted(drafted_ids, dense, config.threshold, config.temperature).sum()),
+            "counts": twin.stats.counts(),
+        }
+
+    def _record(self, logits: torch.Tensor, targets: torch.Tensor) -> dict:
+        loss = torch.nn.functional.cross_entropy(logits.double(), targets.to(logits.device), reduction="sum")
+        return {"num_tokens": len(targets), "loss": loss.item(), "counts": None}
+
+    def measures(self, records):
+        num_tokens = sum(record["num_tokens"] for record in records)
+        num_compared = sum(record.get("num_compared", 0) for record in records)
+
+        def share(name: str) -> float | None:
+            return sum(record[name] for record in records) / num_compared if num_compared else None
+
+        return {
+            "perplexity": math.exp(sum(record["loss"] for record in records) / num_tokens),
+            "agreement": share("num_agreeing"),
+            "acceptance": share("num_accepted"),
+            "draft_density": _stats(records).draft_density,
+        }
+
+
+def load_task(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    few_shot: str | os.PathLike | None = None,
+    num_items: int | None = None,
+    **options: Any,
+) -> Task:
+    """Returns the task that a user names: `"reasoner"` or `"reasoner-long"` (the embedded problems), a JSONL file of
+    problems, or a file of plain text.
+
+    Args:
+        name: that name, or the path of a file.
+        tokenizer: of the model.
+        few_shot: a JSONL file of solved problems to put before each.
+        num_items: takes the first ones only.
+        options: those of [`ProblemTask`] (`chat`, `max_new_tokens`) or [`TextTask`] (`window`).
+
+    Raises:
+        `ValueError` for a line that is no problem, with its number, or an option of the other kind of task; `OSError`
+        for a file that cannot be read.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    path = Path(name)
+    if name not in EMBEDDED_TASKS and not path.is_file():
+        raise FileNotFoundError(
+            f"there is no task {name!r}: pass one of {list(EMBEDDED_TASKS)}, or a file (.jsonl or text)"
+        )
+    is_text = name not in EMBEDDED_TASKS and path.suffix not in (".jsonl", ".json")
+    allowed = ("window",) if is_text else ("chat", "max_new_tokens")
+    unknown = sorted(set(options) - set(allowed)) + (["few_shot"] if is_text and few_shot else [])
+    if unknown:
+        kind = "plain text" if is_text else "problems"
+        raise ValueError(f"{name} is a task of {kind}, for which {', '.join(unknown)} means nothing: leave it out")
+    if is_text:
+        text = path.read_text(encoding="utf-8")
+        return TextTask(path.name, [text], tokenizer, max_windows=num_items, **options)
+    problems = reasoner_problems(EMBEDDED_TASKS[name]) if name in EMBEDDED_TASKS else load_problems(path)
+    shots = load_problems(few_shot) if few_shot else []
+    return ProblemTask(Path(name).name, problems[:num_items], tokenizer, shots, **options)
+
+
+def _run_measures(records: list[dict]) -> dict[str, float | None]:
+    stats = _stats(records)
+    names = ("aal", "acceptance_rate", "num_rolled_back", "draft_density", "effective_density")
+    measures = {name: getattr(stats, name) if stats.num_cycles or name == "draft_density" else None for name in names}
+    measures["nodes_per_cycle"] = stats.num_nodes_verified / stats.num_cycles if stats.num_cycles else None
+    num_tokens = sum(record["num_tokens"] for record in records)
+    seconds = sum(record["seconds"] for record in records)
+    return {**measures, "ms_per_token": 1000 * seconds / num_tokens if num_tokens else None}
+
+
+def _stats(records: list[dict]) -> GenerationStats:
+    stats = GenerationStats(kernel_size=0)  # of no use to the measures
+    for record in records:
+        if record["counts"] is not None:
+            stats.add_counts(record["counts"])
+    return stats
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,155 @@
+"""Timing: one generation in its parts, and the machine that it ran on."""
+
+import dataclasses
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from ..decode.sparse_twin import SparseTwin
+from ..decode.stats import Cycle
+
+
+def generator(
+    model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
+) -> Callable[..., torch.Tensor]:
+    """Returns the `generate` of one way to run a model: dense, corrected by it (`twin`), or the twin `alone`."""
+    if twin is None:
+        return model.generate
+    if alone:
+        return twin.generate
+    return lambda **inputs: model.generate(assistant_model=twin, **inputs)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedRun:
+    """One greedy generation in its parts.
+
+    Attributes:
+        output_ids: long [1, length], which begins with the prompt.
+        num_tokens: how many of them are new.
+        to_first_token: seconds of the prefill and what comes before it.
+        decode: seconds behind the first token.
+        selection: those of them from the first token to the first draft: choosing and gathering the neurons.
+        draft_steps: seconds of each forward of the draft, the mean of its cycle.
+        verifications: seconds of each verification; of a dense generation, of each step.
+        cycles: those of the twin's statistics; empty for a dense generation.
+    """
+
+    output_ids: torch.LongTensor
+    num_tokens: int
+    to_first_token: float
+    decode: float
+    selection: float
+    draft_steps: list[float]
+    verifications: list[float]
+    cycles: list[Cycle]
+
+    def scaled(self, factor: float) -> "TimedRun":
+        """Returns the run with all its times multiplied."""
+        return dataclasses.replace(
+            self,
+            to_first_token=factor * self.to_first_token,
+            decode=factor * self.decode,
+            selection=factor * self.selection,
+            draft_steps=[factor * seconds for seconds in self.draft_steps],
+            verifications=[factor * seconds for seconds in self.verifications],
+        )
+
+    @property
+    def num_decoded(self) -> int:
+        """Tokens behind the first one."""
+        return self.num_tokens - 1
+
+    @property
+    def seconds(self) -> float:
+        return self.to_first_token + self.decode
+
+    @property
+    def per_token(self) -> dict[str, float]:
+        """Seconds per token: `steps` (drafting and verifying alone) and `decode` of those behind the first one, `whole`
+        of all.
+        """
+        num_decoded = max(1, self.num_decoded)
+        return {
+            "steps": (self.decode - self.selection) / num_decoded,
+            "decode": self.decode / num_decoded,
+            "whole": self.seconds / self.num_tokens,  # outputs may differ in length below threshold=1.0
+        }
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens arrive, the prompt first."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def timed_run(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, **options) -> TimedRun:
+    """Generates greedily, and takes the times of its parts.
+
+    Args:
+        model: the dense model.
+        twin: its twin; `None` runs the dense model.
+        inputs: of the prompt, with `input_ids`, long [1, prompt_length].
+        **options: for `generate`.
+    """
+    clock, device = _Clock(), inputs["input_ids"].device
+    synchronize(device)
+    start = time.perf_counter()
+    options |= {"do_sample": False, "streamer": clock, "return_dict_in_generate": False}
+    output_ids = generator(model, twin)(**inputs, **options)
+    synchronize(device)
+    end = time.perf_counter()
+    _, first_token, *others = clock.times
+    cycles = [] if twin is None else twin.stats.cycles
+    dense_steps = [after - before for before, after in itertools.pairwise([first_token, *others])]
+    return TimedRun(
+        output_ids=output_ids,
+        num_tokens=output_ids.shape[1] - inputs["input_ids"].shape[1],
+        to_first_token=first_token - start,
+        decode=end - first_token,
+        selection=0.0 if twin is None else twin.stats.selection_seconds,
+        draft_steps=[cycle.draft_seconds / cycle.num_steps for cycle in cycles for _ in range(cycle.num_steps)],
+        verifications=dense_steps if twin is None else [cycle.verification_seconds for cycle in cycles],
+        cycles=cycles,
+    )
+
+
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Returns what a reader needs to know of the machine that made a figure."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor_name(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux
+        return platform.processor() or platform.machine()

@@ -1,0 +1,145 @@
+"""What tuning found: the candidates, predicted and measured, and the verdict."""
+
+import dataclasses
+import statistics
+from typing import Any
+
+from ..settings.config import SiriusConfig
+from .prediction import Costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Dense and corrected generations in alternation.
+
+    Attributes:
+        decode, whole: Sirius' seconds per token / the dense ones, of each pair of generations: behind the first token,
+            and of all.
+        agreement: as in [`Candidate`], of these outputs.
+    """
+
+    decode: tuple[float, ...]
+    whole: tuple[float, ...]
+    agreement: float
+
+    @property
+    def ratio_decode(self) -> float:
+        return statistics.median(self.decode)
+
+    @property
+    def ratio_whole(self) -> float:
+        return statistics.median(self.whole)
+
+    @property
+    def num_faster(self) -> int:
+        """Pairs in which Sirius was the faster one, by both ratios."""
+        return sum(max(pair) < 1 for pair in zip(self.decode, self.whole, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One setting.
+
+    Attributes:
+        config: of the twin.
+        advance_length: tokens per cycle that are predicted, those of cycles that are cut short included.
+        predicted_decode, predicted_whole: Sirius' seconds per token / the dense ones; the median over the prompts.
+        agreement: the share of the output's tokens that are the dense model's argmax, given the output before them.
+        measured: if it was.
+    """
+
+    config: SiriusConfig
+    advance_length: float
+    predicted_decode: float
+    predicted_whole: float
+    agreement: float = 1.0
+    measured: Measurement | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"config": self.config.to_dict(), "measured": None}
+        if self.measured is not None:
+            ratios = {"ratio_decode": self.measured.ratio_decode, "ratio_whole": self.measured.ratio_whole}
+            values["measured"] = {**ratios, **dataclasses.asdict(self.measured)}
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What [`tune`] found.
+
+    Attributes:
+        best: of the candidates that were measured, the one with the least time per token behind the first one.
+        candidates: all that were allowed, the best predicted ones first.
+        costs: what the prediction is made of.
+        survivals: how far drafts were accepted, as in [`survival`], by method, density and threshold.
+        left_out: settings that were not candidates, and why.
+    """
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    costs: Costs
+    survivals: dict[tuple[str, float, float], list[float]]
+    left_out: dict[str, str]
+
+    @property
+    def config(self) -> SiriusConfig:
+        return self.best.config
+
+    @property
+    def predicted_ratio(self) -> float:
+        """Sirius' time per token behind the first one (*decode*) / the dense one, before it was measured."""
+        return self.best.predicted_decode
+
+    @property
+    def measured_ratio(self) -> float:
+        """The same as it was measured, the median over pairs of generations."""
+        return self.best.measured.ratio_decode
+
+    @property
+    def helps(self) -> bool:
+        """Whether Sirius is faster beyond noise: in at least three of four pairs of generations, prefill included."""
+        return self.best.measured.num_faster >= 0.75 * len(self.best.measured.decode)
+
+    @property
+    def verdict(self) -> str:
+        """Says plainly whether Sirius helps, and what decides it."""
+        config, costs, measured = self.config, self.costs, self.best.measured
+        setting = f"{config.method} at density {config.density}, kernel_size {config.kernel_size}"
+        setting += f", threshold {config.threshold}"
+        ratios = (
+            f"{measured.ratio_decode:.2f} of the dense time per token ({measured.ratio_whole:.2f} with the prefill)"
+        )
+        faster = f"faster in {measured.num_faster} of {len(measured.decode)} pairs of generations"
+        draft = costs.draft_steps[config.method, config.density] / costs.dense_step
+        verification = costs.verification(config.kernel_size) / costs.dense_step
+        why = (
+            f"A draft step costs {draft:.2f} of a dense step, a verification of {config.kernel_size} tokens "
+            f"{verification:.2f} dense steps, and a cycle gains {self.best.advance_length:.1f} tokens."
+        )
+        if self.helps:
+            return f"Sirius helps on this machine: {setting}, takes {ratios}, {faster}. {why}"
+        noise = ""
+        if max(measured.ratio_decode, measured.ratio_whole) < 1:
+            noise = ", which is within noise (it would have to be faster in three of four)"
+        return (
+            f"Sirius does not help on this machine: the best setting ({setting}) takes {ratios}, {faster}{noise}. {why}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain values."""
+        costs = dataclasses.asdict(self.costs)
+        for name in ("draft_steps", "selections"):
+            costs[name] = {" ".join(map(str, key)): value for key, value in costs[name].items()}
+        return {
+            "config": self.config.to_dict(),
+            "predicted_ratio": self.predicted_ratio,
+            "measured_ratio": self.measured_ratio,
+            "helps": self.helps,
+            "verdict": self.verdict,
+            "candidates": [candidate.as_dict() for candidate in self.candidates],
+            "costs": costs,
+            "survivals": {" ".join(map(str, key)): shares for key, shares in self.survivals.items()},
+            "left_out": self.left_out,
+        }

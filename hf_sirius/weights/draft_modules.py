@@ -1,0 +1,52 @@
+"""The modules of a twin that stand in for dense ones, and how they find the weights of the running draft."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+
+from torch import nn
+
+
+_held: ContextVar[Mapping[nn.Module, nn.Module] | None] = ContextVar("hf_sirius_held", default=None)
+
+
+@contextlib.contextmanager
+def reading(held: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Within the block, the twin's modules in this context run what a draft holds in place of the dense ones.
+
+    Args:
+        held: dense module -> what the draft has in its place.
+    """
+    token = _held.set(held)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+class TwinModule(nn.Module):
+    """Stands in for a module in the twin: the same parameters, and for drafts maybe a copy that the call holds.
+
+    It shares the very dicts of parameters and buffers with the dense module, so the twin's state dict has the dense
+    model's names, and whatever is moved, cast or loaded there is here at once.
+    """
+
+    def __init__(self, dense: nn.Module):
+        super().__init__()
+        self.__dict__["dense"] = dense  # not a submodule: its parameters are already ours
+        self._parameters, self._buffers, self._modules = dense._parameters, dense._buffers, dense._modules
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("_hf_hook", "_old_forward"):  # of the dense module, and not to be taken off here
+                raise
+            return getattr(self.dense, name)  # such as the eps of a norm
+
+    def forward(self, *args, **kwargs):
+        module = (_held.get() or {}).get(self.dense, self.dense)
+        return module(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"of {self.dense}"

@@ -1,0 +1,131 @@
+"""What a twin keeps from call to call: casts, which depend on no prompt, and on a CPU the memory for gathered neurons.
+
+Twins of one model share both, as far as they need the same.
+"""
+
+import contextlib
+import copy
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import nn
+
+from ..model.sites import projection_shape
+from .formats import changes, draft_linear
+from .gather import own_memory
+from .linear import DraftLinear
+
+
+# projection -> draft_dtype or number of bytes -> what is kept of it, as long as any twin has it
+_shared: "WeakKeyDictionary[nn.Module, WeakValueDictionary[str | int, _Cast | _Buffer]]" = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class _Cast:
+    """A projection as it was when it was cast, and what drafts have in its place."""
+
+    def __init__(self, projection: nn.Module, draft_dtype: str):
+        self._marks, self._samples = _marks(projection), [samples.clone() for samples in _samples(projection)]
+        self.linear = draft_linear(projection, draft_dtype, compute_dtype=projection.weight.dtype)
+        # bitsandbytes' layers settle in their first forward, which is not made for several threads.
+        device = self.linear.linear.weight.device
+        self.linear(torch.ones(1, projection_shape(projection)[1], dtype=self.linear.input_dtype, device=device))
+
+    def is_of(self, projection: nn.Module) -> bool:
+        """Whether the projection is still what it was: not moved, cast, loaded or written to.
+
+        Of what is written through `.data`, which autograd does not count, whole rows of 256 numbers and more are seen.
+        """
+        return self._marks == _marks(projection) and all(map(torch.equal, self._samples, _samples(projection)))
+
+
+def _marks(projection: nn.Module) -> list[tuple]:
+    return [
+        (p.data_ptr(), p.device, p.dtype, p.shape, None if p.is_inference() else p._version)
+        for p in projection.parameters()
+    ]
+
+
+def _samples(projection: nn.Module) -> list[torch.Tensor]:
+    """Returns some numbers of each parameter, in which writing through `.data` shows, as merges do it."""
+    # One of each row, in other columns each time.
+    return [p.detach().flatten()[:: max(p.shape[-1] - 1, 255) if p.ndim > 1 else 1] for p in projection.parameters()]
+
+
+class _Buffer:
+    """Memory that one call at a time may write to."""
+
+    def __init__(self, num_bytes: int):
+        # Written to now: the first use of a page may cost more than all that is copied into it later.
+        self.memory = own_memory(num_bytes).zero_()
+        self.is_taken = False
+
+
+class Kept:
+    """What one twin keeps.
+
+    Args:
+        projections: those outside the MLPs that the draft casts, with their weights in memory.
+        draft_dtype: of `SiriusConfig`.
+        num_bytes: how much memory the gathered neurons of a projection take.
+    """
+
+    def __init__(self, projections: Iterable[nn.Module], draft_dtype: str | None, num_bytes: Mapping[nn.Module, int]):
+        self._projections = list(projections)
+        self._draft_dtype = draft_dtype
+        self._casts: dict[nn.Module, _Cast] | None = {}
+        self._buffers: dict[nn.Module, _Buffer] = {}
+        with _lock:
+            for part, size in num_bytes.items():
+                of_part = _shared.setdefault(part, WeakValueDictionary())
+                if (buffer := of_part.get(size)) is None:
+                    buffer = of_part[size] = _Buffer(size)
+                self._buffers[part] = buffer
+        self.casts()  # now, and not in the first call
+
+    def __deepcopy__(self, memo: dict) -> "Kept":
+        return Kept(copy.deepcopy(self._projections, memo), self._draft_dtype, {})
+
+    @torch.no_grad()
+    def casts(self) -> dict[nn.Module, DraftLinear]:
+        """Returns the cast of each projection, made anew where its weights are others by now. What has the draft's
+        dtype by itself has none.
+        """
+        casts = {}
+        with _lock:
+            for projection in self._projections:
+                if not changes(projection, self._draft_dtype):
+                    continue
+                of_projection = _shared.setdefault(projection, WeakValueDictionary())
+                cast = of_projection.get(self._draft_dtype)
+                if cast is None or not cast.is_of(projection):
+                    cast = of_projection[self._draft_dtype] = _Cast(projection, self._draft_dtype)
+                casts[projection] = cast
+            if self._casts is not None:
+                self._casts = casts
+        return {projection: cast.linear for projection, cast in casts.items()}
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[dict[nn.Module, torch.Tensor]]:
+        """Yields the memory for each projection's neurons, uint8 [num_bytes], as far as no other call has it."""
+        taken: dict[nn.Module, _Buffer] = {}
+        try:
+            with _lock:
+                for part, buffer in self._buffers.items():
+                    if not buffer.is_taken:
+                        taken[part] = buffer
+                        buffer.is_taken = True
+            yield {part: buffer.memory for part, buffer in taken.items()}
+        finally:
+            for buffer in taken.values():
+                buffer.is_taken = False
+
+    def clear(self) -> None:
+        """Lets go of all, which is freed unless another twin has it or a call is using it; nothing is kept from here
+        on.
+        """
+        with _lock:
+            self._casts = None
+            self._buffers = {}

@@ -1,0 +1,75 @@
+"""A projection that a draft holds by itself, in the format of `formats.py`."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+class DraftLinear(nn.Module):
+    """A projection that the draft holds by itself: takes and returns hidden states of the model's dtype.
+
+    Args:
+        linear: the projection, maybe padded with zeros.
+        input_dtype: what `linear` takes.
+        out_features: how many of its outputs are real.
+    """
+
+    def __init__(self, linear: nn.Module, input_dtype: torch.dtype, out_features: int):
+        super().__init__()
+        self.linear = linear
+        self.input_dtype = input_dtype
+        self.out_features = out_features
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        padding = self.linear.in_features - hidden_states.shape[-1]
+        inputs = hidden_states.to(self.input_dtype)
+        outputs = self.linear(nn.functional.pad(inputs, (0, padding)) if padding else inputs)
+        return outputs[..., : self.out_features].to(hidden_states.dtype)
+
+
+class _NativeProducts:
+    """Takes oneDNN out of the way of bfloat16 drafts on a CPU.
+
+    torch hands such a product to oneDNN where the processor has bfloat16 instructions, which for a single token took
+    1.7 times as long as torch's own kernel does. The switch is global, so the last draft of all threads turns it back.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._num_drafts = 0
+        self._was_enabled = True
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._num_drafts:
+                # Not by `set_flags`, which sets the precision of float32 products as well.
+                self._was_enabled = torch.backends.mkldnn.enabled
+                torch.backends.mkldnn.enabled = False
+            self._num_drafts += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_drafts -= 1
+                if not self._num_drafts:
+                    torch.backends.mkldnn.enabled = self._was_enabled
+
+
+native_products = _NativeProducts()
+
+
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear.weight = frozen(weight)
+    if bias is not None:
+        linear.bias = frozen(bias)
+    return linear

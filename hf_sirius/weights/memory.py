@@ -1,0 +1,117 @@
+"""Memory: by how much a process or a device grew, what tensors are alive, and what is streamed from a folder."""
+
+import ctypes
+import gc
+import sys
+import weakref
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils.offload import PrefixedDataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from ..model.accelerate_hooks import streaming_hook
+
+
+def trim_heap() -> None:
+    """Has glibc, where that is what gives memory, return what is free to the system.
+
+    Of what a layer's activations took, the KV-cache takes small parts, so the next layer's find no room there and take
+    more: free memory grows with every layer, and glibc by itself keeps it.
+    """
+    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        malloc_trim(0)
+
+
+class PeakMemory:
+    """Measures by how much memory grew since this was made: a GPU's (CUDA), or this process' on a CPU (Linux, where it
+    may reset its peak); else it is not known.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.is_known = device.type in ("cpu", "cuda")
+        try:
+            self.restart()
+        except OSError:  # no such file, or no right to write it
+            self.is_known = False
+        if device.type == "cuda":
+            self._before = torch.cuda.memory_allocated(device)
+        elif self.is_known:
+            trim_heap()  # memory that is free already would hide growth
+            self._before = process_memory("VmRSS")
+
+    def restart(self) -> None:
+        """Has the peak count from here on."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.is_known:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+
+    def growth(self) -> int | None:
+        """Returns the peak less what was there at first, in bytes, or `None` where that is not known."""
+        if self.device.type == "cuda":
+            return max(0, torch.cuda.max_memory_allocated(self.device) - self._before)
+        return max(0, process_memory("VmHWM") - self._before) if self.is_known else None
+
+
+def process_memory(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+class StreamedBytes:
+    """Counts the bytes that accelerate takes from CPU memory or the offload folder (whose pages may be cached)."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.num_bytes = 0
+        for module in model.modules():
+            if (hook := streaming_hook(module)) is not None:
+                hook.weights_map = _CountedWeights(hook.weights_map, self)
+
+
+class _CountedWeights(PrefixedDataset):
+    def __init__(self, weights: Mapping, counter: StreamedBytes):
+        super().__init__(weights, prefix="")
+        self.counter = counter
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = super().__getitem__(name)
+        self.counter.num_bytes += weight.nbytes
+        return weight
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, and the most that were alive at once since `restart`. What a
+    kernel needs within itself does not show.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._alive: dict[int, int] = {}
+        self.num_bytes = self.peak = self._start = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive[storage._cdata] = storage.nbytes()
+                    self.num_bytes += storage.nbytes()
+                    weakref.finalize(storage, self._forget, storage._cdata)
+        self.peak = max(self.peak, self.num_bytes)
+        return outputs
+
+    def _forget(self, key: int) -> None:
+        self.num_bytes -= self._alive.pop(key)
+
+    def restart(self) -> int:
+        """Returns the peak over what is alive at its beginning, and begins anew."""
+        growth = self.peak - self._start
+        self._start = self.peak = self.num_bytes
+        return growth

@@ -1,0 +1,262 @@
+"""Drafts of a model whose weights accelerate streams from CPU memory or disk: how they get their copies.
+
+The draft's copies are taken while the prefill streams the weights past, layer by layer, so no extra pass is needed. The
+verification goes through accelerate's own hooks, once per cycle.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import shutil
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import disk_offload
+from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook
+from ..model.sites import MlpSite
+from .formats import narrowed
+from .memory import trim_heap
+
+
+_lock = threading.Lock()
+# In which thread an offloaded model generates.
+_threads: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device: str) -> None:
+    """Offloads a model to an empty folder. Raises `ValueError` if it is not empty, `OSError` if the disk is too full.
+
+    accelerate reuses what it finds in a folder, and writes through a memory map, which ends the process on a full disk.
+    """
+    check_is_empty(folder)
+    os.makedirs(folder, exist_ok=True)
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the offload folder {str(folder)!r} has {free / 2**30:.1f} GiB free, but the weights take "
+            f"{needed / 2**30:.1f} GiB: free some space, or name a folder on another disk"
+        )
+    disk_offload(model, folder, execution_device=torch.device(device))
+
+
+def check_is_empty(folder: str | os.PathLike) -> None:
+    """Raises `ValueError` if a folder to offload to holds anything, `NotADirectoryError` if it is a file."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"the offload folder {str(folder)!r} is not empty: name another one, or empty it")
+
+
+def check_offload(model: nn.Module) -> None:
+    """Raises `FileNotFoundError` or `ValueError` if weights that accelerate would read from disk are not there."""
+    for module in model.modules():
+        if (hook := streaming_hook(module)) is None:
+            continue
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            key, source = _source(hook.weights_map, name)
+            if not isinstance(source, OffloadedWeightsLoader) or key in source.state_dict or key not in source.index:
+                continue
+            info = source.index[key]
+            file = info.get("safetensors_file") or os.path.join(source.save_folder, f"{key}.dat")
+            if not os.path.isfile(file):
+                raise FileNotFoundError(
+                    f"{file} is gone, from which accelerate was to read the offloaded weight {key!r}: load and offload "
+                    "the model anew, and keep its offload folder while it is used"
+                )
+            if "safetensors_file" not in info and os.path.getsize(file) < tensor.numel() * tensor.element_size():
+                raise ValueError(
+                    f"{file} is cut short (was the disk full?): free space and offload the model anew into an empty "
+                    "folder"
+                )
+
+
+def _source(weights: Mapping, name: str) -> tuple[str, Mapping]:
+    """Returns the key of a hook's weight and the collection that it is of, behind accelerate's prefixed views."""
+    while isinstance(weights, PrefixedDataset):
+        name, weights = weights.prefix + name, weights.dataset
+    return name, weights
+
+
+class _MappedWeights(Mapping):
+    """What stands in for the `state_dict` of accelerate's loader: weights that *are* the pages of their files.
+
+    The loader itself copies each weight out of its mapped file, and so has it in memory twice.
+    """
+
+    def __init__(self, loader: OffloadedWeightsLoader):
+        self.in_memory, self.folder = loader.state_dict, loader.save_folder
+        self.on_disk = {key: info for key, info in loader.index.items() if not info.get("safetensors_file")}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key in self.in_memory:
+            return self.in_memory[key]
+        info = self.on_disk[key]
+        file, size = os.path.join(self.folder, f"{key}.dat"), math.prod(info["shape"])
+        # Not shared: what is written to the weight does not reach the file.
+        return torch.from_file(file, size=size, dtype=getattr(torch, info["dtype"])).view(info["shape"])
+
+    def __contains__(self, key: object) -> bool:  # without a mapping, which the base would make
+        return key in self.in_memory or key in self.on_disk
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.in_memory, **self.on_disk})
+
+    def __len__(self) -> int:
+        return len({**self.in_memory, **self.on_disk})
+
+
+@contextlib.contextmanager
+def _mapping(model: nn.Module) -> Iterator[None]:
+    hooks = [hook for module in model.modules() if (hook := streaming_hook(module)) is not None]
+    loaders = {id(source): source for hook in hooks for _, source in [_source(hook.weights_map, "")]}
+    with contextlib.ExitStack() as undo:
+        for loader in loaders.values():
+            if isinstance(loader, OffloadedWeightsLoader):
+                undo.callback(setattr, loader, "state_dict", loader.state_dict)
+                loader.state_dict = _MappedWeights(loader)
+        yield
+
+
+@contextlib.contextmanager
+def _exclusive_use(model: nn.Module) -> Iterator[None]:
+    """Keeps other threads from an offloaded model: it has one set of hooks, which are not made for several."""
+    thread = threading.get_ident()
+    with _lock:
+        is_outer = model not in _threads
+        if _threads.setdefault(model, thread) != thread:
+            raise RuntimeError(
+                f"another thread generates with this {type(model).__name__}, which is offloaded, so that its weights "
+                "are there for one forward at a time: wait for that call to end"
+            )
+    try:
+        yield
+    finally:
+        if is_outer:
+            del _threads[model]
+
+
+@contextlib.contextmanager
+def offload_session(model: nn.Module, sites: list[MlpSite]) -> Iterator[None]:
+    """Within the block, weights on disk are not copied out of their files, the first parameter of an offloaded model
+    stays loaded, and memory that is free before a projection of an MLP runs goes back to the system; after it no weight
+    is loaded.
+
+    Raises `RuntimeError` while another thread is within such a block.
+
+    Stock assisted decoding sends the candidates to `model.device`, the first parameter's. A forward that was
+    interrupted leaves the weights of one module behind.
+    """
+    owner = first_owner(model)
+    hook = streaming_hook(owner)
+    undo = contextlib.ExitStack()
+    with _exclusive_use(model):
+        try:
+            undo.enter_context(_mapping(model))
+            for site in sites:
+                for part in site.parts:
+                    undo.callback(part.register_forward_pre_hook(lambda *_: trim_heap()).remove)
+            if hook is not None:
+                hook.pre_forward(owner)
+                # Accelerate finds tied weights by their address, which will be another weight's before the call ends.
+                for pointer, device in hook.tied_pointers_to_remove:
+                    hook.tied_params_map[pointer].pop(device, None)
+                hook.tied_pointers_to_remove = set()
+                hook.offload = False
+            yield
+        finally:
+            undo.close()
+            if hook is not None:
+                hook.offload = True
+            for module in model.modules():
+                left = streaming_hook(module)
+                if left is not None and any(p is not None and not p.is_meta for p in module._parameters.values()):
+                    left.post_forward(module, None)
+
+
+@contextlib.contextmanager
+def capture_weights(
+    sites: list[MlpSite],
+    resident: Iterable[nn.Module],
+    draft_dtype: str | None,
+    choose: Callable[[MlpSite], None],
+    gather: Callable[[MlpSite, nn.Module, nn.Module], None],
+    hold: Callable[[nn.Module, nn.Module], None],
+) -> Iterator[None]:
+    """Within the block, the draft gets its copies from the weights that accelerate loads for the dense forwards.
+
+    Args:
+        sites: the MLPs, of which neurons are gathered.
+        resident: the modules outside of them that a draft is yet to hold.
+        draft_dtype: of `SiriusConfig`.
+        choose: told of an MLP whose neurons have been observed.
+        gather: told of an MLP, one of its projections, and the same with its weights loaded.
+        hold: told of a resident module, and the same with its weights loaded.
+    """
+    waiting: dict[nn.Module, nn.Module] = {}
+
+    def narrow(*_) -> None:
+        # Until the MLP's neurons are known, which is when its down projection runs. The weight loaded last stays as it
+        # is until then.
+        for loaded in waiting.values():
+            weight = narrowed(loaded.weight.detach(), draft_dtype)
+            loaded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+    def end_observation(site: MlpSite) -> None:
+        choose(site)
+        for part in site.parts:
+            if (loaded := waiting.pop(part, None)) is not None:
+                gather(site, part, loaded)
+
+    with contextlib.ExitStack() as undo:
+        for module in resident:
+            if streaming_hook(module) is not None:
+                undo.enter_context(_on_load(module, functools.partial(hold, module)))
+        for site in sites:
+            for part in site.parts:
+                if part is not site.down and streaming_hook(part) is not None:
+                    undo.callback(part.register_forward_pre_hook(narrow).remove)
+                    undo.enter_context(_on_load(part, functools.partial(waiting.__setitem__, part)))
+            # After the observer's own hook, and before down's weights are loaded.
+            undo.callback(site.down.register_forward_pre_hook(lambda *_, site=site: end_observation(site)).remove)
+            if streaming_hook(site.down) is not None:
+                undo.enter_context(_on_load(site.down, functools.partial(gather, site, site.down)))
+        yield
+
+
+@contextlib.contextmanager
+def _on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Within the block, hands a copy of the module to `take` whenever accelerate has loaded its weights."""
+    hook = module._hf_hook
+    load, outer = hook.pre_forward, vars(hook).get("pre_forward")
+
+    def pre_forward(module, *args, **kwargs):
+        inputs = load(module, *args, **kwargs)
+        take(_loaded_copy(module))
+        return inputs
+
+    hook.pre_forward = pre_forward
+    try:
+        yield
+    finally:
+        del hook.pre_forward
+        if outer is not None:
+            hook.pre_forward = outer
+
+
+def _loaded_copy(module: nn.Module) -> nn.Module:
+    """Returns the same module over its present weights, which accelerate's hook does not take away again."""
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    for name in ("_hf_hook", "forward", "_old_forward"):
+        copy.__dict__.pop(name, None)
+    if (forward := own_forward(module)) is not None:
+        copy.forward = types.MethodType(forward, copy)
+    copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+    return copy

@@ -1,0 +1,103 @@
+"""What a draft holds beside its neurons: how much fits into `draft_memory`, and which modules it is."""
+
+import logging
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook
+from ..model.sites import PROJECTIONS, MlpSite, find_other_projections
+from ..settings.config import SiriusConfig, memory_bytes
+from .formats import changes, gathered_shapes, num_bytes
+
+
+logger = logging.getLogger(__name__)
+
+
+def find_resident(
+    model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig, gathers: bool
+) -> list[tuple[nn.Module, str]]:
+    """Returns the modules of which drafts hold copies, gathered neurons aside: (owner, attribute name) of each.
+
+    These are the projections that `draft_dtype` casts within `draft_scope`, and of an offloaded model all else that a
+    draft step passes, as far as `draft_memory` allows: norms and the like first, then projections in the model's order.
+    What does not fit is streamed for each draft step.
+
+    Args:
+        gathers: whether the method gathers neurons, so that no MLP is held whole.
+
+    Raises:
+        `ValueError` if `draft_memory` is too small for any draft, with the number that it would need.
+    """
+    projections = find_other_projections(model, sites)
+    streamed = _streamed_modules(model, sites, {id(getattr(*place)) for place in projections})
+    first = first_owner(model)
+    in_scope = projections if config.draft_scope == "all" else []
+    if not gathers:
+        in_scope = in_scope + [(site.owner, name) for site in sites for name in site.part_names]
+    resident = [
+        place
+        for place in in_scope
+        if changes(getattr(*place), config.draft_dtype) and streaming_hook(getattr(*place)) is None
+    ]
+    for module in (*(getattr(*place) for place in streamed), *(part for site in sites for part in site.parts)):
+        if streaming_hook(module) is not None:
+            own_forward(module)  # which may not be fit for a copy
+    needed = sum(_neuron_bytes(site, config) for site in sites) if gathers else 0
+    needed += sum(num_bytes(getattr(*place), config.draft_dtype) for place in resident)
+    if streaming_hook(first) is not None:
+        needed += _copy_bytes(first, config)
+    budget = None if config.draft_memory is None else memory_bytes(config.draft_memory)
+    if budget is not None and budget < needed:
+        raise ValueError(
+            f"draft_memory={config.draft_memory!r} is too small for any draft of this model: the gathered neurons "
+            f"(and what else every draft holds) need {needed} bytes, {needed / 2**20:.1f} MiB. Allow at least that, "
+            "lower the density, or choose a smaller draft_dtype"
+        )
+    num_streamed = 0
+    for owner, name in streamed:
+        module = getattr(owner, name)
+        if module is first:
+            continue
+        size = _copy_bytes(module, config)
+        if budget is None or needed + size <= budget:
+            resident.append((owner, name))
+            needed += size
+        else:
+            num_streamed += sum(p.numel() * p.element_size() for p in module.parameters())
+    if streamed:
+        logger.info(
+            f"a draft holds {needed / 2**20:.1f} MiB of weights and streams {num_streamed / 2**20:.1f} MiB per token"
+        )
+    return resident
+
+
+def _streamed_modules(model, sites: list[MlpSite], projection_ids: set[int]) -> list[tuple[nn.Module, str]]:
+    in_mlps = {part for site in sites for part in site.parts}
+    decoder = set(model.get_decoder().modules())
+    head = model.get_output_embeddings()
+    places = [
+        (owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if streaming_hook(child) is not None and child not in in_mlps and (child in decoder or child is head)
+    ]
+    for module in model.modules():
+        if (hook := streaming_hook(module)) is not None and hook.place_submodules and any(module.children()):
+            raise ValueError(
+                f"accelerate loads a {type(module).__name__} as a whole (preload_module_classes), so no part of it can "
+                "stay resident: offload the model without preload_module_classes"
+            )
+    return sorted(places, key=lambda place: id(getattr(*place)) in projection_ids)
+
+
+def _copy_bytes(module: nn.Module, config: SiriusConfig) -> int:
+    if isinstance(module, PROJECTIONS) and config.draft_scope == "all":
+        return num_bytes(module, config.draft_dtype)
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _neuron_bytes(site: MlpSite, config: SiriusConfig) -> int:
+    """Returns how many bytes the gathered neurons of an MLP take."""
+    return sum(num_bytes(part, config.draft_dtype, *shape) for part, shape in gathered_shapes(site, config).items())

@@ -1,0 +1,214 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from hf_sirius import SiriusConfig, reasoner_problems
+from hf_sirius.cli import commands, options
+from hf_sirius.cli import main as cli
+from hf_sirius.cli.main import main
+from hf_sirius.study.problems import final_answer, problem_prompt
+
+
+PROMPT = problem_prompt(reasoner_problems()[0]["question"])
+GENERATE = ["generate", "--model", "reasoner", "--prompt", PROMPT, "--threshold", "1.0"]
+
+
+def test_generate_prints_the_answer_alone(capsys):
+    assert main([*GENERATE, "--method", "griffin"]) == 0
+    printed = capsys.readouterr()
+    assert final_answer(printed.out) is not None and "Question" not in printed.out
+
+
+def test_stream_prints_the_same_text(capsys):
+    main(GENERATE)
+    whole = capsys.readouterr().out
+    main([*GENERATE, "--stream"])
+    assert capsys.readouterr().out.strip() == whole.strip()
+
+
+def test_stats_go_to_standard_error(capsys):
+    main([*GENERATE, "--stats", "--kernel-size", "5", "--density", "0.25"])
+    printed = capsys.readouterr()
+    assert "kernel_size=5" in printed.err and "draft_density=0." in printed.err and "kernel_size" not in printed.out
+
+
+def test_a_saved_config_is_used_and_options_win_over_it(tmp_path, capsys):
+    SiriusConfig(method="griffin", kernel_size=7, threshold=1.0).save_pretrained(tmp_path)
+    main([*GENERATE[:5], "--config", str(tmp_path), "--stats"])
+    assert "kernel_size=7" in capsys.readouterr().err
+    main([*GENERATE[:5], "--config", str(tmp_path), "--stats", "--kernel_size", "4"])
+    assert "kernel_size=4" in capsys.readouterr().err
+
+
+def test_a_method_on_the_command_line_wins_over_a_config_of_another(tmp_path, capsys):
+    SiriusConfig(selection="topk", threshold=1.0).save_pretrained(tmp_path)
+    assert main([*GENERATE, "--config", str(tmp_path), "--method", "griffin", "--max_new_tokens", "5"]) == 0
+
+
+def test_chat_template_and_sampling(capsys):
+    question = reasoner_problems()[0]["question"]
+    options = ["generate", "--model", "reasoner", "--chat", "--do_sample", "--seed", "3", "--prompt", question]
+    assert main(options) == 0
+    first = capsys.readouterr().out
+    assert main(options) == 0
+    assert capsys.readouterr().out == first != "\n"
+
+
+def test_prompt_from_standard_input(monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert main([*GENERATE[:3], "--prompt", "-", "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--method", "grifin"], "Did you mean 'griffin'"),
+        (["--density", "0"], "density must be in (0, 1]"),
+        (["--kernel_size", "1"], "kernel_size must be at least 2"),
+        (["--calibration", "nowhere"], "no calibration at"),
+        (["--dtype", "float23"], "--dtype must be auto, float32"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--device", "gpu"], "--device gpu cannot be used"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(options, told, capsys):
+    assert main([*GENERATE, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-sirius: error: ") and told in error and "Traceback" not in error
+
+
+def test_demo_shows_the_table_and_one_coloured_answer(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["demo", "--num_problems", "8"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("dense", "griffin 50%, sparse alone", "griffin 50% + Sirius", "effective density", "with Sirius:"):
+        assert expected in printed
+
+
+def test_bench_decode_writes_its_figures(tmp_path, capsys):
+    options = ["--hidden_factor", "1", "--neuron_factor", "1", "--num_problems", "1", "--num_repeats", "1"]
+    file = tmp_path / "decode.json"
+    sirius = ["--method", "griffin", "--threshold", "1.0", "--draft_dtype", "bfloat16"]
+    assert main(["bench", "decode", *options, *sirius, "--max_new_tokens", "20", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert "1 of 1 answers identical" in capsys.readouterr().out
+    assert figures["config"]["draft_dtype"] == "bfloat16" and figures["machine"]["torch"] == torch.__version__
+    assert figures["selection"]["prefill"] > 0
+    for name in ("dense", "sirius"):
+        run = figures[name]
+        assert run["num_tokens"] == 20
+        decoding = 19 * run["decode_seconds_per_token"]
+        assert run["seconds"] == pytest.approx(run["seconds_to_first_token"] + decoding)
+        assert decoding == pytest.approx(run["selection_seconds"] + 19 * run["steps_seconds_per_token"])
+    for part in ("steps", "decode", "whole"):
+        sirius, dense = (figures[name][f"{part}_seconds_per_token"] for name in ("sirius", "dense"))
+        assert figures[f"ratio_{part}"] == pytest.approx(sirius / dense)
+
+
+def test_bench_offload_writes_its_figures(tmp_path, capsys):
+    options = ["--hidden_factor", "1", "--neuron_factor", "1", "--num_repeats", "1", "--lengths", "8", "20"]
+    sirius = ["--threshold", "1.0", "--draft_memory", "7MB"]
+    file, folder = tmp_path / "offload.json", tmp_path / "weights"
+    command = ["bench", "offload", *options, *sirius, "--folder", str(folder), "--json", str(file)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "8 tokens: 1 of 1 answers identical" in printed
+    figures = json.loads(file.read_text())
+    assert (figures["config"]["method"], figures["config"]["kernel_size"]) == ("griffin", 32)
+    for length, run in figures["lengths"].items():
+        assert run["dense"]["num_tokens"] == int(length)
+        assert run["dense"]["bytes_streamed_per_token"] == figures["model"]["num_bytes"]
+        assert 0 < run["sirius"]["bytes_streamed_per_token"] < figures["model"]["num_bytes"]
+        assert run["sirius"]["peak_memory_growth"] >= 0
+    assert main(command) == 2
+    assert "is not empty: name another one" in capsys.readouterr().err
+
+
+def test_bench_offload_tells_of_a_full_disk(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=2**20))
+    options = ["--hidden_factor", "1", "--neuron_factor", "1", "--method", "griffin"]
+    assert main(["bench", "offload", *options, "--folder", str(tmp_path / "weights")]) == 2
+    error = capsys.readouterr().err
+    assert "has 0.0 GiB free, but the weights take" in error and "another disk" in error
+
+
+def test_bench_tells_of_a_missing_directory_before_it_runs(tmp_path, capsys):
+    assert main(["bench", "decode", "--json", str(tmp_path / "nowhere" / "figures.json")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_installed_script_tells_its_version():
+    run = subprocess.run(
+        [sys.executable, "-m", "hf_sirius.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("hf_sirius ")
+
+
+@pytest.mark.parametrize(
+    ("command", "method"),
+    [
+        (["sweep", "--methods", "griffin", "--draft_dtype", "bfloat16"], "griffin"),
+        (["sweep", "--selection", "topk"], "cats"),
+        (["tune"], "griffin"),
+        (["tune", "--config", "cats"], "cats"),
+        (["tune", "--config", "cats", "--draft_dtype", "bfloat16"], "griffin"),
+        (["bench", "decode", "--selection", "topk"], "cats"),
+        (["bench", "offload"], "griffin"),
+        (["bench", "offload", "--method", "cats"], "cats"),
+        (["generate", "--model", "reasoner", "--prompt", "", "--config", "cats", "--method", "griffin"], "griffin"),
+    ],
+)
+def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SiriusConfig(method="cats", selection="topk").save_pretrained("cats")
+    args = cli._parser().parse_args(command)
+    if command[0] != "generate":
+        options.choose_method(args)
+    config = options.sirius_config(args)
+    assert config.method == method and config.draft_dtype == args.draft_dtype
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["eval", "--task", "nowhere.txt"], "there is no task 'nowhere.txt'"),
+        (["eval", "--few_shot", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
+        (["eval", "--few_shot", "reasoner"], "No such file or directory: 'reasoner'"),
+        (["eval", "--window", "100"], "window means nothing"),
+        (["eval", "--output_dir", "file"], "--output_dir file is a file"),
+        (["sweep", "--no_plots", "--densities", "2"], "density must be in (0, 1]"),
+        (["sweep", "--no_plots", "--selection", "topk", "--reselect_every", "2"], "options of several methods"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_is_loaded(command, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "load_model", None)
+    (tmp_path / "file").touch()
+    assert main(command) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["tune", "--max_new_tokens"], ["bench", "decode", "--max_new_tokens"], ["bench", "offload", "--lengths"]],
+)
+def test_an_output_of_one_token_has_nothing_to_time(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "1"])
+    assert "must be a whole number of at least 2, got '1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", ""])
+def test_a_number_that_is_none_is_told_as_such(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--num_problems", value])
+    assert f"must be a whole number of at least 1, got {value!r}" in capsys.readouterr().err
