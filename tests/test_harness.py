@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import Calibration, SiriusConfig, calibrate, reasoner_path, reasoner_problems
 from hf_sirius.harness import _FIELDS, SiriusLM
-from hf_sirius.study.evaluation import run_task, standard_ways
+from hf_sirius.study.evaluation import run_task, standard_modes
 from hf_sirius.study.problems import problem_prompt
 from hf_sirius.study.tasks import ProblemTask
 
@@ -93,7 +93,7 @@ def test_accuracy_is_that_of_our_own_evaluation(task, task_manager, tmp_path):
         AutoTokenizer.from_pretrained(reasoner_path()),
     )
     ours = ProblemTask("ours", PROBLEMS, tokenizer, chat=False, max_new_tokens=200)
-    rows = run_task(model, ours, standard_ways(config)[2:], tmp_path, "reasoner")["rows"]
+    rows = run_task(model, ours, standard_modes(config)[2:], tmp_path, "reasoner")["rows"]
     assert results["results"]["reasoner_problems"]["exact_match,final"] == rows[0]["accuracy"]
     assert 0 < rows[0]["accuracy"] < 1
 

@@ -1,5 +1,6 @@
 """The commands of the command line, each from its options to what it prints. What they need is imported as they run."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -72,20 +73,16 @@ def report(args) -> None:
 
 
 def evaluate(args) -> None:
-    from ..study.evaluation import standard_ways
+    from ..study.evaluation import standard_modes
     from ..study.tasks import TextTask
 
-    ways = standard_ways(sirius_config(args))  # a wrong value is told before anything is loaded
-
-    def ways_of(task):
-        # Of plain text nothing is corrected: it tells what the full model would accept.
-        return ways[: 2 if isinstance(task, TextTask) else 3]
-
-    _run_task(args, ways_of)
+    modes = standard_modes(sirius_config(args))  # a wrong value is told before anything is loaded
+    # Plain text is not corrected: its measures say what the full model would accept.
+    _run_task(args, lambda task: modes[: 2 if isinstance(task, TextTask) else 3])
 
 
 def sweep(args) -> None:
-    from ..study.sweep import check_plots, plot_sweep, sweep_ways
+    from ..study.sweep import check_plots, plot_sweep, sweep_modes
     from ..study.tasks import TextTask
 
     choose_method(args)
@@ -97,25 +94,25 @@ def sweep(args) -> None:
 
     names = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size"}
     names |= {"thresholds": "threshold", "tree_widths": "tree_width"}
-    swept = sweep_ways(sirius_config(args), {field: getattr(args, name) for name, field in names.items()})
+    swept = sweep_modes(sirius_config(args), {field: getattr(args, name) for name, field in names.items()})
 
-    def ways(task):
+    def modes(task):
         if isinstance(task, TextTask):
             raise ValueError(f"a sweep wants problems with answers, and {task.name} is plain text: use hf-sirius eval")
         return swept
 
-    results, directory, is_first = _run_task(args, ways)
+    results, directory, is_first = _run_task(args, modes)
     if is_first and not args.no_plots:
         path = args.plot or directory / "sweep.png"
         plot_sweep(results, path)
         print(f"Plots: {path}")
 
 
-def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
+def _run_task(args, make_modes) -> tuple[dict, Path, bool]:
     """Runs the task that the options name; returns its results, where they are, and whether this is the first process.
 
     Args:
-        make_ways: from the task to the ways to run.
+        make_modes: from the task to the modes to run.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -134,13 +131,13 @@ def _run_task(args, make_ways) -> tuple[dict, Path, bool]:
     options = {name: getattr(args, name) for name in ("few_shot", "num_items", "chat", "max_new_tokens", "window")}
     task = load_task(args.task, load_tokenizer(args), **options)
     model = load_model(args)
-    ways = make_ways(task)
-    for way in ways:  # whatever a twin would refuse is refused now
-        if way.config is not None:
-            make_sparse(model, way.config).detach()
+    modes = make_modes(task)
+    for mode in modes:  # whatever a twin would refuse is refused now
+        if mode.config is not None:
+            make_sparse(model, mode.config).detach()
     name = args.model.rstrip("/")
-    directory = Path(args.output_dir or default_directory(describe_run(model, name, task), ways))
-    results = run_task(model, task, ways, directory, name, show_progress=True)
+    directory = Path(args.output_dir or default_directory(describe_run(model, name, task), modes))
+    results = run_task(model, task, modes, directory, name, show_progress=True)
     if state.is_main_process:
         show_results(results, task.columns)
         print(f"Written: {directory / 'results.json'}, results.csv, and every record")
@@ -187,27 +184,7 @@ def tune(args) -> None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def bench_decode(args) -> None:
-    from .tables import decode_lines
-
-    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "max_new_tokens", "device")
-    _bench(args, "bench_decode", names, decode_lines)
-
-
-def bench_offload(args) -> None:
-    from .tables import offload_lines
-
-    names = ("hidden_factor", "neuron_factor", "num_problems", "num_repeats", "lengths", "device", "folder")
-    _bench(args, "bench_offload", names, offload_lines)
-
-
-def bench_tree(args) -> None:
-    from .tables import tree_lines
-
-    _bench(args, "bench_tree", ("tree_widths", "context_length", "max_new_tokens", "device"), tree_lines)
-
-
-def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
+def bench(args) -> None:
     choose_method(args)
     config = sirius_config(args)
     check_file("--json", args.json)
@@ -216,12 +193,14 @@ def _bench(args, function_name: str, names: tuple[str, ...], summary) -> None:
     import torch
 
     from ..study import benchmark
+    from .tables import bench_lines
 
-    bench = getattr(benchmark, function_name)
-    figures = bench(config, dtype=getattr(torch, args.dtype), **{name: getattr(args, name) for name in names})
+    function = {"decode": benchmark.bench_decode, "offload": benchmark.bench_offload}[args.benchmark]
+    options = {name: getattr(args, name) for name in inspect.signature(function).parameters if name != "config"}
+    figures = function(config, **{**options, "dtype": getattr(torch, args.dtype)})
     text = json.dumps(figures, indent=2)
     if args.json:
         Path(args.json).write_text(text + "\n", encoding="utf-8")
-        print("\n".join(summary(figures)))
+        print("\n".join(bench_lines(figures)))
     else:
         print(text)

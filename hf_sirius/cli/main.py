@@ -49,19 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation_options(generate)
     _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
     _add(generate, "--stream", action="store_true", help="print the text as it is verified")
-    _add_config_options(generate.add_argument_group("sparsity and correction (SiriusConfig)"))
+    _add_config_options(generate)
     generate.set_defaults(run=commands.generate)
 
     report = subparsers.add_parser("report", help="generate, and show what became of each token: one page of HTML")
     _add_generation_options(report)
     _add(report, "--output", default="report.html", help="file to write the page to (default: report.html)")
     _add(report, "--json", help="file to write its data to as well")
-    _add_config_options(report.add_argument_group("sparsity and correction (SiriusConfig)"))
+    _add_config_options(report)
     report.set_defaults(run=commands.report)
 
     eval_ = subparsers.add_parser("eval", help="a task: dense, sparse alone and corrected, side by side")
     _add_task_options(eval_)
-    _add_config_options(eval_.add_argument_group("sparsity and correction (SiriusConfig)"))
+    _add_config_options(eval_)
     eval_.set_defaults(run=commands.evaluate)
 
     sweep = subparsers.add_parser("sweep", help="a task with many settings: one table, and plots")
@@ -74,41 +74,31 @@ def _parser() -> argparse.ArgumentParser:
     _add(grid, "--tree_widths", type=int, nargs="+", default=[])
     _add(sweep, "--plot", help="file to draw to (default: sweep.png in the output directory)")
     _add(sweep, "--no_plots", action="store_true", help="draw nothing (needs no matplotlib)")
-    group = sweep.add_argument_group("what does not vary (SiriusConfig)")
-    _add_config_options(group, method="griffin", left_out=("threshold",))
-    sweep.set_defaults(run=commands.sweep, threshold=None)
+    _add_config_options(sweep, method="griffin", left_out=("threshold",))
+    sweep.set_defaults(run=commands.sweep)
 
     tune = subparsers.add_parser("tune", help="find the settings with the least time per token on this machine")
     _add_tune_options(tune)
     tune.set_defaults(run=commands.tune)
 
     bench = subparsers.add_parser("bench", help="time dense and corrected generation in alternation")
-    benchmarks = bench.add_subparsers(title="benchmarks", required=True)
+    bench.set_defaults(run=commands.bench)
+    benchmarks = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True)
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
     _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
-    decode.set_defaults(run=commands.bench_decode)
     offload = benchmarks.add_parser("offload", help="the same model with its weights on disk, and a resident draft")
     _add(offload, "--lengths", type=_over_one, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
     _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")
-    offload.set_defaults(run=commands.bench_offload)
-    tree = benchmarks.add_parser("tree", help="memory that a cycle takes after a long prompt, by tree width")
-    _add(tree, "--tree_widths", type=_positive, nargs="+", default=[1, 2, 4, 8, 16])
-    _add(tree, "--context_length", type=_positive, default=4000, help="tokens of the prompt (default: 4000)")
-    _add(tree, "--max_new_tokens", type=_positive, default=100, help="length of the outputs (default: 100)")
-    tree.set_defaults(run=commands.bench_tree)
     for parser_, num_problems in ((decode, 3), (offload, 1)):
         _add(parser_, "--hidden_factor", type=_positive, default=9, help="times its hidden size (default: 9)")
         _add(parser_, "--neuron_factor", type=_positive, default=16, help="times its neurons (default: 16)")
         help_ = f"long ones to answer (default: {num_problems})"
         _add(parser_, "--num_problems", type=_positive, default=num_problems, help=help_)
         _add(parser_, "--num_repeats", type=_positive, default=3, help="how often all are timed (default: 3)")
-    for parser_ in (decode, offload, tree):
         _add(parser_, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
         _add(parser_, "--device", default="cpu", help="device that computes (default: cpu)")
         _add(parser_, "--json", help="file to write the figures to; by default they go to standard output")
-        group = parser_.add_argument_group("sparsity and correction (SiriusConfig)")
-        _add_config_options(group, method="griffin", left_out=("tree_width",) if parser_ is tree else ())
-    tree.set_defaults(tree_width=None)
+        _add_config_options(parser_, method="griffin")
     return parser
 
 
@@ -175,18 +165,19 @@ def _add_tune_options(parser) -> None:
     _add(parser, "--num_repeats", type=_positive, default=2, help="how often each output is measured (default: 2)")
     _add(parser, "--output", help="directory to save the best SiriusConfig to")
     _add(parser, "--json", help="file to write all figures to")
-    group = parser.add_argument_group("what does not vary (SiriusConfig)")
     left_out = ("method", "density", "kernel_size", "threshold", "draft_confidence", "reselect_every", "tree_width")
     left_out += ("branch_cutoff",)
-    _add_config_options(group, left_out=left_out)
-    parser.set_defaults(**dict.fromkeys(left_out))
+    _add_config_options(parser, left_out=left_out)
 
 
-def _add_config_options(group, method: str | None = None, left_out: tuple[str, ...] = ()) -> None:
+def _add_config_options(parser, method: str | None = None, left_out: tuple[str, ...] = ()) -> None:
     # The defaults are the config's own, so an option that is not given stays None. The config validates the values.
     from ..settings.config import SiriusConfig, rules
     from ..settings.methods import owner_of
 
+    title = "what does not vary" if left_out else "sparsity and correction"
+    group = parser.add_argument_group(f"{title} (SiriusConfig)")
+    parser.set_defaults(**dict.fromkeys(left_out))
     _add(group, "--config", help="a SiriusConfig: directory or hub id; the other options win over it")
     for name, rule in rules().items():
         if name in left_out:

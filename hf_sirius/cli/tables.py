@@ -82,11 +82,9 @@ def show_tuning(tuning, title: str) -> None:
     console.print(f"\n{tuning.verdict}", highlight=False)
 
 
-def decode_lines(figures: dict) -> list[str]:
-    return [_ratios(figures)]
-
-
-def offload_lines(figures: dict) -> list[str]:
+def bench_lines(figures: dict) -> list[str]:
+    if "lengths" not in figures:
+        return [_ratios(figures)]
     total = figures["model"]["num_bytes"]
     lines = []
     for length, run in figures["lengths"].items():
@@ -97,16 +95,6 @@ def offload_lines(figures: dict) -> list[str]:
             f"{length} tokens: {_ratios(run)}; peak memory {shares}; streamed per token {streamed[0]:.0f} MiB "
             f"(dense {streamed[1]:.0f} MiB)"
         )
-    return lines
-
-
-def tree_lines(figures: dict) -> list[str]:
-    total = figures["state_bytes"] / 2**20
-    lines = [f"The states of {figures['context_length']} tokens take {total:.1f} MiB; a cycle grows by:"]
-    for width, run in figures["widths"].items():
-        growths = [run[name] / 2**20 for name in ("median_growth", "peak_growth")]
-        nodes = f"{run['nodes_drafted']:.0f} nodes drafted, {run['nodes_verified']:.0f} verified"
-        lines.append(f"width {width}: {growths[0]:.2f} MiB (median; at most {growths[1]:.2f}), {nodes}")
     return lines
 
 

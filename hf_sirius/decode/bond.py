@@ -120,20 +120,20 @@ def _release(model: PreTrainedModel, twin: Twin, key: int) -> None:
         twin.num_users -= 1
         bonds = _bonds[model]
         del bonds[key]
-        # A class that somebody has laid over ours since stays.
+        if not twin.num_users and _latest.get(model) is not twin:
+            twin.kept.clear()  # no further twin will find it
         if not bonds:
             del _bonds[model]
-            model.__class__ = stock_class(model)
+            if STOCK_CLASS in vars(type(model)):  # else somebody has laid another class over ours since: it stays
+                model.__class__ = stock_class(model)
 
 
 def release(user: Any, twin: Twin, model: PreTrainedModel) -> None:
     """Ends a bond, and lets go of what is kept for further twins of these settings. Harmless when repeated."""
     with lock:
-        user.__dict__["_end"]()
         if _latest.get(model) is twin:
             del _latest[model]
-        if not twin.num_users:
-            twin.kept.clear()
+        user.__dict__["_end"]()
 
 
 def twin_of(model: PreTrainedModel, config: SiriusConfig, build: Callable[[], Twin]) -> Twin:

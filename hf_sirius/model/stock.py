@@ -8,4 +8,4 @@ STOCK_CLASS = "_stock_class"  # stands in the class that a model has while twins
 
 def stock_class(model: nn.Module) -> type:
     """Returns the class of a model, that under the one which a living twin has laid over it."""
-    return vars(type(model)).get(STOCK_CLASS, type(model))
+    return getattr(type(model), STOCK_CLASS, type(model))

@@ -1,4 +1,4 @@
-"""Timing: dense and corrected generation in alternation, in one process, as medians and ratios."""
+"""Times dense and corrected generation in alternation, in one process, as medians and ratios."""
 
 import contextlib
 import os
@@ -9,32 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..decode.attach import make_sparse
 from ..decode.sparse_twin import SparseTwin
-from ..reasoner import reasoner_path, reasoner_problems
+from ..reasoner import reasoner_path
 from ..settings.config import SiriusConfig
-from ..weights.memory import LiveBytes, PeakMemory, StreamedBytes
+from ..weights.memory import PeakMemory, StreamedBytes
 from ..weights.offload import check_is_empty, offload_to_folder
-from .problems import long_prompts, problem_prompt
+from .problems import long_prompts
 from .timing import TimedRun, describe_machine, generator, synchronize, timed_run
 from .widening import wide_reasoner
-
-
-class _CycleMemory(BaseStreamer):
-    """Notes by how much each cycle's live tensors grew."""
-
-    def __init__(self, live: LiveBytes):
-        self.live = live
-        self.growths: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.growths.append(self.live.restart())
-
-    def end(self) -> None:
-        pass
 
 
 def _alternate(
@@ -210,54 +195,6 @@ def bench_offload(
             description = _describe(model, sparse, torch.device(device))
             by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, memory, streamed) for n in lengths}
     return {**description, "lengths": by_length}
-
-
-def bench_tree(
-    config: SiriusConfig,
-    tree_widths: Sequence[int] = (1, 2, 4, 8, 16),
-    context_length: int = 4000,
-    max_new_tokens: int = 100,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Measures by how much memory grows within a cycle after a long prompt, for trees of several widths. The model is
-    the embedded reasoner as it is.
-
-    Returns:
-        dict: `machine`, `model`, `config`, `state_bytes` of the prompt's KV-cache, and for each width, under `widths`,
-        by how many bytes of tensors a cycle grew at most beyond those before it, as the median (`median_growth`) and
-        the most (`peak_growth`) over cycles, with `nodes_drafted` and `nodes_verified` per cycle. A cycle in which the
-        cache runs out of room copies a layer's states; the first one, which makes the room, is left out.
-    """
-    if max_new_tokens < 2 * (config.kernel_size or 16) + 2:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is too short for two cycles: ask for more tokens")
-    configs = {tree_width: config.replace(tree_width=tree_width) for tree_width in tree_widths}
-    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
-    text = "\n".join(f"{problem_prompt(p['question'])} {p['answer']}" for p in reasoner_problems())
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
-    if ids.shape[1] < context_length:
-        raise ValueError(f"the embedded problems have {ids.shape[1]} tokens: ask for a context_length of at most that")
-    model = wide_reasoner(1, 1, dtype).to(device)
-    by_width, description, state_bytes = {}, {}, 0
-    for tree_width, tree_config in configs.items():
-        with make_sparse(model, tree_config) as sparse, LiveBytes() as live:
-            memory, cache = _CycleMemory(live), DynamicCache(config=model.config)
-            model.generate(
-                ids[:, :context_length], assistant_model=sparse, max_new_tokens=max_new_tokens, do_sample=False,
-                streamer=memory, past_key_values=cache, eos_token_id=None,
-            )  # fmt: skip
-            stats = sparse.stats
-            description = _describe(model, sparse, torch.device(device))
-            layers = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-            state_bytes = sum(s.nbytes for s in layers) * context_length // cache.get_seq_length()
-            by_width[tree_width] = {
-                # After the prompt, the prefill and the first cycle.
-                "median_growth": statistics.median(memory.growths[3:]),
-                "peak_growth": max(memory.growths[3:]),
-                "nodes_drafted": stats.num_nodes_drafted / stats.num_cycles,
-                "nodes_verified": stats.num_nodes_verified / stats.num_cycles,
-            }
-    return {**description, "context_length": context_length, "state_bytes": state_bytes, "widths": by_width}
 
 
 def _tokenized_prompts(num_problems: int) -> list:

@@ -49,9 +49,9 @@ def run_demo(console: Console, num_problems: int) -> None:
     )
     with Progress(*columns, console=console, transient=True) as progress:
 
-        def add_row(label: str, style: str = "", twin: SparseTwin | None = None, alone: bool = False) -> None:
+        def add_row(label: str, style: str = "", twin: SparseTwin | None = None, corrected: bool = True) -> None:
             bar = progress.add_task(label, total=len(task))
-            records = [task.run(i, model, twin, alone) for i in progress.track(range(len(task)), task_id=bar)]
+            records = [task.run(i, model, twin, corrected) for i in progress.track(range(len(task)), task_id=bar)]
             progress.remove_task(bar)
             measures = task.measures(records)
             shown = (measures[name] for name in ("aal", "draft_density", "effective_density"))
@@ -65,7 +65,7 @@ def run_demo(console: Console, num_problems: int) -> None:
         add_row("dense")
         for method, density in SETTINGS:
             with make_sparse(model, method=method, density=density) as twin:
-                add_row(f"{method} {density:.0%}, sparse alone", "red", twin, alone=True)
+                add_row(f"{method} {density:.0%}, sparse alone", "red", twin, corrected=False)
                 add_row(f"{method} {density:.0%} + Sirius", "green", twin)
     console.print(table)
     console.print()
@@ -79,7 +79,7 @@ def _show_one_answer(console: Console, tokenizer, model, problems) -> None:
         make_sparse(model, twin.sirius_config, tree_width=3) as tree_twin,
     ):
         for problem in problems:
-            alone = _answer(tokenizer, generator(model, twin, alone=True), problem)
+            alone = _answer(tokenizer, generator(model, twin, corrected=False), problem)
             if _is_right(alone, problem):
                 continue
             if _is_right(_answer(tokenizer, generator(model, twin), problem), problem):

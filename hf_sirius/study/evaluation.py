@@ -1,5 +1,5 @@
-"""Running a task in several ways (dense, sparse alone, corrected), item by item, with nothing lost to an interruption,
-over one process or many.
+"""Running a task in several modes (dense, sparse alone, corrected), item by item, over one process or many. An
+interruption loses nothing.
 """
 
 import contextlib
@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -27,23 +28,22 @@ from ..settings.config import SiriusConfig
 from .tasks import Task
 
 
-RESULTS_NAME = "results"
-_FORMAT = 2  # of the records: a run of another one is not gone on with
+_FORMAT = 2  # of the records: a run with another one is refused
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """One way to run a model.
+class Mode:
+    """One way to run a model. The files of a run call it a way.
 
     Attributes:
         name: for people.
         config: of the twin; `None` runs the dense model.
-        alone: whether the twin runs without correction.
+        corrected: whether the model corrects its twin, which else runs alone.
     """
 
     name: str
     config: SiriusConfig | None = None
-    alone: bool = False
+    corrected: bool = True
 
     def description(self) -> dict[str, Any]:
         """Returns all that its records depend on, as plain values."""
@@ -52,59 +52,59 @@ class Way:
             thresholds = str(self.config.calibration.thresholds(self.config.density))
             calibration = hashlib.sha256(thresholds.encode()).hexdigest()[:16]
         config = None if self.config is None else self.config.to_dict()
-        return {"config": config, "calibration": calibration, "alone": self.alone}
+        return {"config": config, "calibration": calibration, "alone": not self.corrected}
 
     @property
     def key(self) -> str:
         return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def standard_ways(config: SiriusConfig) -> list[Way]:
+def standard_modes(config: SiriusConfig) -> list[Mode]:
     """Returns the dense model, the twin alone, and the two together."""
-    return [Way("dense"), Way("sparse alone", config, alone=True), Way("Sirius", config)]
+    return [Mode("dense"), Mode("sparse alone", config, corrected=False), Mode("Sirius", config)]
 
 
 def run_task(
     model: PreTrainedModel,
     task: Task,
-    ways: Iterable[Way],
+    modes: Iterable[Mode],
     directory: str | os.PathLike,
     model_name: str,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Runs every item of a task in every way, in alternation, and writes `results.json` and `results.csv`.
+    """Runs every item of a task in every mode, in alternation, and writes `results.json` and `results.csv`.
 
     Each record is on the disk before the next item begins. The same call on the same directory goes on where an earlier
-    one was interrupted, and ends with the same figures. Under `accelerate launch` the items are split over the
-    processes, and gathered once.
+    one was interrupted, and ends with the same figures. `accelerate launch` splits the items over its processes, whose
+    records are gathered at the end.
 
     Args:
-        model: the dense model, of which twins are made as they are needed.
+        model: the dense model; twins of it are made as they are needed.
         task: what to run.
-        ways: with the dense one, in the order of the table.
+        modes: in the order of the table.
         directory: of this run, made if need be.
         model_name: what the results call the model.
         show_progress: whether a bar is shown (by the first process).
 
     Returns:
-        dict: `model`, `task`, and `rows`, one for each way, with the measures by name.
+        dict: `model`, `task`, and `rows`, one for each mode, with the measures by name.
 
     Raises:
         `ValueError` if the directory holds another run, or a record that cannot be read.
     """
-    ways = list(ways)
-    for way in ways:
-        task.check(model, way.config, way.alone)
+    modes = list(modes)
+    for mode in modes:
+        task.check(model, mode.config, mode.corrected)
     state = process_state()
     description = describe_run(model, model_name, task)
     records = _Records(Path(directory), description, state)
-    # Whole items, so that the ways of each are run by one process, in alternation.
-    missing = [i for i in range(len(task)) if any((way.key, i) not in records.done for way in ways)]
+    # One process runs all modes of an item, in alternation.
+    missing = [i for i in range(len(task)) if any((mode.key, i) not in records.done for mode in modes)]
     mine = missing[state.process_index :: state.num_processes]
-    todo = [(idx, way) for idx in mine for way in ways if (way.key, idx) not in records.done]
+    todo = [(idx, mode) for idx in mine for mode in modes if (mode.key, idx) not in records.done]
     progress = tqdm(
-        total=len(mine) * len(ways),
-        initial=len(mine) * len(ways) - len(todo),
+        total=len(mine) * len(modes),
+        initial=len(mine) * len(modes) - len(todo),
         disable=not show_progress or not state.is_main_process,
         unit="item",
         desc=task.name,
@@ -113,22 +113,22 @@ def run_task(
         cleanup.enter_context(progress)
         twins: dict[str, SparseTwin] = {}
         warm: set[str] = set()
-        for idx, way in todo:
-            if way.config is not None and way.key not in twins:
-                twins[way.key] = cleanup.enter_context(make_sparse(model, way.config))
-            if way.key not in warm:
-                task.warm_up(model, twins.get(way.key), way.alone)
-                warm.add(way.key)
-            record = task.run(idx, model, twins.get(way.key), way.alone)
-            records.append({"way": way.key, "item": idx, **record})
+        for idx, mode in todo:
+            if mode.config is not None and mode.key not in twins:
+                twins[mode.key] = cleanup.enter_context(make_sparse(model, mode.config))
+            if mode.key not in warm:
+                task.warm_up(model, twins.get(mode.key), mode.corrected)
+                warm.add(mode.key)
+            record = task.run(idx, model, twins.get(mode.key), mode.corrected)
+            records.append({"way": mode.key, "item": idx, **record})
             progress.update()
-    gathered = {**records.read}  # by every process
-    for part in gather_object([records.made]):
-        gathered.update(part)
+    gathered: dict[tuple[str, int], dict] = {}
+    for done in gather_object([records.done]):
+        gathered.update(done)
     rows = []
-    for way in ways:
-        of_way = [gathered[way.key, idx] for idx in range(len(task))]
-        rows.append({"way": way.name, **way.description(), "num_items": len(task), **task.measures(of_way)})
+    for mode in modes:
+        measures = task.measures([gathered[mode.key, idx] for idx in range(len(task))])
+        rows.append({"way": mode.name, **mode.description(), "num_items": len(task), **measures})
     results = {**description, "rows": rows}
     if state.is_main_process:
         _write_results(Path(directory), results)
@@ -137,7 +137,11 @@ def run_task(
 
 
 class _Records:
-    """The records of a run in a directory: `run.json` says of which run, `records-*.jsonl` has a line for each."""
+    """The records of a run in a directory: `run.json` describes the run, `records-*.jsonl` have a line for each record.
+
+    Attributes:
+        done: what is recorded, by mode and item: by all processes before this one began, and by this one since.
+    """
 
     def __init__(self, directory: Path, description: dict[str, Any], state: PartialState):
         if directory.is_file():
@@ -157,11 +161,9 @@ class _Records:
         state.wait_for_everyone()
         if state.is_main_process and not run_file.exists():
             _write(run_file, text)
-        self.read: dict[tuple[str, int], dict] = {}
-        self.made: dict[tuple[str, int], dict] = {}
-        for file in sorted(directory.glob("records-*.jsonl")):
-            for record in _read_records(file, state):
-                self.read[record["way"], record["item"]] = record
+        files = sorted(directory.glob("records-*.jsonl"))
+        records = itertools.chain.from_iterable(_read_records(file, state) for file in files)
+        self.done = {(record["way"], record["item"]): record for record in records}
         state.wait_for_everyone()  # before anybody writes
         self._file = directory / f"records-{state.process_index}.jsonl"
 
@@ -170,16 +172,11 @@ class _Records:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.made[record["way"], record["item"]] = record
-
-    @property
-    def done(self) -> dict[tuple[str, int], dict]:
-        """All records, by way and item."""
-        return {**self.read, **self.made}
+        self.done[record["way"], record["item"]] = record
 
 
 def _read_records(file: Path, state: PartialState) -> Iterator[dict]:
-    """Yields the records of a file, without a last one that was cut short, which is taken off the file."""
+    """Yields the records of a file. A last one that was cut short is taken off the file."""
     whole, _, cut = file.read_bytes().rpartition(b"\n")
     if cut and state.is_main_process:
         os.truncate(file, len(whole) + bool(whole))
@@ -198,16 +195,16 @@ def _write(file: Path, text: str) -> None:
 
 
 def _write_results(directory: Path, results: dict[str, Any]) -> None:
-    _write(directory / f"{RESULTS_NAME}.json", json.dumps(results, indent=2))
+    _write(directory / "results.json", json.dumps(results, indent=2))
     settings = [field.name for field in dataclasses.fields(SiriusConfig) if field.name != "calibration"]
     names = [name for name in results["rows"][-1] if name not in ("config", "calibration", "way")]
-    part = directory / f"{RESULTS_NAME}.csv.part"
+    part = directory / "results.csv.part"
     with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["way", *settings, *names], extrasaction="ignore")
         writer.writeheader()
         for row in results["rows"]:
             writer.writerow({**(row["config"] or {}), **row})
-    part.replace(directory / f"{RESULTS_NAME}.csv")
+    part.replace(directory / "results.csv")
 
 
 def process_state() -> PartialState:
@@ -216,7 +213,7 @@ def process_state() -> PartialState:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Returns a digest of the ends of every weight that is loaded, by which to know a model again."""
+    """Returns a digest of the ends of every weight that is loaded, which tells one model from another."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
@@ -227,7 +224,7 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
 
 def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[str, Any]:
-    """Returns all that the records of a run depend on, beside its ways, as plain values."""
+    """Returns all that the records of a run depend on, except its modes, as plain values."""
     quantization = getattr(model.config, "quantization_config", None)
     return {
         "model": model_name,
@@ -242,8 +239,8 @@ def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[st
     }
 
 
-def default_directory(description: dict[str, Any], ways: Iterable[Way]) -> Path:
-    """Returns a directory of its own for each run and its ways, so that the same command goes on with a run."""
-    described = json.dumps([description, [way.key for way in ways]], sort_keys=True)
+def default_directory(description: dict[str, Any], modes: Iterable[Mode]) -> Path:
+    """Returns a directory of its own for each run and its modes, so that the same command goes on with a run."""
+    described = json.dumps([description, [mode.key for mode in modes]], sort_keys=True)
     stem = "-".join(Path(description[name]).name for name in ("model", "task"))
     return Path("runs") / f"{stem}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"

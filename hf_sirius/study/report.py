@@ -4,7 +4,9 @@ import base64
 import hashlib
 import itertools
 import os
+import re
 from html import escape
+from importlib import resources
 from pathlib import Path
 from string import Template
 
@@ -29,13 +31,14 @@ def report(trace: Trace) -> str:
     """Returns a trace as an HTML page: the measures of the call, its prompt and each of its tokens, coloured by what
     became of it, with the full model's likelihood of it at the pointer, the focus or a touch.
     """
+    page = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    # The policy lets the page run nothing but this style and script.
+    style, script = (_hash(text) for text in re.findall(r"<(?:style|script)>(.*?)</", page, flags=re.DOTALL))
     cycles = [list(tokens) for _, tokens in itertools.groupby(trace.tokens, lambda token: token.cycle)]
     fates = [fate for fate in FATES if fate != "branch" or trace.config["tree_width"] > 1]
-    return _PAGE.substitute(
-        policy=f"default-src 'none'; img-src data:; style-src '{_hash(_STYLE)}'; script-src '{_hash(_SCRIPT)}'",
+    return Template(page).substitute(
+        policy=f"default-src 'none'; img-src data:; style-src '{style}'; script-src '{script}'",
         version=__version__,
-        style=_STYLE,
-        script=_SCRIPT,
         model=escape(trace.model_name),
         measures="\n".join(_measures(trace)),
         settings="\n".join(_settings(trace)),
@@ -47,7 +50,7 @@ def report(trace: Trace) -> str:
 
 
 def _hash(text: str) -> str:
-    """Returns what a content security policy calls a style or script, so that the page runs no other."""
+    """Returns the name of a style or script in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
@@ -120,150 +123,3 @@ def _marked(fate: str, content: str, attributes: str = "") -> str:
     tag = "del" if fate == "rolled_back" else "span"
     token = " token" if attributes else ""
     return f'<{tag} class="{fate}{token}"{attributes}>{content}</{tag}>'
-
-
-_PAGE = Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="$policy">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="generator" content="hf_sirius $version">
-<link rel="icon" href="data:,">
-<title>$model with its sparse twin</title>
-<style>$style</style>
-</head>
-<body>
-<main>
-<h1>$model <small>with its sparse twin</small></h1>
-<dl class="measures">
-$measures
-</dl>
-<ul class="settings">
-$settings
-</ul>
-<h2>Prompt</h2>
-<div class="text" id="prompt">$prompt</div>
-<h2>Output</h2>
-<div class="text" id="output">$answer</div>
-<h2>Token by token</h2>
-<ul class="legend">
-$legend
-</ul>
-<p class="hint">Point at a token, touch it, or go to it with Tab and the arrow keys for the full model's likelihood
-of it.</p>
-<ol class="cycles">
-$cycles
-</ol>
-</main>
-<div id="tip" role="tooltip" hidden><b></b> <span></span></div>
-<script>$script</script>
-</body>
-</html>
-""")
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #fbfaf8; --card: #fff; --line: #e3e0da; --text: #1f2328; --dim: #62676e;
-  --kept: #d8f0de; --kept-text: #10421f; --own: #d6e4ff; --own-text: #0b3a8c;
-  --lost: #fde4e1; --lost-text: #a3241b; --branch: #f1e6fb; --branch-text: #693399; --focus: #0b57d0;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14171b; --card: #1c2026; --line: #333942; --text: #e6e8eb; --dim: #a0a7b0;
-    --kept: #173a24; --kept-text: #b5e8c4; --own: #1b3566; --own-text: #c3d8ff;
-    --lost: #431d1b; --lost-text: #ffb4ab; --branch: #35234a; --branch-text: #dcc2f7; --focus: #8ab4f8;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 24px 16px 96px; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 16px; }
-h1 small { font-weight: 400; color: var(--dim); font-size: 1rem; }
-h2 { font-size: 1.1rem; margin: 28px 0 8px; }
-ul, ol, dl { margin: 0; padding: 0; list-style: none; }
-.measures { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 8px; }
-dt, dd { font-size: .85rem; color: var(--dim); margin: 0; }
-dd strong { display: block; font-size: 1.4rem; line-height: 1.3; color: var(--text); }
-.settings, .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 12px; font-size: .9rem; }
-.settings b { font-weight: 400; color: var(--dim); }
-.measures div, .text { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
-.text { white-space: pre-wrap; }
-.hint { color: var(--dim); font-size: .9rem; margin: 8px 0; }
-.cycle { display: flex; gap: 4px 16px; padding: 8px 0; border-top: 1px solid var(--line); }
-.head { flex: 0 0 8.5rem; font-size: .85rem; color: var(--dim); padding-top: 3px; }
-.head b { color: var(--text); }
-.head span { display: block; }
-.lines { flex: 1; min-width: 0; }
-.line { white-space: pre-wrap; line-height: 1.8; }
-.lost { padding-left: 1.2em; font-size: .9rem; }
-.lost::before { content: "↳ "; margin-left: -1.2em; color: var(--dim); }
-.after { color: var(--dim); }
-.kept, .own, .rolled_back, .branch { padding: 2px 0; border-radius: 3px; }
-.legend .kept, .legend .own, .legend .rolled_back, .legend .branch { padding: 2px 6px; }
-.token { box-shadow: inset -1px 0 var(--page); cursor: help; }
-.kept { background: var(--kept); color: var(--kept-text); }
-.own { background: var(--own); color: var(--own-text); font-weight: 600; margin-left: 2px; }
-.rolled_back { background: var(--lost); color: var(--lost-text); }
-.branch { background: var(--branch); color: var(--branch-text); text-decoration: underline dotted; font-style: italic; }
-.token i { font: .8em ui-monospace, monospace; opacity: .85; }
-.newline::before { content: "↵"; }
-.token:hover, .token:focus { outline: 2px solid var(--focus); outline-offset: 1px; }
-#tip {
-  position: fixed; max-width: min(20rem, calc(100vw - 16px)); padding: 6px 10px; border-radius: 6px; font-size: .85rem;
-  background: var(--text); color: var(--page); pointer-events: none; box-shadow: 0 2px 10px #0006;
-}
-#tip span { display: block; }
-@media (max-width: 600px) {
-  .cycle { flex-direction: column; }
-  .head { flex: none; }
-  .head span { display: inline; }
-  .measures { grid-template-columns: 1fr 1fr; }
-  .measures div:last-child:nth-child(odd) { grid-column: span 2; }
-}
-"""
-
-_SCRIPT = """
-const tip = document.getElementById("tip");
-const tokens = [...document.querySelectorAll(".token")];
-let shown = null;
-function show(token) {
-  shown = token;
-  tip.hidden = !token;
-  if (!token) return;
-  tip.children[0].textContent = token.dataset.likelihood;
-  tip.children[1].textContent = token.dataset.tip;
-  const box = token.getClientRects()[0];
-  const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
-  const below = box.bottom + 6 + tip.offsetHeight < window.innerHeight;
-  tip.style.left = Math.max(8, left) + "px";
-  tip.style.top = (below ? box.bottom + 6 : box.top - tip.offsetHeight - 6) + "px";
-}
-// One stop of the Tab key for all tokens; the arrow keys go on from there.
-function choose(token) {
-  for (const other of tokens) other.tabIndex = other === token ? 0 : -1;
-}
-for (const token of tokens) token.setAttribute("aria-describedby", "tip");
-if (tokens.length) choose(tokens[0]);
-const focused = () => document.activeElement.closest(".token");
-document.addEventListener("pointerover", event => show(event.target.closest(".token") || focused()));
-document.addEventListener("focusin", event => {
-  const token = event.target.closest(".token");
-  if (token) choose(token);
-  show(token);
-});
-document.addEventListener("focusout", () => show(null));
-document.addEventListener("scroll", () => shown && show(shown), {passive: true});
-document.addEventListener("keydown", event => {
-  if (event.key === "Escape") show(null);
-  const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
-  const next = step && focused() && tokens[tokens.indexOf(focused()) + step];
-  if (next) {
-    event.preventDefault();
-    next.focus();
-  }
-});
-"""

@@ -1,4 +1,4 @@
-"""Many settings over one task: the ways that a grid of settings makes, and plots of what they gave."""
+"""Many settings over one task: the modes that a grid of settings makes, and plots of their results."""
 
 import itertools
 import os
@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..settings.config import SiriusConfig
-from .evaluation import Way
+from .evaluation import Mode
 
 
-# What a point of a series has in common with the others of it.
-_SERIES = ("method", "density", "kernel_size", "tree_width")
 _SHORT = {"kernel_size": "n", "tree_width": "width"}
 
 
-def sweep_ways(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> list[Way]:
+def sweep_modes(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> list[Mode]:
     """Returns the dense model, each sparse draft alone, and every combination of a grid corrected.
 
     Args:
@@ -26,25 +24,25 @@ def sweep_ways(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> list[
         `ValueError` for a combination that is no valid config.
     """
     grid = {name: list(dict.fromkeys(values)) for name, values in grid.items() if values}
-    ways = {}
+    varied = [name for name in ("kernel_size", "threshold", "tree_width") if len(grid.get(name, ())) > 1]
+    modes = {}
     for values in itertools.product(*grid.values()):
         fields = dict(zip(grid, values, strict=True))
         corrected = config.with_method(fields.pop("method", config.method), **fields)
-        # The draft by itself knows no cycles.
+        # A draft alone has no cycles, so these settings make no difference to it.
         alone = corrected.replace(threshold=config.threshold, kernel_size=config.kernel_size, tree_width=1)
-        for way in (
-            Way(f"{alone.method} {alone.density} alone", alone, alone=True),
-            Way(_name(corrected, grid), corrected),
+        for mode in (
+            Mode(f"{_name(alone.to_dict())} alone", alone, corrected=False),
+            Mode(_name(corrected.to_dict(), varied), corrected),
         ):
-            ways.setdefault(way.key, way)
+            modes.setdefault(mode.key, mode)
     # Drafts alone come first.
-    return [Way("dense"), *sorted(ways.values(), key=lambda way: not way.alone)]
+    return [Mode("dense"), *sorted(modes.values(), key=lambda mode: mode.corrected)]
 
 
-def _name(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> str:
-    varied = [name for name in ("kernel_size", "threshold", "tree_width") if len(grid.get(name, ())) > 1]
-    parts = [f"{_SHORT.get(name, name)} {getattr(config, name)}" for name in varied]
-    return ", ".join([f"{config.method} {config.density}", *parts])
+def _name(config: dict[str, Any], varied: Sequence[str] = ()) -> str:
+    parts = [f"{_SHORT.get(name, name)} {config[name]}" for name in varied]
+    return ", ".join([f"{config['method']} {config['density']}", *parts])
 
 
 def check_plots(path: str | os.PathLike | None = None) -> None:
@@ -67,7 +65,7 @@ def plot_sweep(results: dict[str, Any], path: str | os.PathLike) -> None:
     AAL (figure 1 and table 8 of the paper, for this model), in one image.
 
     Args:
-        results: what [`run_task`] returned for `sweep_ways`.
+        results: what [`run_task`] returned for `sweep_modes`.
         path: of the image; its ending chooses the format.
     """
     check_plots()
@@ -76,26 +74,19 @@ def plot_sweep(results: dict[str, Any], path: str | os.PathLike) -> None:
     rows = results["rows"]
     dense = next(row for row in rows if row["config"] is None)
     alone = {(row["config"]["method"], row["config"]["density"]): row for row in rows if row["alone"]}
-    series: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if row["config"] is not None and not row["alone"]:
-            series.setdefault(tuple(row["config"][name] for name in _SERIES), []).append(row)
-    shown = [name for i, name in enumerate(_SERIES) if name in ("method", "density") or len({k[i] for k in series}) > 1]
+    corrected = [row for row in rows if row["config"] is not None and not row["alone"]]
+    varied = [name for name in ("kernel_size", "tree_width") if len({row["config"][name] for row in corrected}) > 1]
+    series: dict[str, list[dict]] = {}  # the points of one differ in the threshold only
+    for row in corrected:
+        series.setdefault(_name(row["config"], varied), []).append(row)
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     (by_threshold, aal), (by_density, by_aal) = figure.subplots(2, 2)
     colors = {pair: f"C{i}" for i, pair in enumerate(alone)}
     markers = itertools.cycle("osD^vPX*")
-    for key, points in series.items():
-        setting = dict(zip(_SERIES, key, strict=True))
-        pair = setting["method"], setting["density"]
-        extra = [f"{_SHORT.get(n, n)} {setting[n]}" for n in shown if n not in ("method", "density")]
-        style = {
-            "color": colors[pair],
-            "marker": next(markers),
-            "markersize": 5,
-            "label": ", ".join([f"{pair[0]} {pair[1]}", *extra]),
-        }
+    for label, points in series.items():
+        pair = points[0]["config"]["method"], points[0]["config"]["density"]
+        style = {"color": colors[pair], "marker": next(markers), "markersize": 5, "label": label}
         points = sorted(points, key=lambda row: row["config"]["threshold"])
         thresholds = [row["config"]["threshold"] for row in points]
         _line(by_threshold, thresholds, points, "accuracy", style)

@@ -1,5 +1,5 @@
-"""What an evaluation asks: word problems with a final answer, or plain text to predict. A task runs one of its items in
-one way, and tells what the records of many mean.
+"""What an evaluation asks: word problems with a final answer, or plain text to predict. A task runs its items, each in
+one mode, and computes measures from their records.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ EMBEDDED_TASKS = {"reasoner": "test", "reasoner-long": "long"}
 
 
 class Task(ABC):
-    """Items that can be run in several ways, one at a time.
+    """Items that can be run in several modes, one at a time.
 
     Attributes:
         name: for people, and for the directory of a run.
@@ -51,29 +51,29 @@ class Task(ABC):
         """Returns all that the records depend on, as plain values."""
 
     @abstractmethod
-    def run(self, idx: int, model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False) -> dict:
+    def run(self, idx: int, model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True) -> dict:
         """Runs one item, and returns its record, plain values.
 
         Args:
             idx: of the item.
             model: the dense model.
             twin: its twin; `None` runs the dense model.
-            alone: whether the twin runs without correction.
+            corrected: whether the model corrects its twin, which else runs alone.
         """
 
     def check(  # noqa: B027
-        self, model: PreTrainedModel, config: SiriusConfig | None = None, alone: bool = False
+        self, model: PreTrainedModel, config: SiriusConfig | None = None, corrected: bool = True
     ) -> None:
-        """Raises `ValueError` if the task cannot be run in this way (as in [`Way`]) with this model."""
+        """Raises `ValueError` if the task cannot be run in this mode (as in [`Mode`]) with this model."""
 
     def warm_up(  # noqa: B027
-        self, model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
+        self, model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True
     ) -> None:
-        """Has what loads with the first use be nobody's time."""
+        """Runs the model a little, so that lazy loading is not timed."""
 
     @abstractmethod
     def measures(self, records: list[dict]) -> dict[str, float | None]:
-        """Returns the measures of one way from its records, in the order of the items."""
+        """Returns the measures of one mode from its records, in the order of the items."""
 
 
 class ProblemTask(Task):
@@ -141,14 +141,14 @@ class ProblemTask(Task):
         shots = [f"{problem_prompt(example['question'])} {example['answer']}\n\n" for example in self.few_shot]
         return self.tokenizer("".join(shots) + problem_prompt(question), return_tensors="pt")
 
-    def warm_up(self, model, twin=None, alone=False):
+    def warm_up(self, model, twin=None, corrected=True):
         inputs = self.inputs(self.problems[0]["question"]).to(execution_device(model))
-        generator(model, twin, alone)(**inputs, max_new_tokens=8, do_sample=False)
+        generator(model, twin, corrected)(**inputs, max_new_tokens=8, do_sample=False)
 
-    def run(self, idx, model, twin=None, alone=False):
+    def run(self, idx, model, twin=None, corrected=True):
         problem = self.problems[idx]
         inputs = self.inputs(problem["question"]).to(execution_device(model))
-        generate = generator(model, twin, alone)
+        generate = generator(model, twin, corrected)
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "stopping_criteria": list(self._stops)}
         start = time.perf_counter()
         output = generate(**inputs, **options)
@@ -219,7 +219,7 @@ class TextTask(Task):
     def description(self) -> dict[str, Any]:
         return {"task": self.name, "num_items": len(self), "digest": _digest(self.windows), "window": self.window}
 
-    def check(self, model, config=None, alone=False):
+    def check(self, model, config=None, corrected=True):
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and self.window > limit:
             raise ValueError(
@@ -230,11 +230,11 @@ class TextTask(Task):
             raise ValueError(
                 f"plain text is read along one path, but tree_width={config.tree_width} was given: use tree_width=1"
             )
-        if config is not None and not alone:
+        if config is not None and corrected:
             raise ValueError("plain text is read, and not corrected: run its draft alone")
 
     @torch.no_grad()
-    def run(self, idx, model, twin=None, alone=False):
+    def run(self, idx, model, twin=None, corrected=True):
         ids = torch.tensor([self.windows[idx]], device=execution_device(model))
         half = self.window // 2
         prompt, rest, targets = ids[:, :half], ids[:, half:-1], ids[:, half:]

@@ -18,12 +18,12 @@ from ..decode.stats import Cycle
 
 
 def generator(
-    model: PreTrainedModel, twin: SparseTwin | None = None, alone: bool = False
+    model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True
 ) -> Callable[..., torch.Tensor]:
-    """Returns the `generate` of one way to run a model: dense, corrected by it (`twin`), or the twin `alone`."""
+    """Returns the `generate` of a mode: of the dense model, of its twin corrected by it, or of the twin alone."""
     if twin is None:
         return model.generate
-    if alone:
+    if not corrected:
         return twin.generate
     return lambda **inputs: model.generate(assistant_model=twin, **inputs)
 

@@ -1,15 +1,12 @@
-"""Memory: by how much a process or a device grew, what tensors are alive, and what is streamed from a folder."""
+"""Memory: by how much a process or a device grew, and what is streamed from a folder."""
 
 import ctypes
 import gc
 import sys
-import weakref
 from collections.abc import Mapping
 
 import torch
 from accelerate.utils.offload import PrefixedDataset
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import streaming_hook
@@ -83,35 +80,3 @@ class _CountedWeights(PrefixedDataset):
         weight = super().__getitem__(name)
         self.counter.num_bytes += weight.nbytes
         return weight
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, and the most that were alive at once since `restart`. What a
-    kernel needs within itself does not show.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._alive: dict[int, int] = {}
-        self.num_bytes = self.peak = self._start = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._alive:
-                    self._alive[storage._cdata] = storage.nbytes()
-                    self.num_bytes += storage.nbytes()
-                    weakref.finalize(storage, self._forget, storage._cdata)
-        self.peak = max(self.peak, self.num_bytes)
-        return outputs
-
-    def _forget(self, key: int) -> None:
-        self.num_bytes -= self._alive.pop(key)
-
-    def restart(self) -> int:
-        """Returns the peak over what is alive at its beginning, and begins anew."""
-        growth = self.peak - self._start
-        self._start = self.peak = self.num_bytes
-        return growth

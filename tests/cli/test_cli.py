@@ -160,7 +160,7 @@ def test_installed_script_tells_its_version():
         (["sweep", "--selection", "topk"], "cats"),
         (["tune"], "griffin"),
         (["tune", "--config", "cats"], "cats"),
-        (["tune", "--config", "cats", "--draft_dtype", "bfloat16"], "griffin"),
+        (["tune", "--config", "cats", "--draft_dtype", "bfloat16"], "cats"),
         (["bench", "decode", "--selection", "topk"], "cats"),
         (["bench", "offload"], "griffin"),
         (["bench", "offload", "--method", "cats"], "cats"),

@@ -735,8 +735,8 @@ def test_two_threads_on_one_twin(method):
     with make_twin(model, method) as sparse:
         new_call = sparse.new_call
 
-        def noted_call():
-            call = new_call()
+        def noted_call(*args):
+            call = new_call(*args)
             all_stats.setdefault(threading.get_ident(), []).append(call.stats)
             return call
 

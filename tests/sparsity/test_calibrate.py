@@ -288,7 +288,7 @@ def test_a_truncated_file_is_refused(tmp_path, num_bytes):
     ids=["foreign", "newer", "no probe", "narrow table", "other probe"],
 )
 def test_a_foreign_file_is_refused(tmp_path, shapes, version, words):
-    metadata = {"format": f"hf_sirius.settings.calibration.{version}", "metadata": "{}"} if version else None
+    metadata = {"format": f"hf_sirius.calibration.{version}", "metadata": "{}"} if version else None
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / CALIBRATION_NAME, metadata=metadata)
     with pytest.raises(ValueError, match=words):

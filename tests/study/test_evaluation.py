@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import SiriusConfig, calibrate, make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.cli.main import main
-from hf_sirius.study.evaluation import default_directory, describe_run, run_task, standard_ways
+from hf_sirius.study.evaluation import default_directory, describe_run, run_task, standard_modes
 from hf_sirius.study.problems import final_answer, problem_prompt
 from hf_sirius.study.tasks import ProblemTask, load_task
 from hf_sirius.study.timing import generator
@@ -41,8 +41,8 @@ def read_results(directory) -> dict:
     return json.loads((directory / "results.json").read_text())
 
 
-def run_tiny(directory, task=None, ways=None) -> dict:
-    return run_task(shared_model(), task or make_task(), ways or standard_ways(CONFIG), directory, "tiny")
+def run_tiny(directory, task=None, modes=None) -> dict:
+    return run_task(shared_model(), task or make_task(), modes or standard_modes(CONFIG), directory, "tiny")
 
 
 # Figures
@@ -57,7 +57,7 @@ def reasoner():
 def test_figures_are_those_of_the_calls(reasoner, tmp_path):
     model, tokenizer = reasoner
     task = load_task("reasoner", tokenizer, num_items=4, max_new_tokens=200)
-    rows = {row["way"]: row for row in run_task(model, task, standard_ways(CONFIG), tmp_path, "reasoner")["rows"]}
+    rows = {row["way"]: row for row in run_task(model, task, standard_modes(CONFIG), tmp_path, "reasoner")["rows"]}
 
     def accuracy(generate) -> float:
         num_correct = 0
@@ -70,9 +70,9 @@ def test_figures_are_those_of_the_calls(reasoner, tmp_path):
 
     assert rows["dense"]["accuracy"] == accuracy(model.generate)
     with make_sparse(model, CONFIG) as sparse:
-        for name, alone in (("sparse alone", True), ("Sirius", False)):
+        for name, corrected in (("sparse alone", False), ("Sirius", True)):
             sparse.stats.reset()
-            assert rows[name]["accuracy"] == accuracy(generator(model, sparse, alone=alone))
+            assert rows[name]["accuracy"] == accuracy(generator(model, sparse, corrected))
             for measure in ("aal", "acceptance_rate", "draft_density", "effective_density"):
                 assert rows[name][measure] == getattr(sparse.stats.total, measure), measure
     assert rows["sparse alone"]["accuracy"] < rows["Sirius"]["accuracy"] and rows["Sirius"]["num_rolled_back"] > 0
@@ -123,11 +123,11 @@ def test_an_interrupted_run_goes_on(tmp_path, cut):
     assert run_tiny(tmp_path / "run", Interrupted(0)) == results  # timings included: nothing was run
 
 
-def test_no_way_of_a_wider_run_is_run_twice(tmp_path):
-    ways = standard_ways(CONFIG)
-    run_tiny(tmp_path, ways=ways[:1])
+def test_no_mode_of_a_wider_run_is_run_twice(tmp_path):
+    modes = standard_modes(CONFIG)
+    run_tiny(tmp_path, modes=modes[:1])
     task = Interrupted(10)
-    run_tiny(tmp_path, task, ways)
+    run_tiny(tmp_path, task, modes)
     assert task.num_left == 0
 
 
@@ -152,11 +152,11 @@ def test_another_run_in_the_directory_is_refused(tmp_path):
 
 def test_other_weights_are_another_run(tmp_path):
     model = build_model(seed=3)
-    run_task(model, make_task(1), standard_ways(CONFIG), tmp_path, "tiny")
+    run_task(model, make_task(1), standard_modes(CONFIG), tmp_path, "tiny")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
     with pytest.raises(ValueError, match="holds another run"):
-        run_task(model, make_task(1), standard_ways(CONFIG), tmp_path, "tiny")
+        run_task(model, make_task(1), standard_modes(CONFIG), tmp_path, "tiny")
 
 
 def test_records_without_their_description_are_refused(tmp_path):
@@ -167,24 +167,24 @@ def test_records_without_their_description_are_refused(tmp_path):
 
 
 def test_a_tree_s_nodes_are_in_both_files(tmp_path):
-    run_tiny(tmp_path, make_task(1), standard_ways(CONFIG.replace(tree_width=3)))
+    run_tiny(tmp_path, make_task(1), standard_modes(CONFIG.replace(tree_width=3)))
     with open(tmp_path / "results.csv", newline="") as file:
         nodes = [line["nodes_per_cycle"] for line in csv.DictReader(file)]
     assert nodes[0] == "" and float(nodes[2]) == read_results(tmp_path)["rows"][2]["nodes_per_cycle"]
 
 
-def test_a_calibration_is_part_of_the_way_and_its_config_can_be_read_back():
+def test_a_calibration_is_part_of_the_mode_and_its_config_can_be_read_back():
     model, texts = shared_model(), [{"input_ids": list(range(1, 40))}]
     config = SiriusConfig(calibration=calibrate(model, None, texts, progress=False))
-    way = standard_ways(config)[2]
-    assert way.key != standard_ways(SiriusConfig())[2].key and way.description()["calibration"]
-    assert SiriusConfig.from_dict(way.description()["config"]) == SiriusConfig()
+    mode = standard_modes(config)[2]
+    assert mode.key != standard_modes(SiriusConfig())[2].key and mode.description()["calibration"]
+    assert SiriusConfig.from_dict(mode.description()["config"]) == SiriusConfig()
 
 
 def test_each_run_has_a_directory_of_its_own_by_default():
     def directory(name="tiny", task=None, config=CONFIG, model=None):
         description = describe_run(model or shared_model(), name, task or make_task())
-        return default_directory(description, standard_ways(config))
+        return default_directory(description, standard_modes(config))
 
     others = [directory("some/tiny"), directory(task=make_task(4)), directory(config=CONFIG.replace(threshold=0.3))]
     others.append(directory(model=build_model(dtype=torch.float32)))

@@ -1,4 +1,4 @@
-"""Sweeps: which ways a grid makes, and what is drawn of them."""
+"""Sweeps: which modes a grid makes, and what is drawn of them."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 from hf_sirius import SiriusConfig
 from hf_sirius.cli.main import main
-from hf_sirius.study.sweep import plot_sweep, sweep_ways
+from hf_sirius.study.sweep import plot_sweep, sweep_modes
 
 
 BASE = SiriusConfig(method="griffin", kernel_size=8)
@@ -15,41 +15,41 @@ BASE = SiriusConfig(method="griffin", kernel_size=8)
 
 def test_a_grid_gives_every_combination_and_each_draft_alone_once():
     grid = {"threshold": [0.0, 0.1, 1.0], "method": ["griffin", "cats"], "density": [0.5, 0.3], "tree_width": []}
-    dense, *others = sweep_ways(BASE, grid)
+    dense, *others = sweep_modes(BASE, grid)
     assert dense.config is None
-    alone = [way for way in others if way.alone]
+    alone = [mode for mode in others if not mode.corrected]
     assert others[:4] == alone
-    assert {(way.config.method, way.config.density) for way in alone} == {
+    assert {(mode.config.method, mode.config.density) for mode in alone} == {
         (method, density) for method in grid["method"] for density in grid["density"]
     }
-    corrected = [way.config for way in others if not way.alone]
+    corrected = [mode.config for mode in others if mode.corrected]
     assert len(corrected) == 12 == len(set(corrected))
     assert {config.threshold for config in corrected} == {0.0, 0.1, 1.0}
     assert all(config.kernel_size == 8 and config.tree_width == 1 for config in corrected)
-    assert len({way.key for way in (dense, *others)}) == len({way.name for way in (dense, *others)}) == 17
+    assert len({mode.key for mode in (dense, *others)}) == len({mode.name for mode in (dense, *others)}) == 17
 
 
 def test_what_varies_is_named():
-    ways = sweep_ways(BASE, {"threshold": [0.1, 1.0], "kernel_size": [4], "tree_width": [1, 4]})
-    names = [way.name for way in ways]
+    modes = sweep_modes(BASE, {"threshold": [0.1, 1.0], "kernel_size": [4], "tree_width": [1, 4]})
+    names = [mode.name for mode in modes]
     assert names[:3] == ["dense", "griffin 0.5 alone", "griffin 0.5, threshold 0.1, width 1"]
-    assert {way.config.kernel_size for way in ways[2:]} == {4}
+    assert {mode.config.kernel_size for mode in modes[2:]} == {4}
 
 
 def test_each_method_takes_the_fields_that_it_knows():
     config = SiriusConfig(method="griffin", draft_dtype="bfloat16", draft_scope="all")
-    ways = sweep_ways(config, {"method": ["griffin", "cats"]})
-    assert {(way.config.method, way.config.draft_dtype) for way in ways[1:]} == {
+    modes = sweep_modes(config, {"method": ["griffin", "cats"]})
+    assert {(mode.config.method, mode.config.draft_dtype) for mode in modes[1:]} == {
         ("griffin", "bfloat16"),
         ("cats", None),
     }
-    topk = sweep_ways(SiriusConfig(selection="topk"), {"method": ["griffin", "cats"]})
-    assert {way.config.selection for way in topk[1:] if way.config.method == "cats"} == {"topk"}
+    topk = sweep_modes(SiriusConfig(selection="topk"), {"method": ["griffin", "cats"]})
+    assert {mode.config.selection for mode in topk[1:] if mode.config.method == "cats"} == {"topk"}
 
 
 def test_a_value_that_is_not_allowed_is_refused():
     with pytest.raises(ValueError, match="threshold must be in"):
-        sweep_ways(BASE, {"threshold": [0.1, 1.5]})
+        sweep_modes(BASE, {"threshold": [0.1, 1.5]})
 
 
 @pytest.fixture

@@ -177,13 +177,13 @@ def test_a_draft_of_all_neurons_agrees_everywhere():
 
 def test_trees_are_refused_for_text():
     with pytest.raises(ValueError, match="use tree_width=1"):
-        text_task().check(shared_model(), SiriusConfig(tree_width=2), alone=True)
+        text_task().check(shared_model(), SiriusConfig(tree_width=2), corrected=False)
 
 
 def test_text_is_not_corrected():
     with pytest.raises(ValueError, match="run its draft alone"):
         text_task().check(shared_model(), SiriusConfig())
-    text_task().check(shared_model(), SiriusConfig(), alone=True)
+    text_task().check(shared_model(), SiriusConfig(), corrected=False)
     text_task().check(shared_model())
 
 

@@ -276,7 +276,7 @@ def test_a_forward_that_cannot_be_copied_is_refused(path):
     cpu_offload(model)
     if path == "model.layers.1":  # accelerate has no hook for it: it has no weights of its own
         add_hook_to_module(module, ModelHook())
-    with pytest.raises(ValueError, match=r"has a forward of its own .*compile afterwards"):
+    with pytest.raises(ValueError, match=r"has a forward of its own .*after make_sparse"):
         make_sparse(model, **FIELDS)
 
 
