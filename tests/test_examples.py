@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,37 @@ def test_offload_by_a_device_map():
     assert "the same output: True" in printed
     with pytest.raises(AssertionError, match="the whole model fits into --resident 1GiB"):
         run("examples/offload.py", *model, "--cpu_memory", "1GiB")
+
+
+def test_tree_memory():
+    sizes = ("--context_length", "300", "--max_new_tokens", "40", "--density", "0.1")
+    printed = run("examples/tree_memory.py", *sizes, "--tree_widths", "1", "4")
+    states = float(re.search(r"The states of 300 tokens take (.*) MiB; a cycle grows by:", printed)[1])
+    line = r"width \d+: (.*) MiB \(median; at most (.*)\), (\d+) nodes drafted, (\d+) verified"
+    (one, _, _, one_verified), (four, most, drafted, verified) = (map(float, run) for run in re.findall(line, printed))
+    # A copy of the states for each continuation would show.
+    assert 0 < one < four <= most and four < states
+    assert one_verified < verified < drafted
+    for option, value, told in (
+        ("--tree_widths", "17", "tree_width must be in 1 to 16 .*, got 17"),
+        ("--context_length", str(10**7), "ask for a context_length of at most that"),
+        ("--max_new_tokens", "33", "too short for two cycles"),
+    ):
+        with pytest.raises(AssertionError, match=told):
+            run("examples/tree_memory.py", option, value)
+
+
+def test_live_bytes_are_those_of_tensors_that_are_alive(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from tree_memory import LiveBytes
+
+    with LiveBytes() as live:
+        kept = torch.zeros(1000, dtype=torch.uint8)
+        live.restart()
+        for _ in range(3):
+            torch.ones(5000, dtype=torch.uint8)  # gone at once
+        kept.view(10, 100).add_(1)  # no memory of its own
+        assert live.restart() == 5000 and live.num_bytes == 1000
 
 
 def test_reasoner_training_goes_on_from_its_checkpoint(tmp_path):

@@ -1,8 +1,9 @@
-"""The commands of the command line, each from its options to what it prints. What they need is imported as they run."""
+"""Runs the commands of the command line. Each imports what it needs when it runs."""
 
 import inspect
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from .options import (
@@ -20,10 +21,24 @@ from .options import (
 
 def demo(args) -> None:
     from rich.console import Console
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..study.demo import run_demo
+    from ..reasoner import reasoner_path, reasoner_problems
+    from ..study.demo import demo_modes, show_one_answer
+    from ..study.evaluation import run_task
+    from ..study.tasks import ProblemTask
+    from .tables import show_results
 
-    run_demo(Console(), args.num_problems)
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    model = AutoModelForCausalLM.from_pretrained(reasoner_path())
+    problems = reasoner_problems()[: args.num_problems]
+    task = ProblemTask("unseen problems of 6 to 10 steps", problems, tokenizer, max_new_tokens=200)
+    name = f"The embedded reasoner, {model.num_parameters() / 1e6:.1f} M parameters"
+    with tempfile.TemporaryDirectory() as directory:
+        results = run_task(model, task, demo_modes(), directory, name, show_progress=True)
+    show_results(results, task.columns)
+    print("\nAAL: tokens gained per cycle, of 16; effective density: parameters read per token, as a share of all.\n")
+    show_one_answer(Console(), task, model)
 
 
 def generate(args) -> None:
@@ -109,10 +124,10 @@ def sweep(args) -> None:
 
 
 def _run_task(args, make_modes) -> tuple[dict, Path, bool]:
-    """Runs the task that the options name; returns its results, where they are, and whether this is the first process.
+    """Runs the task that the options name; returns its results, their directory, and whether this is the first process.
 
     Args:
-        make_modes: from the task to the modes to run.
+        make_modes: takes the task, and returns the modes to run.
     """
     from transformers.utils import logging as transformers_logging
 

@@ -9,7 +9,7 @@ from . import commands
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status; an error of the user's is told in one line."""
+    """Runs one command and returns its exit status. An error of the user's is printed in one line."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -33,38 +33,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     subparsers = parser.add_subparsers(title="commands", required=True)
 
-    demo = subparsers.add_parser(
-        "demo", help="the embedded reasoner: dense, sparse alone and corrected, with no hub access"
-    )
-    _add(
-        demo,
-        "--num_problems",
-        type=_positive,
-        default=40,
-        help="unseen problems to solve in each way (default: 40, at most 500)",
-    )
-    demo.set_defaults(run=commands.demo)
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        added = subparsers.add_parser(name, help=help)
+        added.set_defaults(run=run)
+        return added
 
-    generate = subparsers.add_parser("generate", help="generate with any causal language model and its sparse twin")
+    demo = command(
+        "demo", commands.demo, "the embedded reasoner: dense, sparse alone and corrected, with no hub access"
+    )
+    problems_help = "unseen problems to solve in each mode (default: 40, at most 500)"
+    _add(demo, "--num_problems", type=_positive, default=40, help=problems_help)
+
+    generate = command("generate", commands.generate, "generate with any causal language model and its sparse twin")
     _add_generation_options(generate)
     _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
     _add(generate, "--stream", action="store_true", help="print the text as it is verified")
     _add_config_options(generate)
-    generate.set_defaults(run=commands.generate)
 
-    report = subparsers.add_parser("report", help="generate, and show what became of each token: one page of HTML")
+    report = command("report", commands.report, "generate, and show what became of each token: one page of HTML")
     _add_generation_options(report)
     _add(report, "--output", default="report.html", help="file to write the page to (default: report.html)")
     _add(report, "--json", help="file to write its data to as well")
     _add_config_options(report)
-    report.set_defaults(run=commands.report)
 
-    eval_ = subparsers.add_parser("eval", help="a task: dense, sparse alone and corrected, side by side")
+    eval_ = command("eval", commands.evaluate, "a task: dense, sparse alone and corrected, side by side")
     _add_task_options(eval_)
     _add_config_options(eval_)
-    eval_.set_defaults(run=commands.evaluate)
 
-    sweep = subparsers.add_parser("sweep", help="a task with many settings: one table, and plots")
+    sweep = command("sweep", commands.sweep, "a task with many settings: one table, and plots")
     _add_task_options(sweep)
     grid = sweep.add_argument_group("what varies (every combination is run)")
     _add(grid, "--thresholds", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
@@ -75,14 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     _add(sweep, "--plot", help="file to draw to (default: sweep.png in the output directory)")
     _add(sweep, "--no_plots", action="store_true", help="draw nothing (needs no matplotlib)")
     _add_config_options(sweep, method="griffin", left_out=("threshold",))
-    sweep.set_defaults(run=commands.sweep)
 
-    tune = subparsers.add_parser("tune", help="find the settings with the least time per token on this machine")
+    tune = command("tune", commands.tune, "find the settings with the least time per token on this machine")
     _add_tune_options(tune)
-    tune.set_defaults(run=commands.tune)
 
-    bench = subparsers.add_parser("bench", help="time dense and corrected generation in alternation")
-    bench.set_defaults(run=commands.bench)
+    bench = command("bench", commands.bench, "time dense and corrected generation in alternation")
     benchmarks = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True)
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
     _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
@@ -196,7 +189,3 @@ def _at_least(minimum: int, text: str) -> int:
 
 _positive = functools.partial(_at_least, 1)
 _over_one = functools.partial(_at_least, 2)  # tokens of which some are behind the first one
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the options of the command line stand for: a config, a model, a prompt, places to write to."""
+"""Makes what the options of the command line name: a config, a model, a prompt; checks places to write to."""
 
 import dataclasses
 import logging
@@ -19,9 +19,7 @@ def sirius_config(args):
 
 
 def choose_method(args) -> None:
-    """Names the method, where the options do not: the one that options of its own are given for, or one that saves
-    time.
-    """
+    """Chooses the method where the options name none: the one whose own options are given, else one that saves time."""
     from ..settings.methods import METHODS
 
     if args.method:
@@ -57,7 +55,7 @@ def load_model(args):
         return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each 8-bit product tells that it casts
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each 8-bit product warns of a cast
     is_4bit = args.quantization == "4bit"
     settings = BitsAndBytesConfig(load_in_4bit=is_4bit, load_in_8bit=not is_4bit, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(
@@ -73,7 +71,7 @@ def _model_path(args) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raises `ValueError` if nothing can be put on a device."""
+    """Raises `ValueError` if a device cannot be used."""
     import torch
 
     try:
@@ -95,7 +93,7 @@ def tokenize(prompt: str, tokenizer, chat: bool):
 
 
 def check_file(option: str, path: str | None) -> None:
-    """Raises `ValueError` if no file can be written to a path; all is well without one."""
+    """Raises `ValueError` if no file can be written to a path that is given."""
     if path and not Path(path).absolute().parent.is_dir():
         raise ValueError(f"the directory of {option} {path} does not exist: make it first")
     if path and Path(path).is_dir():
@@ -103,7 +101,7 @@ def check_file(option: str, path: str | None) -> None:
 
 
 def check_directory(option: str, path: str | None) -> None:
-    """Raises `ValueError` if no directory can be made at a path; all is well without one."""
+    """Raises `ValueError` if no directory can be made at a path that is given."""
     if path and not Path(path).absolute().parent.is_dir():
         raise ValueError(f"the directory in which {option} {path} would be made does not exist: make it first")
     if path and Path(path).is_file():

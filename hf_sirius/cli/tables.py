@@ -1,10 +1,10 @@
-"""What the command line shows: tables of results, and benchmarks in a line."""
+"""What the command line shows: tables of results, and benchmarks in a line each."""
 
 from rich.console import Console
 from rich.table import Table
 
 
-_NUM_SHOWN = 20  # candidates of hf-sirius tune
+_NUM_SHOWN = 20  # candidates of hf-sirius tune, at most
 
 
 def show_results(results: dict, columns: tuple[str, ...]) -> None:
@@ -12,7 +12,7 @@ def show_results(results: dict, columns: tuple[str, ...]) -> None:
              "effective_density": "effective\ndensity", "nodes_per_cycle": "nodes per\ncycle",
              "ms_per_token": "ms per\ntoken"}  # fmt: skip
     if not any((row["config"] or {}).get("tree_width", 1) > 1 for row in results["rows"]):
-        del heads["nodes_per_cycle"]  # of no tree it says nothing
+        del heads["nodes_per_cycle"]  # without a tree it says nothing
     names = [name for name in (*columns, *heads) if any(row.get(name) is not None for row in results["rows"])]
     table = Table("", box=None, pad_edge=False)
     for name in names:
@@ -55,7 +55,7 @@ def show_tuning(tuning, title: str) -> None:
     depths = sorted({1, *(n - 1 for n in sizes)})
     shown = table("\nDrafts accepted as far as token", "", *map(str, depths))
     for (method, density, threshold), shares in tuning.survivals.items():
-        # Behind a token that no draft got past all is lost; else nothing is known.
+        # Behind a token that no draft got past, none is accepted; else nothing is known.
         rest = "0.00" if shares and shares[-1] == 0 else ""
         known = [f"{shares[depth - 1]:.2f}" if depth <= len(shares) else rest for depth in depths]
         shown.add_row(f"{method} {density}, threshold {threshold}", *known)

@@ -36,8 +36,27 @@ _bonds: "weakref.WeakKeyDictionary[PreTrainedModel, dict[int, weakref.ref]]" = w
 _latest: "weakref.WeakKeyDictionary[PreTrainedModel, Twin]" = weakref.WeakKeyDictionary()
 
 
+def _forgetting(name: str) -> Callable[..., Any]:
+    """Returns a step of stock `generate` that takes a twin out of its frame, should the step fail."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(super(Assisted, self), name)(*args, **kwargs)
+        except BaseException:
+            _forget(sys._getframe(1).f_locals.get("assistant_model"), sys._getframe(1))
+            raise
+
+    return step
+
+
 class Assisted:
     """What a model can do while twins of it live, over its own class."""
+
+    # What `generate` checks before it decodes, of which a wrong argument is told.
+    _prepare_generation_config = _forgetting("_prepare_generation_config")
+    _validate_model_kwargs = _forgetting("_validate_model_kwargs")
+    _validate_generation_mode = _forgetting("_validate_generation_mode")
+    _validate_generated_length = _forgetting("_validate_generated_length")
 
     def __new__(cls, *args: Any, **kwargs: Any):
         stock = getattr(cls, STOCK_CLASS)
@@ -159,6 +178,8 @@ def _forget(user: Any, frame: FrameType | None) -> None:
     Whoever keeps the exception keeps these frames, and with them a twin that was made for this call alone: the model
     would not get its class back. The user's own variables stay as they are.
     """
+    if "_end" not in getattr(user, "__dict__", ()):  # no twin
+        return
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("transformers.generation.", "torch.")):
         values = frame.f_locals
         for name, value in list(values.items()):

@@ -72,7 +72,7 @@ class Draft:
             takes_weights: whether weights are taken, where the model is offloaded.
         """
         with contextlib.ExitStack() as watched:
-            watched.enter_context(self.method.observing(attention_mask))
+            watched.enter_context(self.method.observing(self.model, attention_mask))
             if self.twin.is_offloaded and takes_weights:
                 resident = [module for module in self.twin.resident if module not in self.held]
                 watched.enter_context(

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .sites import MlpSite
@@ -19,23 +20,34 @@ Observed = Literal["activation", "neurons"]
 _observer: ContextVar[object | None] = ContextVar("hf_sirius_observer", default=None)
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
 @contextlib.contextmanager
 def observing(
+    model: nn.Module,
     sites: list[MlpSite],
     observed: Observed,
     observe: Callable[[MlpSite, torch.Tensor], None],
     attention_mask: torch.Tensor | None = None,
 ) -> Iterator[None]:
-    """Within the block, hands what the MLPs compute in this context to `observe(site, values)`.
+    """Within the block, hands what the MLPs compute in this context to `observe(site, values)`. Compiled modules run
+    eagerly meanwhile, as what was compiled before has no place for an observer.
 
     Args:
-        sites: the MLPs of the dense model.
+        model: the dense model.
+        sites: its MLPs.
         observed: what to watch.
         observe: takes values of shape [num_tokens, num_neurons]; padding tokens are left out.
         attention_mask: long [batch_size, num_new_tokens] of the tokens that will be read, or `None` without padding.
+
+    Raises:
+        `ValueError` at the end of the block if it saw nothing of some MLP.
     """
     me = object()
-    num_seen = [0] * len(sites)
+    num_seen, is_seen = [0] * len(sites), [False] * len(sites)
     token = _observer.set(me)
 
     def hand_over(site: MlpSite, values: torch.Tensor) -> None:
@@ -43,6 +55,7 @@ def observing(
         if _observer.get() is not me:
             return
         values = values.detach().flatten(0, -2)
+        is_seen[site.idx] = True
         if attention_mask is not None:
             # A prefill may come in chunks, and a looped model runs an MLP several times over the same tokens.
             start = num_seen[site.idx] % attention_mask.shape[1]
@@ -65,7 +78,15 @@ def observing(
     try:
         for site in sites:
             handles.append(watch(site))
-        yield
+        is_compiled = any(_is_compiled(module) for module in model.modules())
+        with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+            yield
+        if not all(is_seen):
+            raise ValueError(
+                f"nothing was seen of {sites[is_seen.index(False)].name} while {type(model).__name__} read the prompt: "
+                "its forward does not call its projections, as with a fused kernel, so that no neurons can be chosen. "
+                "Load the model without it"
+            )
     finally:
         for handle in handles:
             handle.remove()

@@ -99,15 +99,18 @@ class SparsityMethod(ABC):
         """Whether `observe` must be fed during the prefill."""
         return True
 
-    def observing(self, attention_mask: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
+    def observing(
+        self, model: nn.Module, attention_mask: torch.Tensor | None
+    ) -> contextlib.AbstractContextManager[None]:
         """Within the block, what the dense model's MLPs compute in this context goes to `observe`, if it is needed.
 
         Args:
+            model: the dense model.
             attention_mask: long [batch_size, num_new_tokens] of the prefill's tokens, or `None` without padding.
         """
         if not self.needs_prefill():
             return contextlib.nullcontext()
-        return observing(self.sites, self.observed, self.observe, attention_mask)
+        return observing(model, self.sites, self.observed, self.observe, attention_mask)
 
     @contextlib.contextmanager
     def drafting(self) -> Iterator[None]:

@@ -102,7 +102,7 @@ def calibrate(
             if max_tokens is not None:
                 input_ids = input_ids[:, : max_tokens - num_tokens]
             if input_ids.shape[1]:
-                with observing(sites, "activation", lambda site, values: histograms[site.idx].add(values)):
+                with observing(model, sites, "activation", lambda site, values: histograms[site.idx].add(values)):
                     model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
                 num_texts += 1
                 num_tokens += input_ids.shape[1]

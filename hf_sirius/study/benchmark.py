@@ -31,7 +31,7 @@ def _alternate(
     memory: PeakMemory,
     streamed: StreamedBytes | None = None,
 ) -> dict[str, Any]:
-    """Has the model write every answer dense and corrected in turn; returns medians, and medians of pairs' ratios."""
+    """Times the model's answers, dense and corrected in turn; returns medians, and medians of the pairs' ratios."""
     twins = {"dense": None, "sirius": sparse}
     runs: dict[str, list[TimedRun]] = {name: [] for name in twins}
     figures: dict[str, list[dict]] = {name: [] for name in twins}
@@ -75,7 +75,7 @@ def _alternate(
 
 
 def _warm_up(model: PreTrainedModel, prompt: dict, sparse: SparseTwin | None = None) -> PeakMemory:
-    """Generates a little, and measures memory from there on: what loads with the first use is not timed."""
+    """Generates a little, so that lazy loading is not timed; returns a measure of the memory from here on."""
     generator(model, sparse)(**prompt, max_new_tokens=8, do_sample=False)
     return PeakMemory(prompt["input_ids"].device)
 
@@ -105,14 +105,14 @@ def bench_decode(
 ) -> dict[str, Any]:
     """Times the widened reasoner, dense and with a twin, in memory, on long problems.
 
-    Both write every answer in turn, `num_repeats` times. `steps` counts drafting and verifying, `decode` all from the
-    first token on, which for the twin includes the gathering of its neurons, and `whole` the prefill as well.
+    Both write every answer in turn, `num_repeats` times. `steps` counts drafting and verifying; `decode` counts all
+    from the first token on, and so the gathering of the twin's neurons; `whole` counts the prefill as well.
 
     Returns:
         dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_steps`,
         `ratio_decode` and `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of
-        `num_problems`; `stats`; `selection`, what choosing and gathering the neurons takes beside a dense prefill of 64
-        tokens.
+        `num_problems`; `stats`; `selection`: the seconds of a dense prefill of 64 tokens, and what choosing and
+        gathering the neurons adds to it.
     """
     _check_lengths(max_new_tokens)
     prompts = _tokenized_prompts(num_problems)
@@ -168,13 +168,13 @@ def bench_offload(
 
     Args:
         config: the settings; `draft_memory` bounds what stays resident.
-        folder: where the weights go, an empty directory; by default a temporary one.
-        lengths: of the outputs, in tokens, each measured by itself.
+        folder: an empty directory for the weights; by default a temporary one.
+        lengths: of the outputs, in tokens; each is measured separately.
 
     Returns:
-        dict as `bench_decode`'s, with the figures of each length under `lengths`. `peak_memory_growth` is the most
-        bytes that the process (or the GPU) had beyond those after the imports and a first dense generation;
-        `bytes_streamed_per_token` what accelerate took from the offload folder.
+        dict as `bench_decode`'s, with the figures of each length under `lengths`. `peak_memory_growth` is by how many
+        bytes the process (or the GPU) grew at most beyond those after the imports and a first dense generation;
+        `bytes_streamed_per_token` is what accelerate read from the offload folder.
 
     Raises:
         `OSError` if the disk has no room for the weights, `ValueError` if the folder is not empty.

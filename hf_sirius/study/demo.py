@@ -1,108 +1,53 @@
-"""`hf-sirius demo`: a trained model loses its reasoning to contextual sparsity, and gets it back."""
+"""What `hf-sirius demo` runs and shows: a trained model loses its reasoning to sparsity, and gets it back."""
 
 import itertools
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decode.attach import make_sparse
-from ..decode.sparse_twin import SparseTwin
 from ..decode.stats import GenerationStats
-from ..reasoner import reasoner_path, reasoner_problems
-from .problems import final_answer, problem_prompt
+from ..settings.config import SiriusConfig
+from .evaluation import Mode
 from .tasks import ProblemTask
-from .timing import generator
 from .tracing import FATES, TracedToken, tokens_of_call
 
 
 STYLES = {"kept": "green", "own": "bold blue", "rolled_back": "red strike", "branch": "dim italic magenta"}
 # Where there are no colours, after `wdiff`.
 MARKS = {"kept": ("", ""), "own": ("{+", "+}"), "rolled_back": ("[-", "-]"), "branch": ("<~", "~>")}
-SETTINGS = (("griffin", 0.5), ("griffin", 0.3), ("cats", 0.1))
 
 
-def run_demo(console: Console, num_problems: int) -> None:
-    """Evaluates the embedded reasoner and shows one of its answers, token by token."""
-    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
-    model = AutoModelForCausalLM.from_pretrained(reasoner_path()).eval()
-    problems = reasoner_problems()[:num_problems]
-    task = ProblemTask("reasoner", problems, tokenizer, max_new_tokens=200)
-    num_parameters = f"{model.num_parameters() / 1e6:.1f} M parameters"
-    console.print(
-        f"The embedded reasoner ({num_parameters}) on {len(problems)} unseen problems of 6 to 10 steps, greedy, one "
-        "at a time.\n"
-    )
-    table = Table(
-        "", "accuracy", "AAL of 16", "draft density", "effective density", "ms per token", box=None, pad_edge=False
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-
-        def add_row(label: str, style: str = "", twin: SparseTwin | None = None, corrected: bool = True) -> None:
-            bar = progress.add_task(label, total=len(task))
-            records = [task.run(i, model, twin, corrected) for i in progress.track(range(len(task)), task_id=bar)]
-            progress.remove_task(bar)
-            measures = task.measures(records)
-            shown = (measures[name] for name in ("aal", "draft_density", "effective_density"))
-            table.add_row(
-                label,
-                Text(f"{measures['accuracy']:.1%}", style),
-                *("" if measure is None else f"{measure:.2f}" for measure in shown),
-                f"{measures['ms_per_token']:.1f}",
-            )
-
-        add_row("dense")
-        for method, density in SETTINGS:
-            with make_sparse(model, method=method, density=density) as twin:
-                add_row(f"{method} {density:.0%}, sparse alone", "red", twin, corrected=False)
-                add_row(f"{method} {density:.0%} + Sirius", "green", twin)
-    console.print(table)
-    console.print()
-    _show_one_answer(console, tokenizer, model, problems)
+def demo_modes() -> list[Mode]:
+    """Returns the dense model, and several drafts alone and corrected."""
+    modes = [Mode("dense")]
+    for method, density in (("griffin", 0.5), ("griffin", 0.3), ("cats", 0.1)):
+        config, name = SiriusConfig(method=method, density=density), f"{method} {density:.0%}"
+        modes += [Mode(f"{name}, sparse alone", config, corrected=False), Mode(f"{name} + Sirius", config)]
+    return modes
 
 
-def _show_one_answer(console: Console, tokenizer, model, problems) -> None:
-    """Shows the first problem that a twin gets wrong by itself and Sirius gets right, without and with trees."""
+def show_one_answer(console: Console, task: ProblemTask, model: PreTrainedModel) -> None:
+    """Shows the first problem that a twin gets wrong alone and Sirius gets right, without and with trees."""
     with (
         make_sparse(model, method="griffin", density=0.3) as twin,
         make_sparse(model, twin.sirius_config, tree_width=3) as tree_twin,
     ):
-        for problem in problems:
-            alone = _answer(tokenizer, generator(model, twin, corrected=False), problem)
-            if _is_right(alone, problem):
-                continue
-            if _is_right(_answer(tokenizer, generator(model, twin), problem), problem):
+        for idx in range(len(task)):
+            alone = task.run(idx, model, twin, corrected=False)
+            if not alone["is_correct"] and task.run(idx, model, twin)["is_correct"]:
                 break
         else:
             console.print("Sparse alone solved every problem, so there is no correction to show: try more problems.")
             return
         console.print(Text("One of them, griffin 30%", "bold"))
-        console.print(Text(problem["question"]))
-        console.print(Text.assemble(("\nsparse alone: ", "bold"), alone.strip()))
-        _show_tokens(console, "with Sirius:", tokenizer, twin.stats)
-        _answer(tokenizer, generator(model, tree_twin), problem)
-        _show_tokens(console, "with trees of 3 continuations:", tokenizer, tree_twin.stats)
-
-
-def _answer(tokenizer: PreTrainedTokenizerBase, generate, problem: dict) -> str:
-    inputs = tokenizer(problem_prompt(problem["question"]), return_tensors="pt")
-    output_ids = generate(**inputs, max_new_tokens=200, do_sample=False)
-    return tokenizer.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _is_right(answer: str, problem: dict) -> bool:
-    return final_answer(answer) == final_answer(problem["answer"])
+        console.print(Text(task.problems[idx]["question"]))
+        console.print(Text.assemble(("\nsparse alone: ", "bold"), alone["text"].strip()))
+        _show_tokens(console, "with Sirius:", task.tokenizer, twin.stats)
+        task.run(idx, model, tree_twin)
+        _show_tokens(console, "with trees of 3 continuations:", task.tokenizer, tree_twin.stats)
 
 
 def _show_tokens(console: Console, title: str, tokenizer: PreTrainedTokenizerBase, stats: GenerationStats) -> None:

@@ -1,4 +1,4 @@
-"""What a generation takes, from what its parts take and how far drafts are accepted."""
+"""Predicts how long a generation takes from the time of its parts and the acceptance of drafts."""
 
 import dataclasses
 import itertools
@@ -28,10 +28,10 @@ def survival(cycles: Sequence[Cycle]) -> list[float]:
 
 
 def match_rates(cycles: Sequence[Cycle]) -> list[float]:
-    """Returns for each token of an output, but for its first one, how probably it is accepted where it is drafted.
+    """Returns for each token of an output behind the first one the probability that it is accepted if drafted.
 
-    That is known, 0 or 1, of all tokens that were drafted here. Of one that followed an accepted draft as the full
-    model's own it is the share of accepted ones among those known (0 if there is none).
+    A token that was drafted has 0 or 1. The full model's own token behind a draft that was accepted whole was not
+    drafted; it has the share of accepted tokens among the drafted ones (0 if there is none).
     """
     rates: list[float | None] = []
     for cycle in cycles:
@@ -43,28 +43,28 @@ def match_rates(cycles: Sequence[Cycle]) -> list[float]:
 
 
 def expected_events(rates: Sequence[float], kernel_size: int, max_tokens: int) -> tuple[float, dict[int, float]]:
-    """Returns how many draft steps an output takes, and how many verifications by their number of tokens, on average.
+    """Returns how many draft steps an output takes on average, and how many verifications of each number of tokens.
 
-    Cycles are played over the output, from wherever one may begin. Whether a token would be accepted is taken to be
-    independent of the others, and of where its cycle began.
+    A cycle may begin at any token of the output, with a probability that the cycles before it give. The acceptance of
+    a token is taken to be independent of other tokens and of where its cycle began.
 
     Args:
         rates: for each token of the output behind its first one, the probability that it is accepted if drafted.
         kernel_size: tokens per cycle.
-        max_tokens: how many the length would have allowed behind the first one; where the output has fewer, an EOS
-            ended it, before which a draft stops, if it comes to it.
+        max_tokens: how many the length would have allowed behind the first one; a shorter output was ended by an EOS,
+            before which a draft stops that reaches it.
     """
     begins = np.zeros(len(rates) + 1)  # the probability that a cycle begins at each token
     begins[0] = 1.0
     num_steps, verifications = 0.0, Counter()
-    for start, share in enumerate(begins[:-1]):  # grows meanwhile
+    for start, share in enumerate(begins[:-1]):  # a cycle adds to the shares behind its start
         num_left = len(rates) - start
         num_drafted = min(kernel_size - 1, max_tokens - start - 1)
         reaches = float(share)  # the probability of a draft from here whose tokens were accepted so far
         for i in range(min(num_drafted, num_left - 1)):
             begins[start + i + 1] += reaches * (1 - rates[start + i])
             reaches *= rates[start + i]
-        if num_drafted >= num_left:  # it comes to the EOS, which costs a step
+        if num_drafted >= num_left:  # the draft may reach the EOS, which costs a step
             num_steps += reaches * num_left
             verifications[num_left] += reaches
             share = share - reaches
@@ -77,11 +77,11 @@ def expected_events(rates: Sequence[float], kernel_size: int, max_tokens: int) -
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What the parts of a generation take on this machine, medians in seconds.
+    """How long the parts of a generation take on this machine, medians in seconds.
 
     Attributes:
         dense_step: one token of the dense model.
-        verifications: a forward of the dense model over so many tokens, and the loop's work up to the next draft.
+        verifications: by number of tokens, a forward of the dense model over them and the work up to the next draft.
         draft_steps: one drafted token, by method and density.
         selections: choosing and gathering the neurons after the prefill, by method and density.
     """
@@ -92,12 +92,12 @@ class Costs:
     selections: dict[tuple[str, float], float]
 
     def verification(self, num_tokens: int) -> float:
-        """Returns the seconds of a verification, between the sizes that were timed by interpolation."""
+        """Returns the seconds of a verification; sizes that were not timed are interpolated."""
         known = {1: self.dense_step, **self.verifications}
         return float(np.interp(num_tokens, sorted(known), [known[size] for size in sorted(known)]))
 
     def decode_seconds(self, config: SiriusConfig, num_steps: float, verifications: Mapping[int, float]) -> float:
-        """Returns what an output takes behind its first token, from what `expected_events` counts."""
+        """Returns the seconds of an output behind its first token, from the counts of `expected_events`."""
         setting = config.method, config.density
         verifying = sum(number * self.verification(size) for size, number in verifications.items())
         return self.selections[setting] + num_steps * self.draft_steps[setting] + verifying

@@ -9,8 +9,8 @@ from pathlib import Path
 from ..reasoner import reasoner_problems
 
 
-# A number behind the mark, maybe with a currency or emphasis about it; not the beginning of "3/4", "10:30" or "1e5",
-# nor the number of a heading, which a text goes on behind ("#### 1. Compute ...").
+# A number behind the mark, maybe with a currency or emphasis around it. The beginning of "3/4", "10:30" or "1e5" is no
+# such number, and neither is that of a heading ("#### 1. Compute ...").
 _ANSWER = re.compile(
     r"####[ \t]*[*$€£\\({\[]*(?:boxed\{)?(?P<sign>[-−+]?)[$€£]?[ \t]*(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)"
     r"(?![\d/:]|[eE]\d|\.\d|\.[ \t]+\w)"
@@ -39,7 +39,7 @@ def load_problems(path: str | os.PathLike) -> list[dict]:
     """Returns the problems of a JSONL file of GSM8K's form: `question`, and an `answer` that ends in "#### 42".
 
     Raises:
-        `ValueError` with the number of the first line that is no such problem; empty lines are passed over.
+        `ValueError` with the number of the first line that is no such problem. Empty lines are skipped.
     """
     problems = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
@@ -63,12 +63,12 @@ def load_problems(path: str | os.PathLike) -> list[dict]:
 
 
 def read_prompts(path: str | os.PathLike, chat: bool = False) -> list[str]:
-    """Returns the texts of a file: each line of a `.jsonl` is an object with a `prompt` (or a `question`, as in
-    [`load_problems`]), of any other file a prompt. Empty lines are passed over.
+    """Returns the prompts of a file: each line of a `.jsonl` is an object with a `prompt` (or a `question`, as in
+    [`load_problems`]), each line of any other file is a prompt. Empty lines are skipped.
 
     Args:
         path: of the file.
-        chat: whether the texts are for a chat template, in which a question stands by itself.
+        chat: whether the prompts are for a chat template, which takes a question as it is.
 
     Raises:
         `ValueError` with the number of the first line that is no prompt, `OSError` if the file cannot be read.
@@ -96,7 +96,7 @@ def long_prompts(chat: bool = False) -> list[str]:
     """Returns the embedded reasoner's 20 long problems as prompts; their answers have over 300 tokens.
 
     Args:
-        chat: whether they are for a chat template, in which a question stands by itself.
+        chat: whether they are for a chat template, which takes a question as it is.
     """
     questions = [problem["question"] for problem in reasoner_problems("long")]
     return questions if chat else [problem_prompt(question) for question in questions]

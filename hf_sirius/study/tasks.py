@@ -2,7 +2,9 @@
 one mode, and computes measures from their records.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,10 +27,8 @@ from .problems import final_answer, load_problems, problem_prompt
 from .timing import generator, synchronize
 
 
-STOP_STRINGS = ("Question:",)  # where a model without a chat template goes on to a problem of its own
-
-
-# By the name that a user gives: which of the embedded problems.
+STOP_STRINGS = ("Question:",)  # without a chat template, a model goes on to a problem of its own
+# The name of the embedded problems by the name of the task.
 EMBEDDED_TASKS = {"reasoner": "test", "reasoner-long": "long"}
 
 
@@ -37,7 +37,7 @@ class Task(ABC):
 
     Attributes:
         name: for people, and for the directory of a run.
-        columns: the measures of [`measures`] that belong to the task alone, in order.
+        columns: the measures of [`measures`] that only this task has, in order.
     """
 
     name: str
@@ -84,7 +84,7 @@ class ProblemTask(Task):
         problems: dicts with `question` and `answer`, the latter ending in "#### 42".
         tokenizer: of the model.
         few_shot: solved problems that come before each, as turns of the chat or in the same text.
-        chat: whether the prompt is put into the tokenizer's chat template; by default if it has one.
+        chat: whether the prompt is put into the tokenizer's chat template; by default, if there is one.
         max_new_tokens: of an answer.
     """
 
@@ -108,10 +108,8 @@ class ProblemTask(Task):
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self._stops = []
         if not self.chat:
-            try:
+            with contextlib.suppress(ValueError):  # transformers cannot match them where a token is a whole word
                 self._stops = [StopStringCriteria(tokenizer, list(STOP_STRINGS))]
-            except ValueError:  # a tokenizer of whole words, which stock transformers cannot match them with
-                self._stops = []
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -128,17 +126,13 @@ class ProblemTask(Task):
     def inputs(self, question: str):
         """Returns the tokenized prompt of a question, long [1, length] each."""
         if self.chat:
-            turns = [(example["question"], example["answer"]) for example in self.few_shot] + [(question, None)]
-            messages = [
-                {"role": role, "content": content}
-                for turn in turns
-                for role, content in zip(("user", "assistant"), turn, strict=True)
-                if content is not None
-            ]
+            turns = [turn for shot in self.few_shot for turn in (shot["question"], shot["answer"])] + [question]
+            roles = itertools.cycle(("user", "assistant"))
+            messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        shots = [f"{problem_prompt(example['question'])} {example['answer']}\n\n" for example in self.few_shot]
+        shots = [f"{problem_prompt(shot['question'])} {shot['answer']}\n\n" for shot in self.few_shot]
         return self.tokenizer("".join(shots) + problem_prompt(question), return_tensors="pt")
 
     def warm_up(self, model, twin=None, corrected=True):
@@ -172,18 +166,18 @@ class ProblemTask(Task):
 
 
 class TextTask(Task):
-    """Windows of plain text. Of each the first half is the prompt, from which the twin chooses its neurons; over the
-    second half the text itself is read, and what the draft says next is compared with what the full model says.
+    """Windows of plain text. The first half of each is the prompt, from which the twin chooses its neurons. Both models
+    read the second half, and the next tokens that they predict are compared.
 
     Measures: `perplexity`, exp of the mean negative log-likelihood of the text's tokens; `agreement`, the share of
-    places where the draft's argmax is the full model's; `acceptance`, where the acceptance rule keeps it.
+    places where the draft's argmax is the full model's; `acceptance`, the share where the acceptance rule keeps it.
 
     Args:
         name: for people.
-        texts: what is cut into windows, each text by itself; a rest shorter than a window is left out.
+        texts: each is cut into windows; a rest shorter than a window is left out.
         tokenizer: of the model.
         window: tokens, at least 4.
-        max_windows: takes the first ones only.
+        max_windows: how many windows to take at most.
     """
 
     columns = ("perplexity", "agreement", "acceptance")
@@ -200,7 +194,7 @@ class TextTask(Task):
             raise ValueError(f"a window must have at least 4 tokens, got {window}")
         self.name, self.window = name, window
         self.windows: list[list[int]] = []
-        # Each window begins as a text of its own would: with BOS, for a tokenizer that writes one.
+        # Each window begins with BOS, as a text does, if the tokenizer writes one.
         empty = tokenizer("")["input_ids"]
         start = [tokenizer.bos_token_id] if tokenizer.bos_token_id in empty else []
         size = window - len(start)
@@ -245,7 +239,7 @@ class TextTask(Task):
             with call.draft.observing(None):
                 outputs = model(prompt, use_cache=True, return_dict=True)
             call.draft.select()
-            first = outputs.logits[:, -1:]  # after the prompt both are one model
+            first = outputs.logits[:, -1:]  # the draft's as well: the full model reads the prompt
             with call.draft.drafting():
                 logits = twin(rest, past_key_values=outputs.past_key_values, return_dict=True).logits
         logits = torch.cat([first, logits], dim=1)[0].float()
@@ -293,7 +287,7 @@ def load_task(
         name: that name, or the path of a file.
         tokenizer: of the model.
         few_shot: a JSONL file of solved problems to put before each.
-        num_items: takes the first ones only.
+        num_items: how many problems or windows to take at most.
         options: those of [`ProblemTask`] (`chat`, `max_new_tokens`) or [`TextTask`] (`window`).
 
     Raises:
@@ -331,7 +325,7 @@ def _run_measures(records: list[dict]) -> dict[str, float | None]:
 
 
 def _stats(records: list[dict]) -> GenerationStats:
-    stats = GenerationStats(kernel_size=0)  # of no use to the measures
+    stats = GenerationStats(kernel_size=0)  # the measures do not depend on it
     for record in records:
         if record["counts"] is not None:
             stats.add_counts(record["counts"])

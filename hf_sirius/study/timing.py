@@ -1,4 +1,4 @@
-"""Timing: one generation in its parts, and the machine that it ran on."""
+"""Times one generation in its parts, and describes the machine."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ def generator(
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a device has done what it was given."""
+    """Waits until a device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -41,12 +41,12 @@ class TimedRun:
     Attributes:
         output_ids: long [1, length], which begins with the prompt.
         num_tokens: how many of them are new.
-        to_first_token: seconds of the prefill and what comes before it.
+        to_first_token: seconds until the first token: of the prefill and what comes before it.
         decode: seconds behind the first token.
-        selection: those of them from the first token to the first draft: choosing and gathering the neurons.
+        selection: the part of `decode` that goes to choosing and gathering the neurons.
         draft_steps: seconds of each forward of the draft, the mean of its cycle.
-        verifications: seconds of each verification; of a dense generation, of each step.
-        cycles: those of the twin's statistics; empty for a dense generation.
+        verifications: seconds of each verification, or of each step of a dense generation.
+        cycles: of the twin's statistics; empty for a dense generation.
     """
 
     output_ids: torch.LongTensor
@@ -80,8 +80,8 @@ class TimedRun:
 
     @property
     def per_token(self) -> dict[str, float]:
-        """Seconds per token: `steps` (drafting and verifying alone) and `decode` of those behind the first one, `whole`
-        of all.
+        """Seconds per token: of tokens behind the first one `steps` (only drafting and verifying) and `decode`; of all
+        tokens `whole`.
         """
         num_decoded = max(1, self.num_decoded)
         return {
@@ -105,7 +105,7 @@ class _Clock(BaseStreamer):
 
 
 def timed_run(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, **options) -> TimedRun:
-    """Generates greedily, and takes the times of its parts.
+    """Generates greedily, and times the parts.
 
     Args:
         model: the dense model.
@@ -136,7 +136,7 @@ def timed_run(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, 
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """Returns what a reader needs to know of the machine that made a figure."""
+    """Returns what a reader of figures needs to know of the machine."""
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor_name(),
         "num_cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""What became of each token of a call, for those who look at it: the demo, the report, an app."""
+"""What became of each token of a call, for the demo, the report and apps."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ from ..model.accelerate_hooks import execution_device
 from ..reasoner import reasoner_path
 
 
-# What may become of a token, and what that is called where it is shown.
+# What may become of a token, and the words for it.
 FATES = {
     "kept": "drafted and kept",
     "own": "the full model's own",
@@ -32,15 +32,14 @@ class TracedToken:
         token_id: its id.
         text: what it adds to the text before it; "" for a special token, and for the first tokens of a character that
             takes several.
-        name: of a special token what the vocabulary calls it, else "".
+        name: of a special token in the vocabulary, else "".
         fate: what became of it. `"kept"`: drafted and kept; `"own"`: the full model's own; `"rolled_back"`: drafted and
             rolled back; `"branch"`: of a continuation of a tree that lost.
         likelihood: the full model's likelihood of it, as in [`Cycle`]; `None` where the model was not asked.
         cycle: the number of its cycle, from 1 on; 0 for the token after the prefill.
         position: how many tokens of the output, or of its continuation, come before it.
-        branch: which of the tree's continuations it belongs to, in the order of [`Branches`]; `None` but for
-            `"branch"`.
-        after: of the first token of a branch, the text of its continuation up to there; else "".
+        branch: for `"branch"` the number of its continuation, in the order of [`Branches`]; else `None`.
+        after: for the first token of a branch the text of its continuation up to there; else "".
     """
 
     token_id: int
@@ -67,7 +66,7 @@ class Trace:
         model_name: of the full model, as it was loaded.
         prompt: the text of the prompt.
         tokens: all tokens that were written, cycle by cycle; see [`tokens_of_call`] for their order.
-        measures: those of the call, `GenerationStats.as_dict()`.
+        measures: of the call, `GenerationStats.as_dict()`.
         config: the settings, `SiriusConfig.to_dict()`.
     """
 
@@ -95,17 +94,17 @@ def trace(
         sparse = make_sparse(model, method="griffin")
         trace(sparse, tokenizer, "Question: ...", max_new_tokens=100).to_dict()
 
-    The twin is for this call alone while it runs, as for all that reads `sparse.stats`.
+    Use the twin for no other call meanwhile: `sparse.stats` is that of the latest one.
 
     Args:
         sparse: made by [`make_sparse`].
         prompt: a text, or what the tokenizer makes of one: `input_ids`, long [1, length], with or without an
             `attention_mask`.
-        generate_options: what stock `generate` takes beyond these.
+        generate_options: further options of stock `generate`.
 
     Raises:
-        `TypeError` if `sparse` is no sparse twin or the prompt neither; `ValueError` for a prompt without `input_ids`,
-        or if an assistant is given; and what `generate` raises.
+        `TypeError` if `sparse` is no sparse twin or the prompt is of neither kind; `ValueError` for a prompt without
+        `input_ids`, or if an assistant is given; and what `generate` raises.
     """
     if not isinstance(sparse, SparseTwin):
         raise TypeError(f"trace takes a sparse twin, which make_sparse(model) returns, got {type(sparse).__name__}")
@@ -132,7 +131,7 @@ def trace(
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, torch.Tensor]) -> str:
-    """Returns the text of a prompt, its special tokens (those of a chat template) included, its padding not."""
+    """Returns the text of a prompt with its special tokens (those of a chat template), without its padding."""
     ids = inputs["input_ids"][0]
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape == inputs["input_ids"].shape:
@@ -152,32 +151,32 @@ def _name(model) -> str:
 def tokens_of_call(stats: GenerationStats, tokenizer: PreTrainedTokenizerBase) -> Iterator[TracedToken]:
     """Yields the tokens of a finished call in the order in which to show them.
 
-    A cycle's are those of its draft that were kept, those that were rolled back, the losing continuations of a tree
-    (only where they part from what was shown), and the full model's own. The texts of `"kept"` and `"own"` tokens put
-    together are the output's, without special tokens; where sentencepiece's bytes are no character, those that are one
-    have it nevertheless.
+    In each cycle come those of its draft that were kept, those that were rolled back, the losing continuations of a
+    tree (only where they part from what was shown), and the full model's own. The texts of `"kept"` and `"own"` tokens
+    put together are the text of the output, without special tokens. Where sentencepiece's bytes make no character,
+    those around them that do have their text nevertheless.
     """
     return TokenTracer(tokenizer).tokens(stats)
 
 
 class TokenTracer:
-    """Tells the tokens of one call while it runs, as [`tokens_of_call`] does when it has ended.
+    """Yields the tokens of one call while it runs, as [`tokens_of_call`] does when it has ended.
 
     tracer = TokenTracer(tokenizer)
-    list(tracer.tokens(sparse.stats, is_running=True))  # now and then: what has come since
+    list(tracer.tokens(sparse.stats, is_running=True))  # now and then: what is new
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._output = _Decoder(tokenizer)
         self._num_told = 0  # the prefill's token and the cycles
-        self._length = 0  # of the output told, in tokens
+        self._length = 0  # tokens of the output so far
 
     def tokens(self, stats: GenerationStats, is_running: bool = False) -> Iterator[TracedToken]:
         """Yields the tokens that the call has written since the last time.
 
         Args:
             stats: the call's.
-            is_running: whether more may come. If not, the last token tells what there is of an unfinished character.
+            is_running: whether more may come. If not, the last token has what there is of an unfinished character.
         """
         cycles = list(stats.cycles)
         if stats.first_id is None:
@@ -192,7 +191,7 @@ class TokenTracer:
 
     def _cycle(self, number: int, cycle: Cycle, is_last: bool) -> Iterator[TracedToken]:
         ids, likelihoods, num_kept = cycle.drafted_ids, cycle.likelihoods, cycle.num_accepted
-        # A draft may end with EOS or at a criterion. Stock code counts that token, though drafted, as the bonus token.
+        # A draft may end with EOS or at a criterion. Stock code counts that drafted token as the bonus token.
         ends_drafted = num_kept < len(ids) and ids[num_kept] == cycle.bonus_id
         num_kept += ends_drafted
         before, start = copy.copy(self._output), self._length
@@ -228,7 +227,7 @@ class TokenTracer:
         self, decoder: "_Decoder", token_id: int, is_end: bool, fate: str, likelihood: float | None, cycle: int,
         position: int | None = None, **fields,
     ) -> TracedToken:  # fmt: skip
-        """Returns a token, behind what `decoder` has read; without a position it comes next in the output."""
+        """Returns a token that follows what `decoder` has read; without a position, it comes next in the output."""
         if position is None:
             position, self._length = self._length, self._length + 1
         text = decoder.add(token_id, is_end)
@@ -237,10 +236,10 @@ class TokenTracer:
 
 
 class _Decoder:
-    """Tells what each further token adds to a text, its leading space included.
+    """Finds what each further token adds to a text, its leading space included.
 
-    A token by itself does not tell: it may be part of a character, and sentencepiece strips the first space. So it is
-    decoded behind the tokens before it, as few of them as have a text.
+    A token must be decoded together with those before it: it may be part of a character, and sentencepiece strips the
+    first space. As few of them are taken as have a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -257,7 +256,7 @@ class _Decoder:
             return ""
         new_ids = self.ids[self.num_context :]
         new_text = self._decode(new_ids)
-        # Else bytes that are no character have spoilt those before them, which sentencepiece reads all or none.
+        # Else bytes that make no character have spoilt those before them: sentencepiece reads all of them or none.
         piece = text[len(self.context) :] if text.startswith(self.context) else new_text
         if new_text:
             self.ids, text = new_ids, new_text

@@ -1,5 +1,5 @@
-"""Choosing a config for a machine: the parts of a generation are timed, the time of every setting is predicted from
-them, and the best ones are measured.
+"""Chooses a config for a machine: times the parts of a generation, predicts the time of every setting from them, and
+measures the best ones.
 """
 
 import contextlib
@@ -28,10 +28,8 @@ DENSITIES = (0.5, 0.3)
 KERNEL_SIZES = (4, 8, 16, 24, 32)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.9)
 _DEFAULTS = SiriusConfig()
-# With these a cycle is not kernel_size - 1 single drafted tokens and one verification, which is what is predicted.
+# The prediction takes a cycle to be kernel_size - 1 single drafted tokens and one verification. With these it is not.
 _NOT_PREDICTED = ("draft_confidence", "reselect_every", "tree_width")
-
-
 _DENSE, _SIZED = "dense", "sized"
 _NUM_PACE_STEPS = 10
 # method, density, threshold
@@ -66,7 +64,7 @@ def _measure(
 
 
 def _checked_prompts(prompts: Sequence[Mapping], device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Returns the prompts on a device; raises `ValueError` or `TypeError` if they are none."""
+    """Returns the prompts on a device; raises `ValueError` or `TypeError` for what is no prompt."""
     prompts = list(prompts)
     if not prompts:
         raise ValueError("tune needs at least one prompt to write outputs for, got none")
@@ -94,7 +92,7 @@ def candidate_grid(
 ) -> list[list[SiriusConfig]]:
     """Returns the candidates of [`tune`] by method, density and threshold, each by kernel size.
 
-    All are made before anything is loaded or runs, so that a wrong value is told at once.
+    Making them needs no model, so that a wrong value is refused before one is loaded.
 
     Args:
         config, methods, densities, kernel_sizes, agreement, thresholds: as for [`tune`].
@@ -148,7 +146,7 @@ def _costs(dense_runs: list[TimedRun], runs: dict[Setting, list[TimedRun]], size
             parts["draft"][method, density] += run.draft_steps
             parts["select"][method, density].append(run.selection)
     medians = {
-        # Where no output was long enough for a draft, none will be counted either.
+        # Without a time, no output was long enough for a draft, and the prediction counts none.
         name: {key: statistics.median(values or [dense_step]) for key, values in sorted(part.items())}
         for name, part in parts.items()
     }
@@ -158,7 +156,7 @@ def _costs(dense_runs: list[TimedRun], runs: dict[Setting, list[TimedRun]], size
 def _predict(
     config: SiriusConfig, costs: Costs, dense_runs: list[TimedRun], runs: list[TimedRun], max_new_tokens: int
 ) -> Candidate:
-    """Predicts a setting from runs with another kernel size."""
+    """Predicts the time of a setting from runs with another kernel size."""
     ratios: dict[str, list[float]] = {"decode": [], "whole": []}
     num_decoded = num_cycles = 0
     for dense, run in zip(dense_runs, runs, strict=True):
@@ -190,10 +188,10 @@ def tune(
 ) -> Tuning:
     """Finds the config with the least time per token for this model, these prompts and this machine.
 
-    Each method, density and threshold writes every prompt's output once, with the largest kernel size: that tells what
-    a draft step takes, and which tokens are accepted. What a verification takes is timed for each kernel size, in short
-    outputs. From this follows the time of every combination, and the best are measured in alternation with the dense
-    model.
+    Each method, density and threshold writes every prompt's output once, with the largest kernel size: that gives the
+    time of a draft step, and the tokens that are accepted. Short outputs with each other kernel size give the time of
+    a verification. The time of every combination is predicted from these, and the best are measured in alternation
+    with the dense model.
 
     Args:
         model: the dense model.
@@ -204,14 +202,14 @@ def tune(
             output before them. By default `threshold` is 1.0, so that all are.
         thresholds: candidates beside 1.0 where an agreement is given, [`THRESHOLDS`] by default.
         max_new_tokens: of the outputs, which are greedy; at least 2.
-        num_measured: how many candidates are measured, the best predicted ones first; at least 1.
+        num_measured: how many candidates are measured, those with the best prediction first; at least 1.
         num_repeats: how often each output is measured, at least 1.
         show_progress: whether a bar is shown.
 
     Raises:
         `TypeError` for prompts that are not tokenized; `ValueError` for a value that is not allowed, a config with
         `draft_confidence`, `tree_width` or `reselect_every`, outputs that all end with their first token, or if no
-        candidate works with the model. One that does not is told in `left_out`.
+        candidate works with the model. `left_out` names those that do not.
     """
     prompts = _checked_prompts(prompts, execution_device(model))
     minima = {"max_new_tokens": (max_new_tokens, 2), "num_measured": (num_measured, 1), "num_repeats": (num_repeats, 1)}
@@ -244,7 +242,7 @@ def tune(
             progress.total = progress.n + len(prompts) * num_repeats * num_left
             candidate = candidates.pop(0)
             measurement = _measure(model, candidate.config, prompts, num_repeats, max_new_tokens, progress)
-            # Another kernel size draws the model's own tokens at other places. Where threshold is 1.0 all agree.
+            # With another kernel size, the model's own tokens are at other places, so the agreement is another one.
             if agreement is None or measurement.agreement >= agreement:
                 measured.append(dataclasses.replace(candidate, measured=measurement))
             else:
@@ -265,12 +263,12 @@ def _run_all(
     """Returns dense runs, those of each setting with its last kernel size, short ones with the other kernel sizes, and
     the settings that do not work, with the reason.
 
-    Where other work slows the machine down for a while, that is taken out of the times: each run stands between two
-    short dense ones.
+    Each run stands between two short dense ones, which tell how fast the machine is: where other work slows it down,
+    the times are scaled to its usual pace.
     """
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as cleanup:
-        timed_run(model, None, prompts[0], max_new_tokens=8)  # so that what loads with the first use is not timed
+        timed_run(model, None, prompts[0], max_new_tokens=8)  # so that lazy loading is not timed
         twins: dict[Setting, SparseTwin] = {}
         for config in (configs[-1] for configs in grid):
             try:
@@ -286,7 +284,7 @@ def _run_all(
         sized_twins = [cleanup.enter_context(make_sparse(model, config)) for config in others]
 
         progress.total = len(prompts) * (1 + len(twins) + len(sized_twins))
-        timeline: list[tuple[Any, TimedRun]] = []  # in turn, so that what else the machine does meets all alike
+        timeline: list[tuple[Any, TimedRun]] = []  # in turn, so that other work of the machine slows all alike
         paces = [_pace(model, prompts[0])]
         for inputs in prompts:
             for key, twin in [(_DENSE, None), *twins.items(), *((_SIZED, twin) for twin in sized_twins)]:

@@ -1,4 +1,4 @@
-"""What tuning found: the candidates, predicted and measured, and the verdict."""
+"""The result of tuning: the candidates, predicted and measured, and the verdict."""
 
 import dataclasses
 import statistics
@@ -13,9 +13,9 @@ class Measurement:
     """Dense and corrected generations in alternation.
 
     Attributes:
-        decode, whole: Sirius' seconds per token / the dense ones, of each pair of generations: behind the first token,
-            and of all.
-        agreement: as in [`Candidate`], of these outputs.
+        decode, whole: for each pair of generations, Sirius' seconds per token / the dense ones: behind the first token,
+            and of all tokens.
+        agreement: of these outputs, as in [`Candidate`].
     """
 
     decode: tuple[float, ...]
@@ -32,7 +32,7 @@ class Measurement:
 
     @property
     def num_faster(self) -> int:
-        """Pairs in which Sirius was the faster one, by both ratios."""
+        """The number of pairs in which Sirius was faster by both ratios."""
         return sum(max(pair) < 1 for pair in zip(self.decode, self.whole, strict=True))
 
 
@@ -42,10 +42,10 @@ class Candidate:
 
     Attributes:
         config: of the twin.
-        advance_length: tokens per cycle that are predicted, those of cycles that are cut short included.
+        advance_length: the tokens per cycle that are predicted, including cycles that are cut short.
         predicted_decode, predicted_whole: Sirius' seconds per token / the dense ones; the median over the prompts.
         agreement: the share of the output's tokens that are the dense model's argmax, given the output before them.
-        measured: if it was.
+        measured: `None` if it was only predicted.
     """
 
     config: SiriusConfig
@@ -57,8 +57,7 @@ class Candidate:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it as plain values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {"config": self.config.to_dict(), "measured": None}
+        values = {**vars(self), "config": self.config.to_dict(), "measured": None}
         if self.measured is not None:
             ratios = {"ratio_decode": self.measured.ratio_decode, "ratio_whole": self.measured.ratio_whole}
             values["measured"] = {**ratios, **dataclasses.asdict(self.measured)}
@@ -67,12 +66,12 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What [`tune`] found.
+    """The result of [`tune`].
 
     Attributes:
-        best: of the candidates that were measured, the one with the least time per token behind the first one.
-        candidates: all that were allowed, the best predicted ones first.
-        costs: what the prediction is made of.
+        best: the measured candidate with the least time per token behind the first one.
+        candidates: the measured ones, then all others that were allowed, each with the best prediction first.
+        costs: what the predictions follow from.
         survivals: how far drafts were accepted, as in [`survival`], by method, density and threshold.
         left_out: settings that were not candidates, and why.
     """
@@ -89,22 +88,22 @@ class Tuning:
 
     @property
     def predicted_ratio(self) -> float:
-        """Sirius' time per token behind the first one (*decode*) / the dense one, before it was measured."""
+        """The predicted time per token behind the first one (*decode*), Sirius / dense."""
         return self.best.predicted_decode
 
     @property
     def measured_ratio(self) -> float:
-        """The same as it was measured, the median over pairs of generations."""
+        """The measured one, the median over pairs of generations."""
         return self.best.measured.ratio_decode
 
     @property
     def helps(self) -> bool:
-        """Whether Sirius is faster beyond noise: in at least three of four pairs of generations, prefill included."""
+        """Whether Sirius is faster in at least three of four pairs of generations, prefill included: beyond noise."""
         return self.best.measured.num_faster >= 0.75 * len(self.best.measured.decode)
 
     @property
     def verdict(self) -> str:
-        """Says plainly whether Sirius helps, and what decides it."""
+        """Says whether Sirius helps, and why."""
         config, costs, measured = self.config, self.costs, self.best.measured
         setting = f"{config.method} at density {config.density}, kernel_size {config.kernel_size}"
         setting += f", threshold {config.threshold}"

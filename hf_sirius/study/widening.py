@@ -1,4 +1,4 @@
-"""The embedded reasoner at any size: a model that computes the same logits with more weights."""
+"""Makes the embedded reasoner larger: a model that computes the same logits with more weights."""
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
@@ -10,10 +10,10 @@ def widen(model: LlamaForCausalLM, hidden_factor: int, neuron_factor: int) -> Ll
     """Returns a larger model that computes the same logits, so that speed and acceptance are measured on one model.
 
     Hidden units and heads are repeated `hidden_factor` times, and neurons `neuron_factor` times; each product is
-    divided by the number of times that its terms repeat. RMSNorm does not notice.
+    divided by the number of times that its terms repeat. RMSNorm stays as it is: a mean does not change.
 
     Args:
-        model: a Llama; if its head is tied to the embedding, the larger model has a head of its own.
+        model: a Llama. The larger model has a head of its own, even if that of this one is tied to the embedding.
         hidden_factor, neuron_factor: at least 1.
     """
     if hidden_factor < 1 or neuron_factor < 1:

@@ -329,7 +329,7 @@ def test_a_private_part_of_transformers_is_as_expected(name):
 
 
 def test_the_stock_loop_asks_the_generator_as_expected():
-    advice = f"transformers {transformers.__version__} changed _assisted_decoding: adapt hf_sirius/decode/candidates.py to it"
+    advice = f"transformers {transformers.__version__} changed its loop: adapt hf_sirius/decode/candidates.py to it"
     loop = " ".join(inspect.getsource(GenerationMixin._assisted_decoding).split())
     assert CandidateGenerator.requires_model_outputs is False, advice
     for used in (

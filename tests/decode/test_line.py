@@ -226,6 +226,8 @@ FAILURES = {
     "interrupted": {"logits_processor": [Fails(13, KeyboardInterrupt)]},
     "in a criterion": {"stopping_criteria": [FailsAsCriterion()]},
     "refused": {"guidance_scale": 2.0},
+    "misspelt": {"max_new_token": 3},
+    "too short": {"max_length": 3, "max_new_tokens": None},
     "a batch": {"inputs": make_prompt().repeat(2, 1)},
 }
 

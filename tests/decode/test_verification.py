@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_sirius import make_sparse
 from hf_sirius.decode.verification import VerificationHook, is_accepted
+from hf_sirius.draft.draft import Draft
 
 
 # The rule, a pure function.
@@ -258,3 +259,38 @@ def sample_the_draft(model):
 def test_the_statistic_finds_a_wrong_rule(wrong_sample):
     model = sampled_model()
     assert p_value(wrong_sample(model), exact_probabilities(model)) < 1e-12
+
+
+@pytest.mark.parametrize("tree_width", [1, 3])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_draft_whose_scores_are_not_finite_ends_there(value, do_sample, tree_width, monkeypatch):
+    """Such as one in float16, whose activations overflow where the full model's do not."""
+    if do_sample and tree_width > 1:
+        return  # which is refused
+    forward, num_steps = Draft.forward, []
+
+    def overflowing(draft, inputs):
+        outputs = forward(draft, inputs)
+        num_steps.append(None)
+        if len(num_steps) % 3 == 0:
+            outputs.logits[..., 5] = value
+        return outputs
+
+    model, options = build_model(), {"max_new_tokens": 20, "do_sample": do_sample}
+    expected = model.generate(make_prompt(), **options)
+    monkeypatch.setattr(Draft, "forward", overflowing)
+    with make_sparse(model, method="griffin", threshold=1.0, kernel_size=8, tree_width=tree_width) as twin:
+        output = model.generate(make_prompt(), assistant_model=twin, **options)
+        assert do_sample or torch.equal(output, expected)
+        assert output.shape == expected.shape and max(len(cycle.drafted_ids) for cycle in twin.stats.cycles) == 2
+
+
+def test_a_draft_in_float16_that_overflows_does_not_end_a_sampled_call():
+    model = build_model(dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight *= 1e5
+            layer.mlp.down_proj.weight *= 1e-5
+    with make_sparse(model, method="griffin", draft_dtype="float16") as twin:
+        assert model.generate(make_prompt(), assistant_model=twin, do_sample=True, max_new_tokens=12).shape == (1, 23)

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from tiny import METHODS, build_model, make_prompt
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -285,3 +285,14 @@ def test_the_mode_is_one_of_both():
     for mode in (True, False):
         assert twin.train(mode) is twin
         assert {module.training for module in [*model.modules(), *twin.modules()]} == {mode}
+
+
+def test_taking_accelerates_hooks_off_the_twin_leaves_those_that_it_stands_in_for():
+    model = build_model()
+    for part in (model.model.layers[0].mlp, model.model.layers[0].mlp.gate_proj):
+        add_hook_to_module(part, ModelHook())
+    before, expected = snapshot(model), model.generate(make_prompt(), **GREEDY)
+    twin = make_sparse(model, method="griffin", threshold=1.0)
+    remove_hook_from_submodules(twin)
+    assert snapshot(model) == before
+    assert torch.equal(model.generate(make_prompt(), assistant_model=twin, **GREEDY), expected)

@@ -346,3 +346,20 @@ def test_token_ids_come_in_any_form():
 def test_the_twin_is_refused():
     with pytest.raises(ValueError, match=r"pass twin\.dense_model"):
         calibrate(make_sparse(build_model()), None, [make_prompt()])
+
+
+def test_layers_may_lie_on_several_devices(monkeypatch):
+    """As with device_map="auto": their quantiles come together on the CPU."""
+    quantiles = MagnitudeHistogram.quantiles
+
+    class Elsewhere:  # than the others, with which it cannot be stacked
+        def __init__(self, values):
+            self.values = values
+
+        def cpu(self):
+            return self.values
+
+    expected = calibrate(build_model(), None, [{"input_ids": make_prompt()}], progress=False)
+    monkeypatch.setattr(MagnitudeHistogram, "quantiles", lambda self, shares: Elsewhere(quantiles(self, shares)))
+    found = calibrate(build_model(), None, [{"input_ids": make_prompt()}], progress=False)
+    assert torch.equal(found.table, expected.table)

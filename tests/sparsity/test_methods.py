@@ -288,7 +288,7 @@ def test_griffin_chooses_anew_from_all_that_was_read(monkeypatch, every):
     accepted = [cycle.advance_length for cycle in twin.stats.cycles]
     with torch.no_grad():
         for input_ids, num_kept in zip(read, [prompt.shape[1], *accepted], strict=True):
-            with observing(sites, "neurons", add):
+            with observing(model, sites, "neurons", add):
                 model(input_ids, past_key_values=cache)
             if num_kept < input_ids.shape[1]:
                 cache.crop(num_kept - input_ids.shape[1])
@@ -325,7 +325,9 @@ def test_padding_of_a_looped_model_does_not_count():
     """Its MLPs run several times over the same tokens."""
     model = build_model()
     site, values, seen = find_mlps(model)[0], torch.randn(1, 4, 32, dtype=torch.float64), []
-    with observing([site], "neurons", lambda _, neurons: seen.append(len(neurons)), torch.tensor([[0, 0, 1, 1]])):
+    with observing(
+        model, [site], "neurons", lambda _, neurons: seen.append(len(neurons)), torch.tensor([[0, 0, 1, 1]])
+    ):
         for _ in range(3):
             site.owner(values)
     assert seen == [2, 2, 2]

@@ -203,7 +203,7 @@ def test_a_killed_evaluation_ends_with_the_same_figures(tmp_path, capsys):
     assert main([*EVAL, "--output_dir", str(tmp_path / "whole")]) == 0
     directory = tmp_path / "killed"
     command = [*EVAL, "--output_dir", str(directory)]
-    process = start("-m", "hf_sirius.cli.main", *command)
+    process = start("-m", "hf_sirius.cli", *command)
     records = directory / "records-0.jsonl"
     deadline = time.monotonic() + 120
     while not (records.exists() and records.read_bytes().count(b"\n") >= 3):
@@ -234,7 +234,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path, launcher):
     command = ["eval", "--num_items", "3", "--method", "griffin", "--density", "0.3", "--output_dir"]
     assert main([*command, str(tmp_path / "one")]) == 0
     module, *options = launcher
-    process = start("-m", module, *options, "-m", "hf_sirius.cli.main", *command, str(tmp_path / "two"))
+    process = start("-m", module, *options, "-m", "hf_sirius.cli", *command, str(tmp_path / "two"))
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert output.count("Written: ") == 1

@@ -320,3 +320,33 @@ def test_a_device_that_cannot_run_the_dtype(monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.Linear4bit.forward", refuse)
     with pytest.raises(ValueError, match=r"'nf4' does not run on cpu \(NotImplementedError: no such kernel\)"):
         make_sparse(build_model(), method="griffin", draft_dtype="nf4")
+
+
+@pytest.mark.parametrize("draft_dtype", ["int8", "nf4"])
+def test_a_conv1d_is_quantized_from_memory_that_lies_in_rows(draft_dtype, monkeypatch):
+    """Its weight is stored the other way about, and the CUDA kernels of bitsandbytes do not ask for strides."""
+    import bitsandbytes.functional
+
+    seen = []
+    for name in ("int8_vectorwise_quant", "quantize_4bit"):
+        quantize = getattr(bitsandbytes.functional, name)
+
+        def noting(weight, *args, quantize=quantize, **kwargs):
+            seen.append(weight.is_contiguous())
+            return quantize(weight, *args, **kwargs)
+
+        monkeypatch.setattr(bitsandbytes.functional, name, noting)
+    projection = Conv1D(64, 128).half()
+    linear = draft_linear(projection, draft_dtype, compute_dtype=torch.float32)
+    assert seen and all(seen)
+    assert torch.allclose(dense_weight(linear.linear)[:64, :128].float(), projection.weight.T.float(), atol=0.02)
+
+
+@pytest.mark.parametrize("where", ["hf_sirius.weights.formats.draft_linear", "hf_sirius.draft.tree_reading._read"])
+def test_a_full_device_is_not_taken_for_one_that_cannot(where, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_sparse(build_model(), method="griffin", draft_dtype="bfloat16", tree_width=2)
