@@ -39,12 +39,16 @@ if TYPE_CHECKING:  # for editors and type checkers
 __all__ = ["__version__", *_EXPORTS]
 
 
-def __getattr__(name: str):
+def _load(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module 'hf_sirius' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # to which it would make any name a good one
+    __getattr__ = _load
 
 
 def __dir__():

@@ -64,7 +64,8 @@ def test_tree_memory():
     printed = run("examples/tree_memory.py", *sizes, "--tree_widths", "1", "4")
     states = float(re.search(r"The states of 300 tokens take (.*) MiB; a cycle grows by:", printed)[1])
     line = r"width \d+: (.*) MiB \(median; at most (.*)\), (\d+) nodes drafted, (\d+) verified"
-    (one, _, _, one_verified), (four, most, drafted, verified) = (map(float, run) for run in re.findall(line, printed))
+    found = re.findall(line, printed)
+    (one, _, _, one_verified), (four, most, drafted, verified) = (map(float, width) for width in found)
     # A copy of the states for each continuation would show.
     assert 0 < one < four <= most and four < states
     assert one_verified < verified < drafted

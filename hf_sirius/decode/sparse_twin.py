@@ -1,6 +1,7 @@
 """What a user holds: the twin as a model of its own, and its bond with the dense model."""
 
 import functools
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, StoppingCriteriaList
 
@@ -14,7 +15,11 @@ from .candidates import mask_of_new_tokens
 from .stats import CallHistory, GenerationStats
 
 
-class SparseTwin:
+# To type checkers a twin is a model; at run time its class is made of this one and the model's own.
+_Model = PreTrainedModel if TYPE_CHECKING else object
+
+
+class SparseTwin(_Model):
     """What a twin can do beyond its model class. Made by [`make_sparse`], used as `model.generate(...,
     assistant_model=twin)`.
 
@@ -51,7 +56,7 @@ class SparseTwin:
         """
         release(self, self._twin, self.dense_model)
 
-    def __enter__(self):
+    def __enter__(self) -> "SparseTwin":
         return self
 
     def __exit__(self, *exc_info) -> None:

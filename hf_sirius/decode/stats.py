@@ -88,6 +88,13 @@ class GenerationStats:
             included.
     """
 
+    num_cycles: int
+    num_short_cycles: int
+    num_drafted: int
+    num_accepted: int
+    num_nodes_drafted: int
+    num_nodes_verified: int
+
     def __init__(self, kernel_size: int, total: "GenerationStats | None" = None):
         self.kernel_size = kernel_size
         self.total = total

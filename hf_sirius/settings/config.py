@@ -135,7 +135,7 @@ class SiriusConfig(PushToHubMixin):
     )  # fmt: skip
     selection: str = _field("threshold", str, "one of threshold, topk", choices=("threshold", "topk"))
     calibration: Calibration | None = _field(None, str, "a directory with a saved calibration")
-    draft_dtype: str | None = _field(
+    draft_dtype: str | torch.dtype | None = _field(
         None, str, f"dtype of what the draft holds itself, one of {', '.join(DRAFT_DTYPES)}", choices=DRAFT_DTYPES
     )
     draft_scope: str = _field("mlp", str, "what draft_dtype casts, one of mlp, all", choices=("mlp", "all"))

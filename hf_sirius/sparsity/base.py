@@ -63,11 +63,14 @@ class SparsityMethod(ABC):
     def choose(self, site: MlpSite) -> None:
         """Chooses what is chosen of one MLP once per prompt, from what was observed so far."""
 
-    @abstractmethod
     def num_parameters_read(self, site: MlpSite) -> float | None:
-        """Returns how many of this MLP's parameters a draft step read, on average so far; `None` before the first
-        step.
+        """Returns how many of this MLP's parameters a draft step reads, on average so far; `None` before it is known.
+        Here those of the gathered neurons.
         """
+        neuron_indices = self.neuron_indices[site.idx]
+        if neuron_indices is None:
+            return None
+        return site.num_parameters_read(len(neuron_indices) / site.num_neurons, gate_in_full=False)
 
     def draft_density(self, model: PreTrainedModel) -> float | None:
         """Returns the parameters that a draft step read / all parameters, or `None` before the first step.

@@ -4,7 +4,7 @@ paper.
 
 import torch
 
-from ..model.sites import MlpSite, projection_shape
+from ..model.sites import projection_shape
 from ..weights.formats import num_kept_neurons
 from .base import SparsityMethod
 
@@ -47,9 +47,3 @@ class Griffin(SparsityMethod):
     def choose(self, site):
         num_kept = num_kept_neurons(self.config.density, site.num_neurons, self.config.draft_dtype)
         self.neuron_indices[site.idx] = self._statistics[site.idx].topk(num_kept).indices.sort().values
-
-    def num_parameters_read(self, site: MlpSite) -> float | None:
-        neuron_indices = self.neuron_indices[site.idx]
-        if neuron_indices is None:
-            return None
-        return site.num_parameters_read(len(neuron_indices) / site.num_neurons, gate_in_full=False)
