@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import types
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -212,3 +213,13 @@ def test_a_number_that_is_none_is_told_as_such(value, capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--num_problems", value])
     assert f"must be a whole number of at least 1, got {value!r}" in capsys.readouterr().err
+
+
+def test_options_of_several_methods_are_told(capsys):
+    assert main(["sweep", "--selection", "topk", "--reselect_every", "2"]) == 2
+    assert "options of several methods (griffin, cats) were given" in capsys.readouterr().err
+
+
+def test_the_installed_script_is_this_command_line():
+    (script,) = entry_points(group="console_scripts", name="hf-sirius")
+    assert script.load() is main

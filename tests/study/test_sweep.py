@@ -37,11 +37,11 @@ def test_what_varies_is_named():
 
 
 def test_each_method_takes_the_fields_that_it_knows():
-    config = SiriusConfig(method="griffin", draft_dtype="bfloat16", draft_scope="all")
+    config = SiriusConfig(method="griffin", draft_dtype="bfloat16", reselect_every=2)
     modes = sweep_modes(config, {"method": ["griffin", "cats"]})
-    assert {(mode.config.method, mode.config.draft_dtype) for mode in modes[1:]} == {
-        ("griffin", "bfloat16"),
-        ("cats", None),
+    assert {(mode.config.method, mode.config.draft_dtype, mode.config.reselect_every) for mode in modes[1:]} == {
+        ("griffin", "bfloat16", 2),
+        ("cats", "bfloat16", None),
     }
     topk = sweep_modes(SiriusConfig(selection="topk"), {"method": ["griffin", "cats"]})
     assert {mode.config.selection for mode in topk[1:] if mode.config.method == "cats"} == {"topk"}

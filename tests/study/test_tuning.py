@@ -3,14 +3,13 @@ how fast anything is.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 from unittest import mock
 
 import pytest
 import torch
-from test_methods import tiny_model
+from families import tiny_model
 from tiny import build_model, make_prompt, shared_model
 
 from hf_sirius import SiriusConfig, make_sparse
@@ -160,10 +159,10 @@ def test_predictions_come_from_costs_and_matches(monkeypatch):
 
 
 def test_fields_of_the_config_go_to_the_methods_that_know_them():
-    config = SiriusConfig(method="griffin", draft_dtype="bfloat16", draft_scope="all", temperature=0.5)
+    config = SiriusConfig(method="cats", selection="topk", draft_dtype="bfloat16", temperature=0.5)
     result = tune(build_model(dtype=torch.float32), prompts(1), config, densities=[0.5], **SHORT)
-    found = {(c.config.method, c.config.draft_dtype, c.config.draft_scope) for c in result.candidates}
-    assert found == {("griffin", "bfloat16", "all"), ("cats", None, "mlp")}
+    found = {(c.config.method, c.config.draft_dtype, c.config.selection) for c in result.candidates}
+    assert found == {("griffin", "bfloat16", "threshold"), ("cats", "bfloat16", "topk")}
     assert {c.config.temperature for c in result.candidates} == {0.5}
 
 
@@ -292,7 +291,7 @@ def test_command_writes_a_config_and_figures_and_says_that_a_small_model_gains_n
     assert config.to_dict() == figures["config"] and config.threshold == 1.0 and config.kernel_size in (3, 5)
     assert figures["helps"] is False and figures["measured_ratio"] == 1.5 and len(figures["candidates"]) == 4
     dtypes = {c["config"]["method"]: c["config"]["draft_dtype"] for c in figures["candidates"]}
-    assert dtypes == {"griffin": "bfloat16", "cats": None} and figures["machine"]["torch"] == torch.__version__
+    assert dtypes == {"griffin": "bfloat16", "cats": "bfloat16"} and figures["machine"]["torch"] == torch.__version__
 
 
 def test_command_measures_a_prompt_file_with_an_agreement(tmp_path, capsys, monkeypatch):
@@ -308,12 +307,15 @@ def test_command_measures_a_prompt_file_with_an_agreement(tmp_path, capsys, monk
 
 def test_command_shows_reasons_as_they_are(capsys, monkeypatch):
     """Brackets in them are no markup."""
-    find_spec = importlib.util.find_spec
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find_spec(name, *a)
-    )
-    assert main([*COMMAND, "--draft_dtype", "int8", "--densities", "0.5", "--kernel_sizes", "4"]) == 0
+
+    def without_bitsandbytes(model, config):
+        if config.method == "griffin":
+            raise ImportError("needs bitsandbytes: pip install hf_sirius[bnb]")
+        return make_sparse(model, config)
+
+    monkeypatch.setattr(tuning, "make_sparse", without_bitsandbytes)
+    assert main([*COMMAND, "--densities", "0.5", "--kernel_sizes", "4"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "needs bitsandbytes: pip install hf_sirius[bnb]" in printed and "cats 0.5" in printed
 
@@ -331,7 +333,6 @@ def test_command_shows_reasons_as_they_are(capsys, monkeypatch):
         (["--agreement", "2"], "agreement must be in (0, 1)"),
         (["--thresholds", "0.5"], "pass an agreement"),
         (["--densities", "1.5"], "density must be in (0, 1]"),
-        (["--selection", "topk", "--draft_dtype", "bfloat16"], "options of several methods (cats, griffin) were given"),
     ],
 )
 def test_command_tells_what_is_wrong_before_it_loads_a_model(options, told, capsys, monkeypatch):
