@@ -50,9 +50,7 @@ class Call(contextlib.AbstractContextManager):
         return _current.get()
 
     def __enter__(self) -> "Call":
-        with contextlib.ExitStack() as undo:
-            undo.enter_context(self.draft)
-            self.undo.push(undo.pop_all())
+        self.undo.enter_context(self.draft)
         self.history.latest = self.stats  # not before this call is sure to run
         self._token = _current.set(self)
         return self

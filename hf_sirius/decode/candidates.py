@@ -18,7 +18,7 @@ from ..draft.tree_reading import keep_rows
 from ..model.compat import IS_5_17, stop_recording
 from .call import Call
 from .stats import Cycle
-from .tree_verification import PathProcessor, Verdict, judge
+from .tree_verification import PathProcessor, Verdict, judge, unread
 from .verification import VerificationHook
 
 
@@ -42,11 +42,9 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.generation_config = generation_config
         self.max_length = generation_config.max_length
         self.logits_processor = LogitsProcessorList(logits_processor)
-        # Criteria may read the scores so far, where the call keeps them. Then the dense model's decide.
-        self.seen: _SeenScores | None = None
-        if generation_config.return_dict_in_generate and generation_config.output_scores:
-            self.seen = _SeenScores(call.stopping_criteria, generation_config)
-            logits_processor.append(self.seen)
+        self.end = _End(call.stopping_criteria, generation_config)
+        if self.end.keeps_scores:
+            logits_processor.append(self.end)
         self.hook: VerificationHook | None = None
         if self.config.threshold < 1.0:
             self.hook = VerificationHook(self.config.threshold, self.config.temperature, self.do_sample)
@@ -57,18 +55,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
             logits_processor[:] = [self.path]
         proposer_class = ChainProposer if self.path is None else TreeProposer
         self.proposer = proposer_class(
-            call.draft,
-            self.logits_processor,
-            _would_stop(call.stopping_criteria, self.seen),
-            self.do_sample,
-            keeps_scores=self.seen is not None,
+            call.draft, self.logits_processor, self.end.would_stop, self.do_sample, self.end.keeps_scores
         )
         self.proposal: Proposal | None = None  # what is being verified
         self.verdict: Verdict | None = None  # about its tree
         self._draft_seconds = self._verification_start = 0.0
-        self._has_room = False
-        self._observed = contextlib.ExitStack()
-        call.undo.push(self._observed)
 
     def get_candidates(
         self, input_ids: torch.LongTensor, model_kwargs: dict, is_first_iteration: bool, **kwargs
@@ -89,35 +80,39 @@ class SiriusCandidateGenerator(CandidateGenerator):
             _check_mask(input_ids, model_kwargs)
             if IS_5_17:
                 self.call.undo.callback(stop_recording, cache)
-            self._observed.enter_context(self.call.draft.observing(mask_of_new_tokens(model_kwargs)))
             mask_length = getattr(self.generation_config, "_mask_length", None)
-            self._take_next_forward(_reading_new_tokens_only(input_ids, model_kwargs, mask_length))
+            self._take_next_forward(
+                self.call.draft.observing(mask_of_new_tokens(model_kwargs)),
+                _reading_new_tokens_only(input_ids, model_kwargs, mask_length),
+            )
             return input_ids, None
-        if not self._has_room:  # the prefill has made the cache's layers, if they were not there
+        if self.proposal is None:  # the prefill has made the cache's layers, if they were not there
             self.call.undo.enter_context(roomy(cache))
-            self._has_room = True
         start = time.perf_counter()
         # The last token before `max_length` is the dense model's.
         num_tokens = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
         self.proposal = proposal = self.proposer.propose(input_ids, model_kwargs, num_tokens)
         self._draft_seconds = time.perf_counter() - start
-        if proposal.ends_output:
-            _end_output_at(self.generation_config, input_ids.shape[1] + proposal.ids.shape[1])
         # On the device to which the loop would move it, which would make another tensor of it.
         candidate_ids = torch.cat([input_ids, proposal.ids], dim=-1).to(self.call.model.device)
+        if proposal.ends_output:
+            self.end.put_at(candidate_ids.shape[1])
+        observed = contextlib.nullcontext()
         if self.config.reselect_every is not None:
-            self._observed.enter_context(self.call.draft.observing(None, takes_weights=self._reselects()))
-            self._take_next_forward()
+            observed = self.call.draft.observing(None, takes_weights=self._reselects())
+        if self.path is None or not proposal.ids.shape[1]:
+            self._take_next_forward(observed)
+        else:
+            self._take_next_forward(
+                observed,
+                lambda inputs: proposal.reader.inputs(proposal.tree, 0, inputs),
+                lambda outputs: self._judge_tree(outputs, candidate_ids, cache),
+            )
         if self.path is not None:
-            self.path.end, self.verdict = float("inf"), Verdict([], 0, 0, {}, 1)
-            if proposal.ids.shape[1]:
-                self._take_next_forward(
-                    lambda inputs: proposal.reader.inputs(proposal.tree, 0, inputs),
-                    lambda outputs: self._judge_tree(outputs, candidate_ids, cache),
-                )
-        for listener in (self.seen, self.hook):
-            if listener is not None:
-                listener.arm(candidate_ids, start=input_ids.shape[1])
+            self.path.end, self.verdict = float("inf"), unread(proposal)
+        self.end.arm(candidate_ids)
+        if self.hook is not None:
+            self.hook.arm(candidate_ids, start=input_ids.shape[1])
         self._verification_start = time.perf_counter()
         return candidate_ids, proposal.scores
 
@@ -133,9 +128,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         now, num_matches = time.perf_counter(), int(num_matches)
         if self.hook is not None:
             self.hook.restore(scores)
-        if self.seen is not None:
-            self.seen.scores += tuple(scores[:, i] for i in range(num_matches + 1))
-        self._observed.close()
+        self.end.reached(scores, num_matches)
         self.call.is_verifying = False
         self.generation_config.max_length = self.max_length
         bonus_id = input_ids[0, -1].item()
@@ -146,12 +139,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
             return
         if self._reselects():
             self.call.draft.select()
-        is_cut, branches = self.proposal.is_cut, None
-        if self.verdict is None:
+        is_cut, branches = self.proposal.is_cut, self.verdict and self.verdict.branches
+        if branches is None:
             drafted_ids = tuple(self.proposal.ids[0].tolist())
             likelihoods = self._likelihoods(self.proposal.ids, scores[:, :-1])
         else:
-            branches = self.verdict.branches(self.proposal)
             drafted_ids = branches.leaf_ids[branches.winner]
             likelihoods = branches.leaf_likelihoods[branches.winner]
             is_cut |= self.proposal.tree.leaves[branches.winner].is_end
@@ -187,15 +179,16 @@ class SiriusCandidateGenerator(CandidateGenerator):
 
     def _take_next_forward(
         self,
+        observed: contextlib.AbstractContextManager,
         prepare: Callable[[dict], dict] = lambda inputs: inputs,
         finish: Callable[[Any], None] = lambda outputs: None,
     ) -> None:
-        """Has the loop's next forward read what `prepare` makes of its inputs, and `finish` see the outputs. What
-        observes it ends with it: later forwards, such as a processor may make, are none of the loop's.
+        """Has the loop's next forward, and no later one, such as a processor may make, run within `observed` on what
+        `prepare` makes of its inputs, and `finish` see the outputs.
         """
 
         def read(forward: Callable[..., Any], **inputs: Any) -> Any:
-            with self._observed:
+            with observed:
                 outputs = forward(**prepare(inputs))
             finish(outputs)
             return outputs
@@ -210,7 +203,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         """
         tree, depth = self.proposal.tree, self.proposal.ids.shape[1]
         verified_ids = candidate_ids[:, :-depth]
-        self.verdict = judge(tree, verified_ids, outputs.logits, self.logits_processor, self.config)
+        self.verdict = judge(self.proposal, verified_ids, outputs.logits, self.logits_processor, self.config)
         path, padding = self.verdict.path, [0] * (depth - len(self.verdict.path))
         kept_ids = [*(tree.token_ids[node] for node in path), *(self.verdict.rejecting_id for _ in padding)]
         candidate_ids[:, -depth:] = candidate_ids.new_tensor([kept_ids])
@@ -222,44 +215,44 @@ class SiriusCandidateGenerator(CandidateGenerator):
             self.hook.shorten(self.path.end)
 
 
-class _SeenScores(LogitsProcessor):
-    """Keeps the scores of the output so far, and ends it at a candidate where the criteria are met by the dense model's
-    scores.
-
-    Attributes:
-        scores: float32 [1, vocab_size] for each verified token, processed.
+class _End(LogitsProcessor):
+    """Where a call ends: asks its criteria about candidates. These may read the scores so far, where the call keeps
+    them; then the dense model's decide, which this sees as the last of the processors.
     """
 
     def __init__(self, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig):
         self.stopping_criteria = stopping_criteria
         self.generation_config = generation_config
-        self.scores: tuple[torch.Tensor, ...] = ()
+        self.keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+        self._scores: tuple[torch.Tensor, ...] = ()  # of each verified token, float32 [1, vocab_size]
         self._candidate_ids: torch.Tensor | None = None
-        self._with_candidates: tuple[torch.Tensor, ...] = ()
+        self._with_candidates = self._scores
 
-    def arm(self, candidate_ids: torch.LongTensor, start: int) -> None:
+    def would_stop(self, input_ids: torch.LongTensor, draft_scores: Sequence[torch.Tensor]) -> bool:
+        """Whether the call would stop at the last of these tokens, long [1, length]."""
+        seen = (*self._scores, *draft_scores) if self.keeps_scores else None
+        return bool(self.stopping_criteria(input_ids, seen).all())
+
+    def put_at(self, length: int) -> None:
+        """Has the loop drop what this verification adds beyond a length: it trims at the length, not at criteria."""
+        self.generation_config.max_length = min(self.generation_config.max_length, length)
+
+    def arm(self, candidate_ids: torch.LongTensor) -> None:
         """Expects the verification of `candidate_ids`, long [1, length]."""
-        self._candidate_ids, self._with_candidates = candidate_ids, self.scores
+        self._candidate_ids, self._with_candidates = candidate_ids, self._scores
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         length = input_ids.shape[1] + 1
         if self._candidate_ids is not None and length <= self._candidate_ids.shape[1]:
             self._with_candidates = (*self._with_candidates, scores.clone())
             if self.stopping_criteria(self._candidate_ids[:, :length], self._with_candidates).all():
-                _end_output_at(self.generation_config, length)
+                self.put_at(length)
         return scores
 
-
-def _would_stop(criteria: StoppingCriteriaList, seen: _SeenScores | None) -> Callable[..., bool]:
-    def would_stop(input_ids: torch.LongTensor, draft_scores: Sequence[torch.Tensor]) -> bool:
-        return bool(criteria(input_ids, None if seen is None else (*seen.scores, *draft_scores)).all())
-
-    return would_stop
-
-
-def _end_output_at(generation_config: GenerationConfig, length: int) -> None:
-    """Has the stock loop drop what this verification adds beyond a length: it trims at the length, not at criteria."""
-    generation_config.max_length = min(generation_config.max_length, length)
+    def reached(self, scores: torch.Tensor, num_matches: int) -> None:
+        """Takes note of the scores of a verification's tokens, the bonus token included."""
+        if self.keeps_scores:
+            self._scores += tuple(scores[:, i] for i in range(num_matches + 1))
 
 
 def _reading_new_tokens_only(

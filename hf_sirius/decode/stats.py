@@ -7,7 +7,7 @@ from typing import Any
 
 _COUNTS = (
     "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified",
-    "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum",
+    "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum", "selection_seconds",
 )  # fmt: skip
 _lock = threading.Lock()  # calls in several threads add to one total
 
@@ -94,6 +94,7 @@ class GenerationStats:
     num_accepted: int
     num_nodes_drafted: int
     num_nodes_verified: int
+    selection_seconds: float
 
     def __init__(self, kernel_size: int, total: "GenerationStats | None" = None):
         self.kernel_size = kernel_size
@@ -109,7 +110,6 @@ class GenerationStats:
     def _clear(self) -> None:
         self.first_id: int | None = None
         self.first_likelihood: float | None = None
-        self.selection_seconds = 0.0
         self.cycles: list[Cycle] = []
         for name in _COUNTS:
             setattr(self, name, 0)
@@ -127,9 +127,7 @@ class GenerationStats:
     def record_first(self, token_id: int, likelihood: float, selection_seconds: float) -> None:
         """Notes the token that the full model wrote after the prefill, and what choosing the neurons then took."""
         self.first_id, self.first_likelihood = token_id, likelihood
-        for stats in self._with_total():
-            with _lock:
-                stats.selection_seconds += selection_seconds
+        self._record({"selection_seconds": selection_seconds})
 
     def record_cycle(self, cycle: Cycle) -> None:
         """Adds a verified cycle to the counts, and to the total's."""
@@ -147,16 +145,15 @@ class GenerationStats:
             "full_drafted": num_drafted * cycle.is_full,
             "full_likeliest_advance": branches.likeliest_advance_length * cycle.is_full,
         }
-        for stats in self._with_total():
-            stats.add_counts(counts)
+        self._record(counts)
 
     def record_draft_density(self, draft_density: float) -> None:
         """Notes the share of all parameters that the call's draft steps read, on average."""
-        for stats in self._with_total():
-            stats.add_counts({"num_densities": 1, "density_sum": draft_density})
+        self._record({"num_densities": 1, "density_sum": draft_density})
 
-    def _with_total(self) -> list["GenerationStats"]:
-        return [self] if self.total is None else [self, self.total]
+    def _record(self, counts: dict[str, float]) -> None:
+        for stats in filter(None, (self, self.total)):
+            stats.add_counts(counts)
 
     @property
     def num_rolled_back(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..draft.proposers import Proposal, likelihood
-from ..draft.tree import Tree, best_path, ids_at
+from ..draft.tree import best_path, ids_at
 from ..settings.config import SiriusConfig
 from .stats import Branches
 from .verification import is_accepted
@@ -32,33 +32,17 @@ class Verdict:
 
     Attributes:
         path: the nodes that it keeps, from the root on, which is left out.
-        winner: which leaf they lead to.
         rejecting_id: a token that it does not choose behind them.
-        likelihoods: its likelihood of the nodes about which it was asked.
-        likeliest_advance_length: what the advance would have been without branches.
+        branches: the same as the statistics tell it.
     """
 
     path: list[int]
-    winner: int
     rejecting_id: int
-    likelihoods: dict[int, float]
-    likeliest_advance_length: int
-
-    def branches(self, proposal: Proposal) -> Branches:
-        """Returns the tree as the statistics tell it."""
-        tree = proposal.tree
-        return Branches(
-            leaf_ids=tuple(tree.path_ids(leaf.node) for leaf in tree.leaves),
-            leaf_likelihoods=tuple(tuple(map(self.likelihoods.get, tree.path(leaf.node))) for leaf in tree.leaves),
-            winner=self.winner,
-            num_nodes_drafted=proposal.num_nodes_drafted,
-            num_nodes_verified=len(tree) - 1,
-            likeliest_advance_length=self.likeliest_advance_length,
-        )
+    branches: Branches
 
 
 def judge(
-    tree: Tree,
+    proposal: Proposal,
     verified_ids: torch.LongTensor,
     logits: torch.Tensor,
     processors: LogitsProcessorList,
@@ -67,12 +51,13 @@ def judge(
     """Applies the acceptance rule to a tree.
 
     Args:
-        tree: whose root is the last verified token.
+        proposal: with a tree whose root is the last verified token.
         verified_ids: long [1, length].
         logits: [1, num_nodes, vocab_size], the dense model's at each node.
         processors: those of the call.
         config: the settings of the twin.
     """
+    tree = proposal.tree
 
     def scores_at(node: int) -> torch.Tensor:
         scores = logits[:, node].to(dtype=torch.float32, device=verified_ids.device, copy=True)
@@ -90,10 +75,18 @@ def judge(
         reached += accepted[node]
     path = best_path(tree, accepted)
     rejecting_scores = scores_at(path[-1] if path else 0)
-    return Verdict(
-        path=path,
+    branches = dataclasses.replace(
+        unread(proposal).branches,
+        leaf_likelihoods=tuple(tuple(map(likelihoods.get, tree.path(leaf.node))) for leaf in tree.leaves),
         winner=next(i for i, leaf in enumerate(tree.leaves) if tree.path(leaf.node)[: len(path)] == path),
-        rejecting_id=(rejecting_scores.argmax().item() + 1) % rejecting_scores.shape[-1],
-        likelihoods=likelihoods,
         likeliest_advance_length=tree.likeliest_length(accepted) + 1,
     )
+    return Verdict(path, (rejecting_scores.argmax().item() + 1) % rejecting_scores.shape[-1], branches)
+
+
+def unread(proposal: Proposal) -> Verdict:
+    """Returns what is known of a tree before the dense model reads it: nothing is kept."""
+    leaf_ids = tuple(proposal.tree.path_ids(leaf.node) for leaf in proposal.tree.leaves)
+    no_likelihoods = tuple((None,) * len(ids) for ids in leaf_ids)
+    num_nodes = len(proposal.tree) - 1
+    return Verdict([], 0, Branches(leaf_ids, no_likelihoods, 0, proposal.num_nodes_drafted, num_nodes, 1))

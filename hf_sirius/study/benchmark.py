@@ -4,7 +4,6 @@ import contextlib
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..settings.config import SiriusConfig
 from ..weights.memory import PeakMemory, StreamedBytes
 from ..weights.offload import check_is_empty, offload_to_folder
 from .problems import long_prompts
-from .timing import TimedRun, describe_machine, generator, synchronize, timed_run
+from .timing import TimedRun, describe_machine, generator, timed_run
 from .widening import wide_reasoner
 
 
@@ -32,42 +31,38 @@ def _alternate(
     streamed: StreamedBytes | None = None,
 ) -> dict[str, Any]:
     """Times the model's answers, dense and corrected in turn; returns medians, and medians of the pairs' ratios."""
-    twins = {"dense": None, "sirius": sparse}
-    runs: dict[str, list[TimedRun]] = {name: [] for name in twins}
-    figures: dict[str, list[dict]] = {name: [] for name in twins}
+    runs: dict[str, list[TimedRun]] = {"dense": [], "sirius": []}
+    figures: dict[str, list[dict]] = {"dense": [], "sirius": []}
     sparse.stats.reset()
-    for _ in range(num_repeats):
-        for prompt in prompts:
-            for name, twin in twins.items():
-                memory.restart()
-                bytes_before = streamed.num_bytes if streamed else 0
-                run = timed_run(model, twin, prompt.to(memory.device), max_new_tokens=max_new_tokens)
-                runs[name].append(run)
-                figures[name].append(
-                    {
-                        "num_tokens": run.num_tokens,
-                        "seconds_to_first_token": run.to_first_token,
-                        "selection_seconds": run.selection,
-                        **{f"{part}_seconds_per_token": seconds for part, seconds in run.per_token.items()},
-                        "seconds": run.seconds,
-                        "peak_memory_growth": memory.growth(),
-                    }
-                )
-                if streamed:
-                    figures[name][-1]["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run.num_tokens
+    for prompt in prompts * num_repeats:
+        for name, twin in (("dense", None), ("sirius", sparse)):
+            memory.restart()
+            bytes_before = streamed.num_bytes if streamed else 0
+            run = timed_run(model, twin, prompt.to(memory.device), max_new_tokens=max_new_tokens)
+            of_run = {
+                "num_tokens": run.num_tokens,
+                "seconds_to_first_token": run.to_first_token,
+                "selection_seconds": run.selection,
+                **{f"{part}_seconds_per_token": seconds for part, seconds in run.per_token.items()},
+                "seconds": run.seconds,
+                "peak_memory_growth": memory.growth(),
+            }
+            if streamed:
+                of_run["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run.num_tokens
+            runs[name].append(run)
+            figures[name].append(of_run)
 
     def median(name: str, key: str) -> float | None:
         values = [of_run[key] for of_run in figures[name]]
         return None if None in values else statistics.median(values)
 
     pairs = list(zip(runs["sirius"], runs["dense"], strict=True))
-    ratios = {
-        f"ratio_{part}": statistics.median(s.per_token[part] / d.per_token[part] for s, d in pairs)
-        for part in ("steps", "decode", "whole")
-    }
     return {
         **{name: {key: median(name, key) for key in figures[name][0]} for name in figures},
-        **ratios,
+        **{
+            f"ratio_{part}": statistics.median(s.per_token[part] / d.per_token[part] for s, d in pairs)
+            for part in ("steps", "decode", "whole")
+        },
         "num_identical": sum(torch.equal(s.output_ids, d.output_ids) for s, d in pairs[: len(prompts)]),
         "num_problems": len(prompts),
         "stats": sparse.stats.total.as_dict(),
@@ -111,8 +106,7 @@ def bench_decode(
     Returns:
         dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_steps`,
         `ratio_decode` and `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of
-        `num_problems`; `stats`; `selection`: the seconds of a dense prefill of 64 tokens, and what choosing and
-        gathering the neurons adds to it.
+        `num_problems`; `stats`.
     """
     _check_lengths(max_new_tokens)
     prompts = _tokenized_prompts(num_problems)
@@ -121,36 +115,12 @@ def bench_decode(
     with make_sparse(model, config) as sparse:
         _warm_up(model, prompts[0].to(device), sparse)
         figures = _alternate(model, sparse, prompts, num_repeats, max_new_tokens, memory)
-        selection = _time_selection(model, sparse, max(11, num_repeats))  # a difference of two times is noisy
-        return {**_describe(model, sparse, model.device), **figures, "selection": selection}
+        return {**_describe(model, sparse, model.device), **figures}
 
 
 def _check_lengths(*lengths: int) -> None:
     if min(lengths) < 2:
         raise ValueError(f"outputs must have at least 2 tokens, behind the first of which is decoding, got {lengths}")
-
-
-@torch.no_grad()
-def _time_selection(model: PreTrainedModel, sparse: SparseTwin, num_repeats: int) -> dict[str, float]:
-    """Returns the median seconds of a dense prefill of 64 tokens and of what a call adds to it, and their ratio."""
-    prompt = torch.randint(4, model.config.vocab_size, (1, 64), device=model.device)
-    seconds: dict[str, list[float]] = {"prefill": [], "selection": []}
-    for _ in range(num_repeats):
-        synchronize(model.device)
-        start = time.perf_counter()
-        model(prompt)
-        synchronize(model.device)
-        middle = time.perf_counter()
-        with sparse.new_call() as call:
-            with call.draft.observing(None):
-                model(prompt)
-            call.draft.select()
-            synchronize(model.device)
-            end = time.perf_counter()
-        seconds["prefill"].append(middle - start)
-        seconds["selection"].append((end - middle) - (middle - start))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {**medians, "ratio": medians["selection"] / medians["prefill"]}
 
 
 def bench_offload(

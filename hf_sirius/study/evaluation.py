@@ -25,7 +25,7 @@ from ..decode.attach import make_sparse
 from ..decode.sparse_twin import SparseTwin
 from ..model.accelerate_hooks import execution_device
 from ..settings.config import SiriusConfig
-from .tasks import Task
+from .tasks import Task, digest
 
 
 _FORMAT = 2  # of the records: a run with another one is refused
@@ -56,7 +56,7 @@ class Mode:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.description())
 
 
 def standard_modes(config: SiriusConfig) -> list[Mode]:
@@ -80,7 +80,6 @@ def run_task(
 
     Args:
         model: the dense model; twins of it are made as they are needed.
-        task: what to run.
         modes: in the order of the table.
         directory: of this run, made if need be.
         model_name: what the results call the model.
@@ -102,29 +101,19 @@ def run_task(
     missing = [i for i in range(len(task)) if any((mode.key, i) not in records.done for mode in modes)]
     mine = missing[state.process_index :: state.num_processes]
     todo = [(idx, mode) for idx in mine for mode in modes if (mode.key, idx) not in records.done]
-    progress = tqdm(
-        total=len(mine) * len(modes),
-        initial=len(mine) * len(modes) - len(todo),
-        disable=not show_progress or not state.is_main_process,
-        unit="item",
-        desc=task.name,
-    )
-    with contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(progress)
-        twins: dict[str, SparseTwin] = {}
-        warm: set[str] = set()
+    num_runs, is_silent = len(mine) * len(modes), not (show_progress and state.is_main_process)
+    bar = {"total": num_runs, "initial": num_runs - len(todo), "disable": is_silent, "unit": "item", "desc": task.name}
+    with contextlib.ExitStack() as cleanup, tqdm(**bar) as progress:
+        twins: dict[str, SparseTwin | None] = {}
         for idx, mode in todo:
-            if mode.config is not None and mode.key not in twins:
-                twins[mode.key] = cleanup.enter_context(make_sparse(model, mode.config))
-            if mode.key not in warm:
-                task.warm_up(model, twins.get(mode.key), mode.corrected)
-                warm.add(mode.key)
-            record = task.run(idx, model, twins.get(mode.key), mode.corrected)
+            if mode.key not in twins:
+                is_dense = mode.config is None
+                twins[mode.key] = None if is_dense else cleanup.enter_context(make_sparse(model, mode.config))
+                task.warm_up(model, twins[mode.key], mode.corrected)
+            record = task.run(idx, model, twins[mode.key], mode.corrected)
             records.append({"way": mode.key, "item": idx, **record})
             progress.update()
-    gathered: dict[tuple[str, int], dict] = {}
-    for done in gather_object([records.done]):
-        gathered.update(done)
+    gathered = dict(itertools.chain.from_iterable(done.items() for done in gather_object([records.done])))
     rows = []
     for mode in modes:
         measures = task.measures([gathered[mode.key, idx] for idx in range(len(task))])
@@ -241,6 +230,5 @@ def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[st
 
 def default_directory(description: dict[str, Any], modes: Iterable[Mode]) -> Path:
     """Returns a directory of its own for each run and its modes, so that the same command goes on with a run."""
-    described = json.dumps([description, [mode.key for mode in modes]], sort_keys=True)
     stem = "-".join(Path(description[name]).name for name in ("model", "task"))
-    return Path("runs") / f"{stem}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+    return Path("runs") / f"{stem}-{digest([description, [mode.key for mode in modes]])[:8]}"

@@ -9,9 +9,8 @@ import json
 import math
 import os
 import time
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,12 +26,12 @@ from .problems import final_answer, load_problems, problem_prompt
 from .timing import generator, synchronize
 
 
-STOP_STRINGS = ("Question:",)  # without a chat template, a model goes on to a problem of its own
+STOP_STRING = "Question:"  # without a chat template, a model goes on to a problem of its own
 # The name of the embedded problems by the name of the task.
 EMBEDDED_TASKS = {"reasoner": "test", "reasoner-long": "long"}
 
 
-class Task(ABC):
+class Task(Protocol):
     """Items that can be run in several modes, one at a time.
 
     Attributes:
@@ -43,14 +42,11 @@ class Task(ABC):
     name: str
     columns: ClassVar[tuple[str, ...]]
 
-    @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def description(self) -> dict[str, Any]:
         """Returns all that the records depend on, as plain values."""
 
-    @abstractmethod
     def run(self, idx: int, model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True) -> dict:
         """Runs one item, and returns its record, plain values.
 
@@ -61,17 +57,12 @@ class Task(ABC):
             corrected: whether the model corrects its twin, which else runs alone.
         """
 
-    def check(  # noqa: B027
-        self, model: PreTrainedModel, config: SiriusConfig | None = None, corrected: bool = True
-    ) -> None:
+    def check(self, model: PreTrainedModel, config: SiriusConfig | None = None, corrected: bool = True) -> None:
         """Raises `ValueError` if the task cannot be run in this mode (as in [`Mode`]) with this model."""
 
-    def warm_up(  # noqa: B027
-        self, model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True
-    ) -> None:
+    def warm_up(self, model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True) -> None:
         """Runs the model a little, so that lazy loading is not timed."""
 
-    @abstractmethod
     def measures(self, records: list[dict]) -> dict[str, float | None]:
         """Returns the measures of one mode from its records, in the order of the items."""
 
@@ -80,9 +71,7 @@ class ProblemTask(Task):
     """Problems with a final answer, answered greedily.
 
     Args:
-        name: for people.
         problems: dicts with `question` and `answer`, the latter ending in "#### 42".
-        tokenizer: of the model.
         few_shot: solved problems that come before each, as turns of the chat or in the same text.
         chat: whether the prompt is put into the tokenizer's chat template; by default, if there is one.
         max_new_tokens: of an answer.
@@ -109,7 +98,7 @@ class ProblemTask(Task):
         self._stops = []
         if not self.chat:
             with contextlib.suppress(ValueError):  # transformers cannot match them where a token is a whole word
-                self._stops = [StopStringCriteria(tokenizer, list(STOP_STRINGS))]
+                self._stops = [StopStringCriteria(tokenizer, STOP_STRING)]
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -118,7 +107,7 @@ class ProblemTask(Task):
         return {
             "task": self.name,
             "num_items": len(self),
-            "digest": _digest([self.problems, self.few_shot]),
+            "digest": digest([self.problems, self.few_shot]),
             "chat": self.chat,
             "max_new_tokens": self.max_new_tokens,
         }
@@ -142,10 +131,9 @@ class ProblemTask(Task):
     def run(self, idx, model, twin=None, corrected=True):
         problem = self.problems[idx]
         inputs = self.inputs(problem["question"]).to(execution_device(model))
-        generate = generator(model, twin, corrected)
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "stopping_criteria": list(self._stops)}
         start = time.perf_counter()
-        output = generate(**inputs, **options)
+        output = generator(model, twin, corrected)(**inputs, **options)
         synchronize(execution_device(model))
         seconds = time.perf_counter() - start
         new_ids = output[0, inputs["input_ids"].shape[1] :]
@@ -161,8 +149,15 @@ class ProblemTask(Task):
         }
 
     def measures(self, records):
-        measures = {"accuracy": sum(record["is_correct"] for record in records) / len(records)}
-        return {**measures, **_run_measures(records)}
+        stats = _stats(records)
+        names = ("aal", "acceptance_rate", "num_rolled_back", "draft_density", "effective_density")
+        num_tokens, seconds = (sum(record[name] for record in records) for name in ("num_tokens", "seconds"))
+        return {
+            "accuracy": sum(record["is_correct"] for record in records) / len(records),
+            **{name: getattr(stats, name) if stats.num_cycles or name == "draft_density" else None for name in names},
+            "nodes_per_cycle": stats.num_nodes_verified / stats.num_cycles if stats.num_cycles else None,
+            "ms_per_token": 1000 * seconds / num_tokens if num_tokens else None,
+        }
 
 
 class TextTask(Task):
@@ -173,9 +168,7 @@ class TextTask(Task):
     places where the draft's argmax is the full model's; `acceptance`, the share where the acceptance rule keeps it.
 
     Args:
-        name: for people.
         texts: each is cut into windows; a rest shorter than a window is left out.
-        tokenizer: of the model.
         window: tokens, at least 4.
         max_windows: how many windows to take at most.
     """
@@ -211,7 +204,7 @@ class TextTask(Task):
         return len(self.windows)
 
     def description(self) -> dict[str, Any]:
-        return {"task": self.name, "num_items": len(self), "digest": _digest(self.windows), "window": self.window}
+        return {"task": self.name, "num_items": len(self), "digest": digest(self.windows), "window": self.window}
 
     def check(self, model, config=None, corrected=True):
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -231,32 +224,25 @@ class TextTask(Task):
     def run(self, idx, model, twin=None, corrected=True):
         ids = torch.tensor([self.windows[idx]], device=execution_device(model))
         half = self.window // 2
-        prompt, rest, targets = ids[:, :half], ids[:, half:-1], ids[:, half:]
+        dense = model(ids[:, :-1], use_cache=False).logits[0, half - 1 :].float()
         if twin is None:
-            logits = model(ids[:, :-1], use_cache=False).logits[0, half - 1 :].float()
-            return self._record(logits, targets[0])
+            return _record(dense, ids[0, half:])
         with twin.new_call() as call:
             with call.draft.observing(None):
-                outputs = model(prompt, use_cache=True, return_dict=True)
+                outputs = model(ids[:, :half], use_cache=True, return_dict=True)
             call.draft.select()
-            first = outputs.logits[:, -1:]  # the draft's as well: the full model reads the prompt
+            first = outputs.logits[0, -1:]  # the draft's as well: the full model reads the prompt
             with call.draft.drafting():
-                logits = twin(rest, past_key_values=outputs.past_key_values, return_dict=True).logits
-        logits = torch.cat([first, logits], dim=1)[0].float()
-        dense = model(ids[:, :-1], use_cache=False).logits[0, half:].float()
-        drafted_ids = logits[1:].argmax(dim=-1)
-        config = twin.sirius_config
+                outputs = twin(ids[:, half:-1], past_key_values=outputs.past_key_values, return_dict=True)
+        logits = outputs.logits[0].float()
+        dense, drafted_ids, config = dense[1:], logits.argmax(dim=-1), twin.sirius_config
         return {
-            **self._record(logits, targets[0]),
+            **_record(torch.cat([first.float(), logits]), ids[0, half:]),
             "num_compared": len(drafted_ids),
             "num_agreeing": int((drafted_ids == dense.argmax(dim=-1)).sum()),
             "num_accepted": int(is_accepted(drafted_ids, dense, config.threshold, config.temperature).sum()),
             "counts": twin.stats.counts(),
         }
-
-    def _record(self, logits: torch.Tensor, targets: torch.Tensor) -> dict:
-        loss = torch.nn.functional.cross_entropy(logits.double(), targets.to(logits.device), reduction="sum")
-        return {"num_tokens": len(targets), "loss": loss.item(), "counts": None}
 
     def measures(self, records):
         num_tokens = sum(record["num_tokens"] for record in records)
@@ -273,6 +259,11 @@ class TextTask(Task):
         }
 
 
+def _record(logits: torch.Tensor, targets: torch.Tensor) -> dict:
+    loss = torch.nn.functional.cross_entropy(logits.double(), targets.to(logits.device), reduction="sum")
+    return {"num_tokens": len(targets), "loss": loss.item(), "counts": None}
+
+
 def load_task(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -284,8 +275,6 @@ def load_task(
     problems, or a file of plain text.
 
     Args:
-        name: that name, or the path of a file.
-        tokenizer: of the model.
         few_shot: a JSONL file of solved problems to put before each.
         num_items: how many problems or windows to take at most.
         options: those of [`ProblemTask`] (`chat`, `max_new_tokens`) or [`TextTask`] (`window`).
@@ -314,16 +303,6 @@ def load_task(
     return ProblemTask(Path(name).name, problems[:num_items], tokenizer, shots, **options)
 
 
-def _run_measures(records: list[dict]) -> dict[str, float | None]:
-    stats = _stats(records)
-    names = ("aal", "acceptance_rate", "num_rolled_back", "draft_density", "effective_density")
-    measures = {name: getattr(stats, name) if stats.num_cycles or name == "draft_density" else None for name in names}
-    measures["nodes_per_cycle"] = stats.num_nodes_verified / stats.num_cycles if stats.num_cycles else None
-    num_tokens = sum(record["num_tokens"] for record in records)
-    seconds = sum(record["seconds"] for record in records)
-    return {**measures, "ms_per_token": 1000 * seconds / num_tokens if num_tokens else None}
-
-
 def _stats(records: list[dict]) -> GenerationStats:
     stats = GenerationStats(kernel_size=0)  # the measures do not depend on it
     for record in records:
@@ -332,5 +311,6 @@ def _stats(records: list[dict]) -> GenerationStats:
     return stats
 
 
-def _digest(values: Any) -> str:
+def digest(values: Any) -> str:
+    """Returns a name for plain values, which others do not share."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -92,13 +92,8 @@ def candidate_grid(
 ) -> list[list[SiriusConfig]]:
     """Returns the candidates of [`tune`] by method, density and threshold, each by kernel size.
 
-    Making them needs no model, so that a wrong value is refused before one is loaded.
-
-    Args:
-        config, methods, densities, kernel_sizes, agreement, thresholds: as for [`tune`].
-
-    Raises:
-        `ValueError` for a value that is not allowed.
+    The arguments are as for [`tune`]. Making the candidates needs no model, so that a wrong value is refused, by a
+    `ValueError`, before one is loaded.
     """
     config = config or _DEFAULTS
     for name in _NOT_PREDICTED:
@@ -110,14 +105,14 @@ def candidate_grid(
         raise ValueError(
             f"agreement must be in (0, 1), a share of the tokens, got {agreement}; without one all have to agree"
         )
-    if thresholds is not None and agreement is None:
+    if thresholds is None:
+        thresholds = () if agreement is None else THRESHOLDS
+    elif agreement is None:
         raise ValueError(
             "thresholds below 1.0 are candidates where not all tokens have to agree: pass an agreement, such as 0.98, "
             "or leave thresholds out"
         )
-    if agreement is not None and thresholds is None:
-        thresholds = THRESHOLDS
-    settings = itertools.product(methods, densities, sorted({1.0, *(thresholds or ())}))
+    settings = itertools.product(methods, densities, sorted({1.0, *thresholds}))
     grid = [
         [config.with_method(method, density=d, threshold=threshold, kernel_size=n) for n in sorted(set(kernel_sizes))]
         for method, d, threshold in dict.fromkeys(settings)
@@ -137,38 +132,39 @@ def _name(method: str, density: float, threshold: float) -> str:
 
 def _costs(dense_runs: list[TimedRun], runs: dict[Setting, list[TimedRun]], sized_runs: list[TimedRun]) -> Costs:
     dense_step = statistics.median(itertools.chain(*(run.verifications for run in dense_runs)))
-    parts: dict[str, dict[Any, list[float]]] = {name: defaultdict(list) for name in ("verify", "draft", "select")}
-    for run in [*itertools.chain(*runs.values()), *sized_runs]:
+    verifications, draft_steps, selections = (defaultdict(list) for _ in range(3))
+    for run in itertools.chain(*runs.values(), sized_runs):
         for cycle, seconds in zip(run.cycles, run.verifications, strict=True):
-            parts["verify"][len(cycle.drafted_ids) + 1].append(seconds)
+            verifications[len(cycle.drafted_ids) + 1].append(seconds)
     for (method, density, _), of_setting in runs.items():
         for run in of_setting:
-            parts["draft"][method, density] += run.draft_steps
-            parts["select"][method, density].append(run.selection)
-    medians = {
+            draft_steps[method, density] += run.draft_steps
+            selections[method, density].append(run.selection)
+
+    def medians(times: dict[Any, list[float]]) -> dict[Any, float]:
         # Without a time, no output was long enough for a draft, and the prediction counts none.
-        name: {key: statistics.median(values or [dense_step]) for key, values in sorted(part.items())}
-        for name, part in parts.items()
-    }
-    return Costs(dense_step, medians["verify"], medians["draft"], medians["select"])
+        return {key: statistics.median(values or [dense_step]) for key, values in sorted(times.items())}
+
+    return Costs(dense_step, medians(verifications), medians(draft_steps), medians(selections))
 
 
 def _predict(
     config: SiriusConfig, costs: Costs, dense_runs: list[TimedRun], runs: list[TimedRun], max_new_tokens: int
 ) -> Candidate:
     """Predicts the time of a setting from runs with another kernel size."""
-    ratios: dict[str, list[float]] = {"decode": [], "whole": []}
+    decode, whole = [], []
     num_decoded = num_cycles = 0
     for dense, run in zip(dense_runs, runs, strict=True):
         num_steps, verifications = expected_events(match_rates(run.cycles), config.kernel_size, max_new_tokens - 1)
         seconds = costs.decode_seconds(config, num_steps, verifications)
-        ratios["decode"].append(seconds / run.num_decoded / costs.dense_step)
+        decode.append(seconds / run.num_decoded / costs.dense_step)
         dense_seconds = dense.to_first_token + dense.num_decoded * costs.dense_step
         per_token = (run.to_first_token + seconds) / (run.num_decoded + 1)
-        ratios["whole"].append(per_token / (dense_seconds / (dense.num_decoded + 1)))
+        whole.append(per_token / (dense_seconds / (dense.num_decoded + 1)))
         num_decoded += run.num_decoded
         num_cycles += sum(verifications.values())
-    return Candidate(config, num_decoded / num_cycles, *map(statistics.median, ratios.values()))
+    advance_length = num_decoded / num_cycles
+    return Candidate(config, advance_length, statistics.median(decode), statistics.median(whole), _agreement(runs))
 
 
 def tune(
@@ -233,8 +229,7 @@ def tune(
             if agreement is not None and agreed < agreement:
                 left_out[_name(*key)] = f"only {agreed:.3f} of the tokens agree"
                 continue
-            predicted = [_predict(c, costs, dense_runs, runs[key], max_new_tokens) for c in configs]
-            candidates += [dataclasses.replace(candidate, agreement=agreed) for candidate in predicted]
+            candidates += [_predict(config, costs, dense_runs, runs[key], max_new_tokens) for config in configs]
         candidates.sort(key=lambda candidate: candidate.predicted_decode)
         measured: list[Candidate] = []
         while candidates and len(measured) < num_measured:

@@ -103,7 +103,6 @@ def test_bench_decode_writes_its_figures(tmp_path, capsys):
     figures = json.loads(file.read_text())
     assert "1 of 1 answers identical" in capsys.readouterr().out
     assert figures["config"]["draft_dtype"] == "bfloat16" and figures["machine"]["torch"] == torch.__version__
-    assert figures["selection"]["prefill"] > 0
     for name in ("dense", "sirius"):
         run = figures[name]
         assert run["num_tokens"] == 20
