@@ -104,12 +104,15 @@ def structure_of(model: nn.Module) -> tuple:
 
     Weights by themselves do not count: they are shared, and casts look for themselves.
     """
-    marks: list[Any] = [(p.dtype, p.device) for p in model.parameters()]
+    marks: list[Any] = []
     for module in model.modules():
         marks += id(module), stock_class(module)
         for name, value in list(module.__dict__.items()):
-            is_filled = isinstance(value, dict) and name not in ("_parameters", "_buffers")
-            marks.append(tuple(map(id, value.values())) if is_filled else id(value))
+            marks.append(id(value))
+            if name == "_parameters":
+                marks += [(p.dtype, p.device) for p in value.values() if p is not None]
+            elif isinstance(value, dict) and name != "_buffers":
+                marks += map(id, value.values())
     return tuple(marks)
 
 

@@ -12,7 +12,7 @@ from ..decode.stats import GenerationStats
 from ..settings.config import SiriusConfig
 from .evaluation import Mode
 from .tasks import ProblemTask
-from .tracing import FATES, TracedToken, tokens_of_call
+from .tracing import FATES, TokenTracer, TracedToken
 
 
 STYLES = {"kept": "green", "own": "bold blue", "rolled_back": "red strike", "branch": "dim italic magenta"}
@@ -52,7 +52,7 @@ def show_one_answer(console: Console, task: ProblemTask, model: PreTrainedModel)
 
 def _show_tokens(console: Console, title: str, tokenizer: PreTrainedTokenizerBase, stats: GenerationStats) -> None:
     has_marks = console.color_system is None or console.no_color
-    tokens = list(tokens_of_call(stats, tokenizer))
+    tokens = list(TokenTracer(tokenizer).tokens(stats))
     console.print(Text.assemble(("\n" + title, "bold")), color_tokens(tokens, has_marks))
     shown = [fate for fate in STYLES if any(token.fate == fate for token in tokens)]
     console.print(Text("\n(").append_text(Text(", ").join(_marked(FATES[f], f, has_marks) for f in shown)).append(")"))
@@ -63,7 +63,6 @@ def color_tokens(tokens: Iterable[TracedToken], has_marks: bool) -> Text:
     """Returns tokens in the colours of what became of them.
 
     Args:
-        tokens: of [`tokens_of_call`].
         has_marks: whether signs tell it as well, for where there are no colours.
     """
     text = Text()

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import datetime
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -101,9 +102,11 @@ def run_task(
     missing = [i for i in range(len(task)) if any((mode.key, i) not in records.done for mode in modes)]
     mine = missing[state.process_index :: state.num_processes]
     todo = [(idx, mode) for idx in mine for mode in modes if (mode.key, idx) not in records.done]
-    num_runs, is_silent = len(mine) * len(modes), not (show_progress and state.is_main_process)
-    bar = {"total": num_runs, "initial": num_runs - len(todo), "disable": is_silent, "unit": "item", "desc": task.name}
-    with contextlib.ExitStack() as cleanup, tqdm(**bar) as progress:
+    total, is_shown = len(mine) * len(modes), show_progress and state.is_main_process
+    with (
+        contextlib.ExitStack() as cleanup,
+        tqdm(desc=task.name, unit="item", total=total, initial=total - len(todo), disable=not is_shown) as progress,
+    ):
         twins: dict[str, SparseTwin | None] = {}
         for idx, mode in todo:
             if mode.key not in twins:
@@ -137,7 +140,6 @@ class _Records:
             raise ValueError(f"the directory of a run cannot be {str(directory)!r}, which is a file: name another one")
         directory.mkdir(parents=True, exist_ok=True)
         run_file = directory / "run.json"
-        text = json.dumps(description, indent=2)
         if run_file.exists() and json.loads(run_file.read_text(encoding="utf-8")) != description:
             raise ValueError(
                 f"{str(directory)!r} holds another run (see its run.json): name another directory, or remove this one"
@@ -149,7 +151,7 @@ class _Records:
             )
         state.wait_for_everyone()
         if state.is_main_process and not run_file.exists():
-            _write(run_file, text)
+            _write(run_file, json.dumps(description, indent=2) + "\n")
         files = sorted(directory.glob("records-*.jsonl"))
         records = itertools.chain.from_iterable(_read_records(file, state) for file in files)
         self.done = {(record["way"], record["item"]): record for record in records}
@@ -179,21 +181,19 @@ def _read_records(file: Path, state: PartialState) -> Iterator[dict]:
 def _write(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     part = file.with_name(file.name + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8", newline="")
     part.replace(file)
 
 
 def _write_results(directory: Path, results: dict[str, Any]) -> None:
-    _write(directory / "results.json", json.dumps(results, indent=2))
+    _write(directory / "results.json", json.dumps(results, indent=2) + "\n")
     settings = [field.name for field in dataclasses.fields(SiriusConfig) if field.name != "calibration"]
     names = [name for name in results["rows"][-1] if name not in ("config", "calibration", "way")]
-    part = directory / "results.csv.part"
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["way", *settings, *names], extrasaction="ignore")
-        writer.writeheader()
-        for row in results["rows"]:
-            writer.writerow({**(row["config"] or {}), **row})
-    part.replace(directory / "results.csv")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["way", *settings, *names], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({**(row["config"] or {}), **row} for row in results["rows"])
+    _write(directory / "results.csv", table.getvalue())
 
 
 def process_state() -> PartialState:

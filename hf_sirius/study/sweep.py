@@ -71,28 +71,32 @@ def plot_sweep(results: dict[str, Any], path: str | os.PathLike) -> None:
     check_plots()
     from matplotlib.figure import Figure  # not pyplot, which wants a display
 
-    rows = results["rows"]
+    rows = [{**row, **(row["config"] or {})} for row in results["rows"]]
     dense = next(row for row in rows if row["config"] is None)
-    alone = {(row["config"]["method"], row["config"]["density"]): row for row in rows if row["alone"]}
+    alone = {(row["method"], row["density"]): row for row in rows if row["alone"]}
     corrected = [row for row in rows if row["config"] is not None and not row["alone"]]
-    varied = [name for name in ("kernel_size", "tree_width") if len({row["config"][name] for row in corrected}) > 1]
+    varied = [name for name in ("kernel_size", "tree_width") if len({row[name] for row in corrected}) > 1]
     series: dict[str, list[dict]] = {}  # the points of one differ in the threshold only
-    for row in corrected:
-        series.setdefault(_name(row["config"], varied), []).append(row)
+    for row in sorted(corrected, key=lambda row: row["threshold"]):
+        series.setdefault(_name(row, varied), []).append(row)
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     (by_threshold, aal), (by_density, by_aal) = figure.subplots(2, 2)
+    panels = (
+        (by_threshold, "threshold", "accuracy", "Accuracy that sparsity loses and Sirius wins back"),
+        (aal, "threshold", "aal", "Average advance length"),
+        (by_density, "effective_density", "accuracy", "Accuracy for parameters read per token"),
+        (by_aal, "aal", "accuracy", "Accuracy for advance"),
+    )
+    names = {"aal": "AAL (tokens per cycle)", "effective_density": "effective density (★ dense, × sparse alone)"}
     colors = {pair: f"C{i}" for i, pair in enumerate(alone)}
     markers = itertools.cycle("osD^vPX*")
     for label, points in series.items():
-        pair = points[0]["config"]["method"], points[0]["config"]["density"]
-        style = {"color": colors[pair], "marker": next(markers), "markersize": 5, "label": label}
-        points = sorted(points, key=lambda row: row["config"]["threshold"])
-        thresholds = [row["config"]["threshold"] for row in points]
-        _line(by_threshold, thresholds, points, "accuracy", style)
-        _line(aal, thresholds, points, "aal", style)
-        _line(by_density, [row["effective_density"] for row in points], points, "accuracy", style)
-        _line(by_aal, [row["aal"] for row in points], points, "accuracy", style)
+        color = colors[points[0]["method"], points[0]["density"]]
+        style = {"color": color, "marker": next(markers), "markersize": 5, "label": label}
+        for axes, x, y, _ in panels:
+            known = [row for row in points if None not in (row[x], row[y])]
+            axes.plot([row[x] for row in known], [row[y] for row in known], **style)
     for pair, row in alone.items():
         label = f"{pair[0]} {pair[1]}, alone"
         by_threshold.axhline(row["accuracy"], color=colors[pair], linestyle=":", linewidth=1, label=label)
@@ -102,27 +106,12 @@ def plot_sweep(results: dict[str, Any], path: str | os.PathLike) -> None:
     by_aal.axhline(dense["accuracy"], color="black", linestyle="--", linewidth=1)
     by_density.plot(1.0, dense["accuracy"], "*", color="black", markersize=11)
     by_density.axvline(1.0, color="black", linewidth=0.5)
-    for axes, x_label, y_label, title in (
-        (by_threshold, "threshold", "accuracy", "Accuracy that sparsity loses and Sirius wins back"),
-        (aal, "threshold", "AAL (tokens per cycle)", "Average advance length"),
-        (
-            by_density,
-            "effective density (★ dense, × sparse alone)",
-            "accuracy",
-            "Accuracy for parameters read per token",
-        ),
-        (by_aal, "AAL (tokens per cycle)", "accuracy", "Accuracy for advance"),
-    ):
-        axes.set(xlabel=x_label, ylabel=y_label)
+    for axes, x, y, title in panels:
+        axes.set(xlabel=names.get(x, x), ylabel=names.get(y, y))
         axes.set_title(title, fontsize=11)
         axes.grid(alpha=0.25)
-    for axes in (by_threshold, by_density, by_aal):
-        axes.set_ylim(-0.03, 1.03)
+        if y == "accuracy":
+            axes.set_ylim(-0.03, 1.03)
     by_threshold.legend(fontsize=8, loc="lower right")
     figure.suptitle(f"{results['model']}, {results['num_items']} items of {results['task']}", fontsize=12)
     figure.savefig(Path(path), dpi=110)
-
-
-def _line(axes, xs: list, points: list[dict], measure: str, style: dict) -> None:
-    pairs = [(x, row[measure]) for x, row in zip(xs, points, strict=True) if None not in (x, row[measure])]
-    axes.plot(*zip(*pairs, strict=True) if pairs else ([], []), **style)

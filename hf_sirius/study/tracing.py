@@ -65,7 +65,7 @@ class Trace:
     Attributes:
         model_name: of the full model, as it was loaded.
         prompt: the text of the prompt.
-        tokens: all tokens that were written, cycle by cycle; see [`tokens_of_call`] for their order.
+        tokens: all tokens that were written, cycle by cycle; see [`TokenTracer`] for their order.
         measures: of the call, `GenerationStats.as_dict()`.
         config: the settings, `SiriusConfig.to_dict()`.
     """
@@ -124,7 +124,7 @@ def trace(
     return Trace(
         model_name=_name(model),
         prompt=text,
-        tokens=tuple(tokens_of_call(sparse.stats, tokenizer)),
+        tokens=tuple(TokenTracer(tokenizer).tokens(sparse.stats)),
         measures=sparse.stats.as_dict(),
         config=sparse.sirius_config.to_dict(),
     )
@@ -148,22 +148,16 @@ def _name(model) -> str:
     return name or type(model).__name__
 
 
-def tokens_of_call(stats: GenerationStats, tokenizer: PreTrainedTokenizerBase) -> Iterator[TracedToken]:
-    """Yields the tokens of a finished call in the order in which to show them.
+class TokenTracer:
+    """Yields the tokens of one call in the order in which to show them, when it has ended or while it runs.
+
+        tracer = TokenTracer(tokenizer)
+        list(tracer.tokens(sparse.stats, is_running=True))  # now and then: what is new
 
     In each cycle come those of its draft that were kept, those that were rolled back, the losing continuations of a
     tree (only where they part from what was shown), and the full model's own. The texts of `"kept"` and `"own"` tokens
     put together are the text of the output, without special tokens. Where sentencepiece's bytes make no character,
     those around them that do have their text nevertheless.
-    """
-    return TokenTracer(tokenizer).tokens(stats)
-
-
-class TokenTracer:
-    """Yields the tokens of one call while it runs, as [`tokens_of_call`] does when it has ended.
-
-    tracer = TokenTracer(tokenizer)
-    list(tracer.tokens(sparse.stats, is_running=True))  # now and then: what is new
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

@@ -257,6 +257,32 @@ def test_a_draft_cast_as_a_whole(kind):
     assert torch.equal(output, model.generate(prompt, max_new_tokens=20))
 
 
+@pytest.mark.parametrize("draft_dtype", ["bfloat16", "float16", "int8", "nf4"])
+@pytest.mark.parametrize("scope", ["mlp", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cats_draft_reads_cast_weights(kind, scope, draft_dtype):
+    model, prompt, tokens = build_kind(kind), make_prompt(), make_prompt(6, seed=1)
+    fields = {"method": "cats", "density": 0.5, "threshold": 1.0}
+    plain = draft_logits(make_sparse(model, **fields), prompt, tokens)
+    twin = make_sparse(model, **fields, draft_dtype=draft_dtype, draft_scope=scope)
+    parts = {part for site in twin._twin.sites for part in site.parts}
+    linear = {m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    with torch.no_grad(), prefilled(twin, prompt) as draft:
+        assert set(draft.held) == (parts if scope == "mlp" else linear)
+        with draft.drafting():
+            logits = twin(tokens).logits
+    assert 0 < (logits - plain).norm() / plain.norm() < (0.1 if draft_dtype.startswith(("b", "f")) else 0.6)
+    assert torch.equal(twin(tokens).logits, model(tokens).logits), "dense outside of a draft"
+    output = model.generate(prompt, assistant_model=twin, max_new_tokens=20)
+    assert twin.stats.num_drafted > 0 and 0 < twin.stats.draft_density < 1
+    assert torch.equal(output, model.generate(prompt, max_new_tokens=20))
+
+
+def test_a_budget_too_small_for_the_casts_of_cats_is_told():
+    with pytest.raises(ValueError, match=r"draft_memory='1KB' is too small .*need \d+ bytes"):
+        make_sparse(build_model(), draft_dtype="bfloat16", draft_memory="1KB")
+
+
 @pytest.mark.parametrize("every", [None, 1, 3])
 def test_griffin_chooses_anew_from_all_that_was_read(monkeypatch, every):
     model, prompt = build_model(), make_prompt()

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 import hf_sirius
 from hf_sirius import make_sparse, trace
 from hf_sirius.decode.stats import Branches, Cycle, GenerationStats
-from hf_sirius.study.tracing import FATES, TokenTracer, tokens_of_call
+from hf_sirius.study.tracing import FATES, TokenTracer
 
 
 EOS = 0
@@ -114,7 +114,7 @@ def test_texts_are_those_of_the_whole(name, first_id, of_call):
         else:
             assert text == expected
 
-    tokens = list(tokens_of_call(make_stats(first_id, of_call), tokenizer))
+    tokens = list(TokenTracer(tokenizer).tokens(make_stats(first_id, of_call)))
     check(texts(token for token in tokens if token.is_output), output_of(tokens))
     for number, cycle in enumerate(of_call, 1):
         before = [token for token in tokens if token.is_output and token.cycle < number]
@@ -144,14 +144,14 @@ def test_a_running_call_is_told_as_a_finished_one(first_id, of_call):
         assert list(tracer.tokens(stats, is_running=True)) == []
         stats.record_cycle(cycle)
     told += tracer.tokens(stats)
-    assert told == list(tokens_of_call(make_stats(first_id, of_call), tokenizer))
+    assert told == list(TokenTracer(tokenizer).tokens(make_stats(first_id, of_call)))
 
 
 @given(first_id=token_ids, of_call=st.lists(cycles(), max_size=4))
 @settings(deadline=None)
 def test_a_tree_is_shown_once(first_id, of_call):
     """Each node of it is, whether shared by continuations or not."""
-    tokens = list(tokens_of_call(make_stats(first_id, of_call), build_tokenizer()))
+    tokens = list(TokenTracer(build_tokenizer()).tokens(make_stats(first_id, of_call)))
     for number, cycle in enumerate(of_call, 1):
         leaves = cycle.branches.leaf_ids if cycle.branches else (cycle.drafted_ids,)
         nodes = {ids[: i + 1] for ids in leaves for i in range(len(ids))}
@@ -171,7 +171,7 @@ def test_a_character_goes_to_its_last_token():
     tokenizer = byte_level_tokenizer()
     ids = tokenizer.convert_tokens_to_ids([*"âĤ¬", "Ġa", "</s>"])
     cycle = Cycle(tuple(ids[1:4]), 2, ids[3], True, (0.5,) * 3, 0.75, 2)
-    *shown, end = tokens_of_call(make_stats(ids[0], [cycle, Cycle((), 0, ids[4], False, (), 1.0, 0)]), tokenizer)
+    *shown, end = TokenTracer(tokenizer).tokens(make_stats(ids[0], [cycle, Cycle((), 0, ids[4], False, (), 1.0, 0)]))
     assert [(token.text, token.fate) for token in shown] == [
         ("", "own"), ("", "kept"), ("€", "kept"), (" a", "kept")
     ]  # fmt: skip
@@ -184,15 +184,15 @@ def test_a_wrong_byte_leaves_sentencepieces_characters_alone():
     cycle = Cycle((), 0, 2, True, (), 0.75, 0)
     wrong = tokenizer.convert_tokens_to_ids(["<0x82>", "▁a"])
     stats = make_stats(1, [cycle, *(Cycle((), 0, token_id, True, (), 0.5, 0) for token_id in wrong)])
-    assert [token.text for token in tokens_of_call(stats, tokenizer)] == ["", "é", "", "\ufffd a"]
+    assert [token.text for token in TokenTracer(tokenizer).tokens(stats)] == ["", "é", "", "\ufffd a"]
 
 
 def test_an_unfinished_character_is_told_at_the_end():
     tokenizer = byte_level_tokenizer()
     first, second = tokenizer.convert_tokens_to_ids(["â", "Ĥ"])
     stats = make_stats(first, [Cycle((), 0, second, True, (), 1.0, 0)])
-    assert [token.text for token in tokens_of_call(stats, tokenizer)] == ["", tokenizer.decode([first, second])]
-    assert [token.text for token in tokens_of_call(make_stats(first, []), tokenizer)] == ["\ufffd"]
+    assert [token.text for token in TokenTracer(tokenizer).tokens(stats)] == ["", tokenizer.decode([first, second])]
+    assert [token.text for token in TokenTracer(tokenizer).tokens(make_stats(first, []))] == ["\ufffd"]
 
 
 # Of real calls
