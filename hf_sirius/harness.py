@@ -125,8 +125,7 @@ def _parse(name: str, value: Any) -> Any:
     try:
         return kind(value)
     except ValueError as error:
-        what = "an integer" if kind is int else "a number"
-        raise ValueError(f"{name} must be {what}, got {value!r}") from error
+        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}") from error
 
 
 if __name__ == "__main__":

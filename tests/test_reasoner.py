@@ -85,7 +85,7 @@ def test_sparsity_loses_reasoning_and_sirius_restores_it(model, tokenizer):
     dense = measure()["accuracy"]
     assert dense >= 0.9
     with make_sparse(model, method="griffin", density=0.5) as sparse:
-        assert measure(sparse, True)["accuracy"] <= dense - 0.1
+        assert measure(sparse, False)["accuracy"] <= dense - 0.1
         corrected = measure(sparse)
         assert corrected["accuracy"] >= dense - 0.04  # two of 60 problems; the README's table is over 300
         assert corrected["aal"] >= 14

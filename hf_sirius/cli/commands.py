@@ -1,4 +1,4 @@
-"""Runs the commands of the command line. Each imports what it needs when it runs."""
+"""Runs the commands of the command line. Imported when the first one runs, as it takes a while."""
 
 import inspect
 import json
@@ -6,6 +6,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers.utils import logging as transformers_logging
+
+from ..decode.attach import make_sparse
+from ..reasoner import reasoner_path, reasoner_problems
+from ..study import benchmark, tuning
+from ..study.demo import demo_modes, show_one_answer
+from ..study.evaluation import default_directory, describe_run, process_state, run_task, standard_modes
+from ..study.problems import long_prompts, read_prompts
+from ..study.report import write_report
+from ..study.sweep import check_plots, plot_sweep, sweep_modes
+from ..study.tasks import ProblemTask, TextTask, load_task
+from ..study.timing import describe_machine
+from ..study.tracing import trace
+from ..study.widening import widen
 from .options import (
     check_device,
     check_directory,
@@ -17,18 +34,10 @@ from .options import (
     sirius_config,
     tokenize,
 )
+from .tables import bench_lines, show_results, show_tuning
 
 
 def demo(args) -> None:
-    from rich.console import Console
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ..reasoner import reasoner_path, reasoner_problems
-    from ..study.demo import demo_modes, show_one_answer
-    from ..study.evaluation import run_task
-    from ..study.tasks import ProblemTask
-    from .tables import show_results
-
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     model = AutoModelForCausalLM.from_pretrained(reasoner_path())
     problems = reasoner_problems()[: args.num_problems]
@@ -43,11 +52,6 @@ def demo(args) -> None:
 
 def generate(args) -> None:
     config = sirius_config(args)  # a wrong value is told before anything is loaded
-
-    from transformers import TextStreamer, set_seed
-
-    from ..decode.attach import make_sparse
-
     model, tokenizer = load_model(args), load_tokenizer(args)
     inputs = read_prompt(args, tokenizer).to(model.device)
     set_seed(args.seed)
@@ -69,13 +73,6 @@ def report(args) -> None:
     config = sirius_config(args)
     for name in ("output", "json"):
         check_file(f"--{name}", getattr(args, name))
-
-    from transformers import set_seed
-
-    from ..decode.attach import make_sparse
-    from ..study.report import write_report
-    from ..study.tracing import trace
-
     model, tokenizer = load_model(args), load_tokenizer(args)
     inputs = read_prompt(args, tokenizer)
     set_seed(args.seed)
@@ -88,18 +85,12 @@ def report(args) -> None:
 
 
 def evaluate(args) -> None:
-    from ..study.evaluation import standard_modes
-    from ..study.tasks import TextTask
-
     modes = standard_modes(sirius_config(args))  # a wrong value is told before anything is loaded
     # Plain text is not corrected: its measures say what the full model would accept.
     _run_task(args, lambda task: modes[: 2 if isinstance(task, TextTask) else 3])
 
 
 def sweep(args) -> None:
-    from ..study.sweep import check_plots, plot_sweep, sweep_modes
-    from ..study.tasks import TextTask
-
     choose_method(args)
     if args.no_plots and args.plot:
         raise ValueError("--plot names a file to draw to, but --no_plots was given too: leave one out")
@@ -107,9 +98,8 @@ def sweep(args) -> None:
         check_plots(args.plot)
     check_file("--plot", args.plot)
 
-    names = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size"}
-    names |= {"thresholds": "threshold", "tree_widths": "tree_width"}
-    swept = sweep_modes(sirius_config(args), {field: getattr(args, name) for name, field in names.items()})
+    grid = {"method": args.methods, "density": args.densities, "kernel_size": args.kernel_sizes}
+    swept = sweep_modes(sirius_config(args), {**grid, "threshold": args.thresholds, "tree_width": args.tree_widths})
 
     def modes(task):
         if isinstance(task, TextTask):
@@ -124,18 +114,9 @@ def sweep(args) -> None:
 
 
 def _run_task(args, make_modes) -> tuple[dict, Path, bool]:
-    """Runs the task that the options name; returns its results, their directory, and whether this is the first process.
-
-    Args:
-        make_modes: takes the task, and returns the modes to run.
+    """Runs the task that the options name, in the modes that `make_modes` gives for it; returns its results, their
+    directory, and whether this is the first process.
     """
-    from transformers.utils import logging as transformers_logging
-
-    from ..decode.attach import make_sparse
-    from ..study.evaluation import default_directory, describe_run, process_state, run_task
-    from ..study.tasks import load_task
-    from .tables import show_results
-
     if args.output_dir and Path(args.output_dir).is_file():
         raise ValueError(f"--output_dir {args.output_dir} is a file: name a directory")
     state = process_state()
@@ -170,32 +151,25 @@ def tune(args) -> None:
         raise ValueError("--widen repeats weights that are not quantized: leave --quantization or --widen out")
     if args.model != "reasoner" and not args.prompts:
         raise ValueError(f"{args.model} needs --prompts, a file; only the reasoner comes with its own")
-
-    from ..study.problems import long_prompts, read_prompts
-    from ..study.timing import describe_machine
-    from ..study.tuning import candidate_grid, tune
-    from ..study.widening import widen
-    from .tables import show_tuning
-
     texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts(args.chat))[: args.num_prompts]
     names = ("methods", "densities", "kernel_sizes", "agreement", "thresholds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    candidate_grid(config, **given)  # a wrong value is told before anything is loaded
+    tuning.candidate_grid(config, **given)  # a wrong value is told before anything is loaded
     given |= {name: getattr(args, name) for name in ("max_new_tokens", "num_measured", "num_repeats")}
     model, tokenizer = load_model(args), load_tokenizer(args)
     if args.widen:
         model = widen(model, *args.widen)
     prompts = [tokenize(text, tokenizer, args.chat) for text in texts]
-    tuning = tune(model, prompts, config, **given, show_progress=True)
+    tuned = tuning.tune(model, prompts, config, **given, show_progress=True)
     num_parameters = sum(p.numel() for p in model.parameters())
     machine = describe_machine(str(model.device))
     dtype = str(model.dtype).removeprefix("torch.")
-    show_tuning(tuning, f"{args.model}, {num_parameters / 1e6:.0f} M parameters in {dtype}, on {machine['device']}")
+    show_tuning(tuned, f"{args.model}, {num_parameters / 1e6:.0f} M parameters in {dtype}, on {machine['device']}")
     if args.output:
-        tuning.config.save_pretrained(args.output)
+        tuned.config.save_pretrained(args.output)
         print(f"Written: {Path(args.output) / 'sirius_config.json'}")
     if args.json:
-        figures = {"machine": machine, "num_parameters": num_parameters, "dtype": dtype, **tuning.as_dict()}
+        figures = {"machine": machine, "num_parameters": num_parameters, "dtype": dtype, **tuned.as_dict()}
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
@@ -204,12 +178,6 @@ def bench(args) -> None:
     config = sirius_config(args)
     check_file("--json", args.json)
     check_device(args.device)
-
-    import torch
-
-    from ..study import benchmark
-    from .tables import bench_lines
-
     function = {"decode": benchmark.bench_decode, "offload": benchmark.bench_offload}[args.benchmark]
     options = {name: getattr(args, name) for name in inspect.signature(function).parameters if name != "config"}
     figures = function(config, **{**options, "dtype": getattr(torch, args.dtype)})

@@ -2,18 +2,19 @@
 
 import argparse
 import functools
+import importlib
 import sys
 
 from .. import __version__
-from . import commands
+from ..settings.config import SiriusConfig, rules
+from ..settings.methods import owner_of
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status. An error of the user's is printed in one line."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        getattr(importlib.import_module("hf_sirius.cli.commands"), args.run)(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.traceback:
             raise
@@ -33,34 +34,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     subparsers = parser.add_subparsers(title="commands", required=True)
 
-    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: str, help: str) -> argparse.ArgumentParser:
         added = subparsers.add_parser(name, help=help)
         added.set_defaults(run=run)
         return added
 
-    demo = command(
-        "demo", commands.demo, "the embedded reasoner: dense, sparse alone and corrected, with no hub access"
-    )
+    demo = command("demo", "demo", "the embedded reasoner: dense, sparse alone and corrected, with no hub access")
     problems_help = "unseen problems to solve in each mode (default: 40, at most 500)"
     _add(demo, "--num_problems", type=_positive, default=40, help=problems_help)
 
-    generate = command("generate", commands.generate, "generate with any causal language model and its sparse twin")
+    generate = command("generate", "generate", "generate with any causal language model and its sparse twin")
     _add_generation_options(generate)
     _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
     _add(generate, "--stream", action="store_true", help="print the text as it is verified")
     _add_config_options(generate)
 
-    report = command("report", commands.report, "generate, and show what became of each token: one page of HTML")
+    report = command("report", "report", "generate, and show what became of each token: one page of HTML")
     _add_generation_options(report)
     _add(report, "--output", default="report.html", help="file to write the page to (default: report.html)")
     _add(report, "--json", help="file to write its data to as well")
     _add_config_options(report)
 
-    eval_ = command("eval", commands.evaluate, "a task: dense, sparse alone and corrected, side by side")
+    eval_ = command("eval", "evaluate", "a task: dense, sparse alone and corrected, side by side")
     _add_task_options(eval_)
     _add_config_options(eval_)
 
-    sweep = command("sweep", commands.sweep, "a task with many settings: one table, and plots")
+    sweep = command("sweep", "sweep", "a task with many settings: one table, and plots")
     _add_task_options(sweep)
     grid = sweep.add_argument_group("what varies (every combination is run)")
     _add(grid, "--thresholds", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
@@ -72,10 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     _add(sweep, "--no_plots", action="store_true", help="draw nothing (needs no matplotlib)")
     _add_config_options(sweep, method="griffin", left_out=("threshold",))
 
-    tune = command("tune", commands.tune, "find the settings with the least time per token on this machine")
+    tune = command("tune", "tune", "find the settings with the least time per token on this machine")
     _add_tune_options(tune)
 
-    bench = command("bench", commands.bench, "time dense and corrected generation in alternation")
+    bench = command("bench", "bench", "time dense and corrected generation in alternation")
     benchmarks = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True)
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
     _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
@@ -102,8 +101,8 @@ def _add(parser, name: str, **kwargs) -> None:
 
 
 def _add_model_options(parser, required: bool = False) -> None:
-    model = {"required": True} if required else {"default": "reasoner"}
-    _add(parser, "--model", **model, help="id on the hub, or path ('reasoner' for the embedded one)")
+    model_help = "id on the hub, or path ('reasoner' for the embedded one)"
+    _add(parser, "--model", required=required, default="reasoner", help=model_help)
     _add(parser, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
     _add(parser, "--device", help="device of the model (default: cuda if there is one, else cpu)")
     _add(parser, "--quantization", choices=("8bit", "4bit"), help="of the weights, by bitsandbytes (default: none)")
@@ -165,9 +164,6 @@ def _add_tune_options(parser) -> None:
 
 def _add_config_options(parser, method: str | None = None, left_out: tuple[str, ...] = ()) -> None:
     # The defaults are the config's own, so an option that is not given stays None. The config validates the values.
-    from ..settings.config import SiriusConfig, rules
-    from ..settings.methods import owner_of
-
     title = "what does not vary" if left_out else "sparsity and correction"
     group = parser.add_argument_group(f"{title} (SiriusConfig)")
     parser.set_defaults(**dict.fromkeys(left_out))

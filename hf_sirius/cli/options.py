@@ -5,11 +5,16 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from ..reasoner import reasoner_path
+from ..settings.calibration import Calibration
+from ..settings.config import SiriusConfig
+from ..settings.methods import METHODS
+
 
 def sirius_config(args):
-    from ..settings.calibration import Calibration
-    from ..settings.config import SiriusConfig
-
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SiriusConfig)}
     fields = {name: value for name, value in fields.items() if value is not None}
     if "calibration" in fields:
@@ -20,8 +25,6 @@ def sirius_config(args):
 
 def choose_method(args) -> None:
     """Chooses the method where the options name none: the one whose own options are given, else one that saves time."""
-    from ..settings.methods import METHODS
-
     if args.method:
         return
     owners = [name for name, row in METHODS.items() if any(getattr(args, field) is not None for field in row.fields)]
@@ -35,16 +38,11 @@ def choose_method(args) -> None:
 
 def load_tokenizer(args):
     """Returns the tokenizer of the model that the options name."""
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(_model_path(args))
 
 
 def load_model(args):
     """Returns the model that the options name."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     path = _model_path(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -52,28 +50,21 @@ def load_model(args):
     if args.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype must be auto, float32, bfloat16, float16 or float64, got {args.dtype}")
     if args.quantization is None:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device).eval()
-    from transformers import BitsAndBytesConfig
+        return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device)
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each 8-bit product warns of a cast
     is_4bit = args.quantization == "4bit"
     settings = BitsAndBytesConfig(load_in_4bit=is_4bit, load_in_8bit=not is_4bit, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=args.dtype, quantization_config=settings, device_map={"": device}
-    )
-    return model.eval()
+    options = {"quantization_config": settings, "device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, **options)
 
 
 def _model_path(args) -> str:
-    from ..reasoner import reasoner_path
-
     return reasoner_path() if args.model == "reasoner" else args.model
 
 
 def check_device(device: str) -> None:
     """Raises `ValueError` if a device cannot be used."""
-    import torch
-
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -33,10 +33,10 @@ def _shown(name: str, value: float | None) -> str:
 
 
 def show_tuning(tuning, title: str) -> None:
-    def table(caption: str, *heads: str, left: int = 1) -> Table:
+    def table(caption: str, *heads: str) -> Table:
         made = Table(title=caption, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for i, head in enumerate(heads):
-            made.add_column(head, justify="left" if i < left else "right", no_wrap=True)
+            made.add_column(head, justify="right" if i else "left", no_wrap=True)
         return made
 
     console = Console(markup=False, emoji=False)  # names and reasons may hold brackets

@@ -82,7 +82,6 @@ class Assisted:
         if not _is_bound(assistant_model, self):
             return decode(stopping_criteria=stopping_criteria, assistant_model=assistant_model)
         try:
-            check_batch_size(inputs_tensor)
             check_batch_size(input_ids)
             with assistant_model.new_call(stopping_criteria) as call:
                 if IS_5_17:

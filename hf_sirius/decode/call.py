@@ -61,14 +61,14 @@ class Call(contextlib.AbstractContextManager):
             _current.reset(self._token)
         finally:
             self.undo.close()
-        if (draft_density := self.draft.density()) is not None:
+        if (draft_density := self.draft.method.draft_density(self.model)) is not None:
             self.stats.record_draft_density(draft_density)
 
 
-def check_batch_size(prompt: torch.Tensor | None) -> None:
-    """Raises `ValueError` for more than one sequence."""
-    if isinstance(prompt, torch.Tensor) and prompt.ndim > 1 and prompt.shape[0] > 1:
+def check_batch_size(input_ids: torch.LongTensor) -> None:
+    """Raises `ValueError` for more than one sequence, long [batch_size, length]."""
+    if input_ids.shape[0] > 1:
         raise ValueError(
-            f"hf_sirius generates one sequence at a time, got a batch of {prompt.shape[0]}: call generate for each "
+            f"hf_sirius generates one sequence at a time, got a batch of {input_ids.shape[0]}: call generate for each "
             "prompt (a pipeline does so with batch_size=1)"
         )

@@ -34,21 +34,14 @@ class SparseTwin(_Model):
         dense_model: the model that the twin drafts for.
     """
 
+    sirius_config: SiriusConfig
+    dense_model: PreTrainedModel
     _twin: Twin
-    _dense_model: PreTrainedModel
     _history: CallHistory
 
     @property
-    def sirius_config(self) -> SiriusConfig:
-        return self.__dict__["_twin"].config
-
-    @property
     def stats(self) -> GenerationStats:
-        return self.__dict__["_history"].latest
-
-    @property
-    def dense_model(self) -> PreTrainedModel:
-        return self.__dict__["_dense_model"]
+        return self._history.latest
 
     def detach(self) -> None:
         """Ends the bond with the dense model, which is left exactly as it was before `make_sparse`, and lets go of what
@@ -95,15 +88,12 @@ class SparseTwin(_Model):
                     f"{name} was given to a sparse twin's generate, which is the model without correction and takes "
                     "no assistant: call generate of its dense_model, or leave it out"
                 )
-        prompt = next(
-            (kwargs[name] for name in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(name) is not None), None
-        )
-        check_batch_size(args[0] if args else prompt)
         with self.new_call():
             return super().generate(*args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         # The dense model's prefill is the one place where neurons are observed, with and without correction.
+        check_batch_size(input_ids)
         call = Call.current()
         with call.draft.observing(mask_of_new_tokens(model_kwargs)):
             outputs = self.dense_model._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -118,7 +108,8 @@ def sparse_twin(twin: Twin, model: PreTrainedModel) -> "SparseTwin":
     held = user_class.__new__(user_class)
     held.__dict__.update(twin.module.__dict__)
     # Not submodules of the twin.
-    held.__dict__.update(_twin=twin, _dense_model=model, _history=CallHistory(twin.config.kernel_size))
+    history = CallHistory(twin.config.kernel_size)
+    held.__dict__.update(sirius_config=twin.config, dense_model=model, _twin=twin, _history=history)
     return held
 
 

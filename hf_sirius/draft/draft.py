@@ -137,7 +137,3 @@ class Draft:
     def next_kwargs(self, outputs: Any, model_kwargs: dict) -> dict:
         """Returns the `model_kwargs` of the step after the one that had these outputs."""
         return self.twin.module._update_model_kwargs_for_generation(outputs, model_kwargs)
-
-    def density(self) -> float | None:
-        """Returns the parameters that a draft step read / all parameters, or `None` before the first step."""
-        return self.method.draft_density(self.model)

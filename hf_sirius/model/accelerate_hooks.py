@@ -1,6 +1,6 @@
 """What accelerate has laid over a module whose weights it streams from CPU memory or disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -14,6 +14,13 @@ def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
         if isinstance(part, AlignDevicesHook) and part.offload:
             return part
     return None
+
+
+def streaming_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, AlignDevicesHook]]:
+    """Yields the modules of a model whose weights accelerate streams, each with its hook."""
+    for module in model.modules():
+        if (hook := streaming_hook(module)) is not None:
+            yield module, hook
 
 
 def own_forward(module: nn.Module) -> Callable | None:
@@ -39,15 +46,12 @@ def own_forward(module: nn.Module) -> Callable | None:
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate streams any weight of this model."""
-    return any(streaming_hook(module) is not None for module in model.modules())
+    return any(True for _ in streaming_hooks(model))
 
 
 def execution_device(model: nn.Module) -> torch.device:
     """Returns the device that the model's first forward runs on, which `model.device` hides where it is offloaded."""
-    for module in model.modules():
-        if (hook := streaming_hook(module)) is not None:
-            return torch.device(hook.execution_device)
-    return model.device
+    return next((torch.device(hook.execution_device) for _, hook in streaming_hooks(model)), model.device)
 
 
 def first_owner(model: nn.Module) -> nn.Module:

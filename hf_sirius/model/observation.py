@@ -1,6 +1,4 @@
-"""Watching the dense model's MLPs during a forward of this context, for the choice of neurons and for calibration; and
-having a model in evaluation meanwhile.
-"""
+"""Watching the dense model's MLPs during the forwards of one context, with the model in evaluation meanwhile."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,11 +16,6 @@ from .sites import MlpSite
 Observed = Literal["activation", "neurons"]
 
 _observer: ContextVar[object | None] = ContextVar("hf_sirius_observer", default=None)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 @contextlib.contextmanager
@@ -47,21 +40,20 @@ def observing(
         `ValueError` at the end of the block if it saw nothing of some MLP.
     """
     me = object()
-    num_seen, is_seen = [0] * len(sites), [False] * len(sites)
-    token = _observer.set(me)
+    num_seen = [0] * len(sites)  # rows of values
 
     def hand_over(site: MlpSite, values: torch.Tensor) -> None:
         # Another thread's forward passes the same hooks, but not in this context.
         if _observer.get() is not me:
             return
         values = values.detach().flatten(0, -2)
-        is_seen[site.idx] = True
+        start = num_seen[site.idx]
+        num_seen[site.idx] += len(values)
         if attention_mask is not None:
+            batch_size, num_new_tokens = attention_mask.shape
             # A prefill may come in chunks, and a looped model runs an MLP several times over the same tokens.
-            start = num_seen[site.idx] % attention_mask.shape[1]
-            num_tokens = values.shape[0] // attention_mask.shape[0]
-            num_seen[site.idx] += num_tokens
-            token_mask = attention_mask[:, start : start + num_tokens].flatten().bool()
+            start = start // batch_size % num_new_tokens
+            token_mask = attention_mask[:, start : start + len(values) // batch_size].flatten().bool()
             values = values[token_mask.to(values.device)]
         observe(site, values)
 
@@ -74,23 +66,22 @@ def observing(
             lambda _, args, output: hand_over(site, activation(output[..., : site.num_neurons]))
         )
 
-    handles = []
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(_observer.reset, _observer.set(me))
         for site in sites:
-            handles.append(watch(site))
-        is_compiled = any(_is_compiled(module) for module in model.modules())
+            undo.callback(watch(site).remove)
+        is_compiled = any(
+            module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+            for module in model.modules()
+        )
         with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
             yield
-        if not all(is_seen):
+        if not all(num_seen):
             raise ValueError(
-                f"nothing was seen of {sites[is_seen.index(False)].name} while {type(model).__name__} read the prompt: "
+                f"nothing was seen of {sites[num_seen.index(0)].name} while {type(model).__name__} read the prompt: "
                 "its forward does not call its projections, as with a fused kernel, so that no neurons can be chosen. "
                 "Load the model without it"
             )
-    finally:
-        for handle in handles:
-            handle.remove()
-        _observer.reset(token)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,4 @@
-"""Where the MLPs of a model are: the one place that knows how families name gate, up, down and the activation.
-
-A family's forward is never copied. The twin keeps it and replaces the projections or the activation that it calls, so
-all that is needed here is a table of attribute names.
-"""
+"""Where the MLPs of a model are: the one place that knows how families name gate, up, down and the activation."""
 
 import dataclasses
 
@@ -28,11 +24,13 @@ class MlpKind:
     up: str | None = None
     num_fused: int = 1
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.gate, self.up, self.down) if name)
+
 
 MLP_KINDS = (
-    MlpKind(
-        gate="gate_proj", up="up_proj", down="down_proj"
-    ),  # Llama, Mistral, Gemma, Qwen, OLMo, Cohere, Granite, ...
+    MlpKind(gate="gate_proj", up="up_proj", down="down_proj"),  # Llama, Mistral, Gemma, Qwen, OLMo, Cohere, ...
     MlpKind(gate="gate_up_proj", down="down_proj", num_fused=2),  # Phi-3, GLM
     MlpKind(gate="up_proj", down="down_proj"),  # Nemotron, Arcee, MPT
     MlpKind(gate="fc1", down="fc2"),  # OPT, Phi, XGLM, BioGPT, Persimmon
@@ -78,7 +76,7 @@ class MlpSite:
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.kind.gate, self.kind.up, self.kind.down) if name)
+        return self.kind.part_names
 
     @property
     def parts(self) -> tuple[nn.Module, ...]:
@@ -117,8 +115,8 @@ def neuron_weight(projection: nn.Module) -> torch.Tensor:
     return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
 
 
-def find_other_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
-    """Returns the linear layers of the decoder outside its MLPs, and the head: (owner, attribute name) of each."""
+def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
+    """Returns the head, and the decoder's modules other than its MLPs' projections: (owner, attribute name) of each."""
     in_mlps = {part for site in sites for part in site.parts}
     decoder = set(model.get_decoder().modules())
     head = model.get_output_embeddings()
@@ -126,19 +124,8 @@ def find_other_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple
         (owner, name)
         for owner in model.modules()
         for name, child in owner.named_children()
-        if isinstance(child, PROJECTIONS) and child not in in_mlps and (owner in decoder or child is head)
+        if child not in in_mlps and (child in decoder or child is head)
     ]
-
-
-def _match(owner: nn.Module) -> tuple[MlpKind, str] | None:
-    activation = next((name for name in ACTIVATIONS if callable(getattr(owner, name, None))), None)
-    if activation is None:
-        return None
-    for kind in MLP_KINDS:
-        parts = [getattr(owner, name, None) for name in (kind.gate, kind.up, kind.down) if name is not None]
-        if all(isinstance(part, nn.Module) for part in parts):
-            return kind, activation
-    return None
 
 
 def find_mlps(model: nn.Module) -> list[MlpSite]:
@@ -158,24 +145,25 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
                 f"{type(model).__name__} has mixture-of-experts blocks (the first is {name!r}), which hf_sirius "
                 "cannot make sparse: use a model with dense MLPs"
             )
-        if (matched := _match(module)) is None:
+        activation = next((name for name in ACTIVATIONS if callable(getattr(module, name, None))), None)
+        kinds = (k for k in MLP_KINDS if all(isinstance(getattr(module, n, None), nn.Module) for n in k.part_names))
+        kind = next(kinds, None)
+        if activation is None or kind is None:
             continue
-        kind, activation = matched
-        for part_name in (kind.gate, kind.up, kind.down):
-            part = getattr(module, part_name) if part_name else None
-            if part is not None and not isinstance(part, PROJECTIONS):
+        for part_name in kind.part_names:
+            part = getattr(module, part_name)
+            if not isinstance(part, PROJECTIONS):
                 raise ValueError(
                     f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs "
-                    "of "
-                    f"{', '.join(p.__name__ for p in PROJECTIONS)} sparse. Load the model without adapters (or merge "
-                    "them first), and without quantization or with bitsandbytes (BitsAndBytesConfig)."
+                    f"of {', '.join(p.__name__ for p in PROJECTIONS)} sparse. Load the model without adapters (or "
+                    "merge them first), and without quantization or with bitsandbytes (BitsAndBytesConfig)."
                 )
         num_neurons = projection_shape(getattr(module, kind.down))[1]
         if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:
             continue
         sites.append(MlpSite(len(sites), name, module, kind, activation, num_neurons))
     if not sites:
-        layouts = ", ".join("/".join(part for part in (k.gate, k.up, k.down) if part) for k in MLP_KINDS)
+        layouts = ", ".join("/".join(kind.part_names) for kind in MLP_KINDS)
         raise ValueError(
             f"{type(model).__name__} has no MLP of a known kind: a module with an activation "
             f"({', '.join(ACTIVATIONS)}) and the projections of one of {layouts}. Add a row to "

@@ -1,6 +1,4 @@
-"""Per-layer thresholds from a corpus: how large |act(gate_proj x)| must be for a share of the neurons to exceed it.
-`sparsity/calibrate.py` measures them.
-"""
+"""Per-layer thresholds of |act(gate_proj x)|, which `sparsity/calibrate.py` measures on a corpus, and their file."""
 
 import json
 import os
@@ -35,9 +33,7 @@ class Calibration:
                 f"a calibration has a table [num_mlps, {len(CALIBRATED_DENSITIES)}] and a probe [num_mlps, "
                 f"{_NUM_PROBES}], got {list(table.shape)} and {list(probe.shape)}"
             )
-        self.table = table
-        self.probe = probe
-        self.metadata = metadata
+        self.table, self.probe, self.metadata = table, probe, metadata
 
     def __eq__(self, other) -> bool:
         return (
@@ -67,8 +63,7 @@ class Calibration:
         if probe.shape != self.probe.shape:
             raise ValueError(
                 f"this calibration is of another model ({self.metadata}): it has thresholds for {self.probe.shape[0]} "
-                "MLPs and this "
-                f"model has {probe.shape[0]}. {remedy}"
+                f"MLPs and this model has {probe.shape[0]}. {remedy}"
             )
         # A cast model still has nearly the same weights; another one has a cosine near 0.
         similarity = nn.functional.cosine_similarity(probe.flatten(), self.probe.flatten(), dim=0).item()

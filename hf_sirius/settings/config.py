@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.utils import PushToHubMixin, cached_file
 from transformers.utils.hub import hf_api
 
 from .calibration import CALIBRATION_NAME, Calibration
-from .methods import METHODS, check_method_name, owner_of
+from .methods import check_method_name, owner_of
 
 
 CONFIG_NAME = "sirius_config.json"
@@ -31,19 +32,19 @@ class Rule:
 
     Attributes:
         kind: `float`, `int` or `str`, as which it is read from text.
-        help: what it means, in a line.
         allowed: the range of a number, in words.
         is_allowed: whether a number lies in it.
         choices: the strings that are allowed.
         is_optional: whether it may be `None`.
+        help: what it means, in a sentence.
     """
 
     kind: type
-    help: str
     allowed: str = ""
     is_allowed: Callable[[Any], bool] = lambda value: True
     choices: tuple[str, ...] = ()
     is_optional: bool = False
+    help: str = ""
 
     def check(self, name: str, value: Any) -> None:
         """Raises `TypeError` or `ValueError` unless the field may have this value."""
@@ -62,42 +63,42 @@ class Rule:
                 raise ValueError(f"{name} must be {self.allowed}, got {value!r}")
 
 
-def _field(default: Any, kind: type, help: str, *args: Any, **kwargs: Any) -> Any:
-    rule = Rule(kind, help, *args, is_optional=default is None, **kwargs)
+def _field(default: Any, kind: type, *args: Any, **kwargs: Any) -> Any:
+    rule = Rule(kind, *args, is_optional=default is None, **kwargs)
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
 @dataclasses.dataclass(frozen=True)
 class SiriusConfig(PushToHubMixin):
-    """The settings of a sparse twin and of its correction. Frozen: derive another one with
-    `config.replace(density=0.3)`.
+    """The settings of a sparse twin and of its correction. Frozen: `config.replace(density=0.3)` derives others.
 
     Args:
         method (`str`, defaults to `"cats"`):
-            How neurons are chosen. `"cats"`: per token, by |act(gate_proj x)| (fine-grained; FSparse in the paper).
-            `"griffin"`: once per prompt, from the prefill's activations (coarse-grained; CSparse in the paper).
+            How neurons are chosen: `"cats"` per token, by |act(gate_proj x)| (fine-grained; FSparse in the paper),
+            `"griffin"` once per prompt, from the prefill's activations (coarse-grained; CSparse in the paper).
         density (`float`, defaults to 0.5):
             Share of the neurons of each MLP that a draft step keeps, in (0, 1].
         kernel_size (`int`, *optional*):
-            Tokens per cycle: `kernel_size - 1` drafted ones and one of the full model. At least 2; by default 16, or 32
-            for a model that accelerate offloads, where a verification costs more. The twin's own config tells which.
+            Tokens per cycle, at least 2; by default 16, or 32 for a model that accelerate offloads, where a
+            verification costs more. All but one are drafted. The twin's own config tells which default it was.
         threshold (`float`, defaults to 0.1):
-            A drafted token is kept if it is the full model's argmax or its likelihood is at least this, in [0, 1].
-            1.0 gives the full model's output: token for token when greedy, the same distribution when sampling.
+            A drafted token is kept if it is the full model's argmax or its likelihood is at least this, in [0, 1]; 1
+            gives the full model's output, token for token when greedy, the same distribution when sampling.
         temperature (`float`, defaults to 0.6):
             Temperature of the softmax in which that likelihood is read. Greater than 0.
         selection (`str`, defaults to `"threshold"`):
-            For `"cats"`. `"threshold"`: a neuron is kept while it exceeds its layer's threshold (from `calibration`, or
-            else from the prompt), so that the share kept varies by token. `"topk"`: the largest share of each token.
+            `"threshold"` keeps a neuron while it exceeds its layer's threshold (from `calibration`, or else from the
+            prompt), so that the share kept varies by token; `"topk"` the largest share of each token. For `"cats"`.
         calibration ([`Calibration`], *optional*):
-            For `"cats"` with thresholds: what [`calibrate`] measured on a corpus. Saved and loaded with the config.
+            The thresholds that `calibrate` measured on a corpus; on the command line their directory. For `"cats"`.
+            Saved and loaded with the config.
         draft_dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the MLPs' weights that a draft reads (of `"griffin"` the gathered neurons), `"bfloat16"`,
             `"float16"`, `"int8"` or `"nf4"` (the last two by bitsandbytes, `pip install hf_sirius[bnb]`); by default
             the model's own format. Fewer bytes to read, at a less faithful draft; the verification is the model's own
             all the same.
         draft_scope (`str`, defaults to `"mlp"`):
-            What `draft_dtype` casts. `"mlp"`: the MLPs. `"all"`: the attention's projections and the head as well.
+            What `draft_dtype` casts: `"mlp"` the MLPs, `"all"` the attention's projections and the head as well.
             Of what is not gathered the twin keeps copies, which are made anew when the weights change.
         draft_memory (`int` or `str`, *optional*):
             The most bytes that a draft's own weights may take, such as `6 * 2**30` or `"6GiB"`. Of an
@@ -107,8 +108,8 @@ class SiriusConfig(PushToHubMixin):
             own processed logits), in [0, 1), so that a hopeless tail is not drafted. 0 drafts `kernel_size - 1` tokens
             always.
         reselect_every (`int`, *optional*):
-            For `"griffin"`: choose the neurons anew after every so many cycles, from the activations of the prompt and
-            of all verifications so far. By default the prompt alone decides.
+            Choose the neurons anew after every so many cycles, from the activations of the prompt and of all
+            verifications so far. For `"griffin"`; by default the prompt alone decides.
         tree_width (`int`, defaults to 1):
             Continuations that a draft carries on, 1 to 16; the full model reads them all in one forward and keeps the
             longest acceptable one. 1 drafts a single one.
@@ -116,53 +117,32 @@ class SiriusConfig(PushToHubMixin):
             Where the twin finds a token at least this likely, a tree does not branch, in [0, 1].
     """
 
-    method: str = _field("cats", str, f"one of {', '.join(METHODS)}")
-    density: float = _field(
-        0.5, float, "share of the neurons of each MLP to keep, in (0, 1]",
-        "in (0, 1], the share of neurons to keep", lambda value: 0 < value <= 1,
-    )  # fmt: skip
+    method: str = _field("cats", str)
+    density: float = _field(0.5, float, "in (0, 1], the share of neurons to keep", lambda value: 0 < value <= 1)
     kernel_size: int | None = _field(
-        None, int, "tokens per cycle, at least 2 (default: 16, or 32 for an offloaded model)",
-        "at least 2: one drafted token and one of the full model (without drafts call model.generate alone)",
+        None, int, "at least 2: one drafted token and one of the full model (without drafts call model.generate alone)",
         lambda value: value >= 2,
     )  # fmt: skip
-    threshold: float = _field(
-        0.1, float, "likelihood at which a drafted token is kept, in [0, 1]; 1 gives the dense output",
-        "in [0, 1], a likelihood", lambda value: 0 <= value <= 1,
-    )  # fmt: skip
-    temperature: float = _field(
-        0.6, float, "temperature of that likelihood", "greater than 0", lambda value: value > 0
-    )  # fmt: skip
-    selection: str = _field("threshold", str, "one of threshold, topk", choices=("threshold", "topk"))
-    calibration: Calibration | None = _field(None, str, "a directory with a saved calibration")
-    draft_dtype: str | torch.dtype | None = _field(
-        None, str, f"dtype of what the draft holds itself, one of {', '.join(DRAFT_DTYPES)}", choices=DRAFT_DTYPES
-    )
-    draft_scope: str = _field("mlp", str, "what draft_dtype casts, one of mlp, all", choices=("mlp", "all"))
-    draft_memory: int | str | None = _field(None, str, "the most bytes of a draft's own weights, such as 6GiB")
-    draft_confidence: float = _field(
-        0.0, float, "a draft ends after a token less likely than this to itself, in [0, 1)",
-        "in [0, 1), a likelihood", lambda value: 0 <= value < 1,
-    )  # fmt: skip
+    threshold: float = _field(0.1, float, "in [0, 1], a likelihood", lambda value: 0 <= value <= 1)
+    temperature: float = _field(0.6, float, "greater than 0", lambda value: value > 0)
+    selection: str = _field("threshold", str, choices=("threshold", "topk"))
+    calibration: Calibration | None = _field(None, str)
+    draft_dtype: str | torch.dtype | None = _field(None, str, choices=DRAFT_DTYPES)
+    draft_scope: str = _field("mlp", str, choices=("mlp", "all"))
+    draft_memory: int | str | None = _field(None, str)
+    draft_confidence: float = _field(0.0, float, "in [0, 1), a likelihood", lambda value: 0 <= value < 1)
     reselect_every: int | None = _field(
-        None, int, "choose the neurons anew after every so many cycles",
-        "at least 1 (cycles; None never chooses anew)", lambda value: value >= 1,
-    )  # fmt: skip
-    tree_width: int = _field(
-        1, int, "continuations that a draft carries on, 1 to 16",
-        "in 1 to 16 (1 drafts no tree)", lambda value: 1 <= value <= 16,
-    )  # fmt: skip
-    branch_cutoff: float = _field(
-        0.95, float, "likelihood to the twin from which on a tree does not branch, in [0, 1]",
-        "in [0, 1], a likelihood", lambda value: 0 <= value <= 1,
-    )  # fmt: skip
+        None, int, "at least 1 (cycles; None never chooses anew)", lambda value: value >= 1
+    )
+    tree_width: int = _field(1, int, "in 1 to 16 (1 drafts no tree)", lambda value: 1 <= value <= 16)
+    branch_cutoff: float = _field(0.95, float, "in [0, 1], a likelihood", lambda value: 0 <= value <= 1)
 
     def __post_init__(self):
         check_method_name(self.method)
         if isinstance(self.draft_dtype, torch.dtype):
             object.__setattr__(self, "draft_dtype", str(self.draft_dtype).removeprefix("torch."))
-        for name, rule in rules().items():
-            rule.check(name, getattr(self, name))
+        for field in dataclasses.fields(self):
+            field.metadata["rule"].check(field.name, getattr(self, field.name))
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise TypeError(
                 f"calibration must be a hf_sirius.Calibration, got {type(self.calibration).__name__}. "
@@ -181,7 +161,7 @@ class SiriusConfig(PushToHubMixin):
                 f"of {list(DRAFT_DTYPES)}, or leave draft_scope out"
             )
         if self.draft_memory is not None:
-            _check_memory(self.draft_memory)
+            memory_bytes(self.draft_memory)
         if self.selection == "topk" and self.calibration is not None:
             raise ValueError(
                 "selection='topk' needs no thresholds: leave calibration out, or use selection='threshold'"
@@ -230,15 +210,13 @@ class SiriusConfig(PushToHubMixin):
             repo_id = kwargs.pop("repo_id", directory.name)
             repo_id = hf_api().create_repo(repo_id, exist_ok=True, **kwargs).repo_id
             timestamps = self._get_files_timestamps(directory)
-        if self.calibration is not None:
-            self.calibration.save_pretrained(directory)
-        else:
-            (directory / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier save
         stored = {"hf_sirius_version": __version__, **self.to_dict()}
-        if self.calibration is not None:
+        if self.calibration is None:
+            (directory / CALIBRATION_NAME).unlink(missing_ok=True)  # of an earlier save
+        else:
+            self.calibration.save_pretrained(directory)
             stored["calibration"] = CALIBRATION_NAME
-        text = json.dumps(stored, indent=2)
-        (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        (directory / CONFIG_NAME).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
         if push_to_hub:
             self._upload_modified_files(
                 directory, repo_id, timestamps, commit_message=commit_message, token=kwargs.get("token")
@@ -277,12 +255,17 @@ class SiriusConfig(PushToHubMixin):
             config = cls.from_dict(values, calibration=calibration)
         except TypeError as error:
             raise ValueError(f"{file} is not a valid config: {error}") from error
-        return config.replace(**overrides) if overrides else config
+        return config.replace(**overrides)
 
 
 def rules() -> dict[str, Rule]:
-    """Returns the rule of each field."""
-    return {field.name: field.metadata["rule"] for field in dataclasses.fields(SiriusConfig)}
+    """Returns the rule of each field, whose help is the first sentence on it above."""
+    told = re.findall(r"^ +(\w+) \([^\n]*\):\n +(.*?)\.\s", SiriusConfig.__doc__ or "", re.DOTALL | re.MULTILINE)
+    helps = {name: " ".join(sentence.replace("`", "").split()) for name, sentence in told}
+    return {
+        field.name: dataclasses.replace(field.metadata["rule"], help=helps.get(field.name, ""))
+        for field in dataclasses.fields(SiriusConfig)
+    }
 
 
 def check_field_names(fields: dict[str, Any]) -> None:
@@ -294,17 +277,14 @@ def check_field_names(fields: dict[str, Any]) -> None:
 
 
 def memory_bytes(value: int | str) -> int:
-    """Returns a number of bytes, from an int or a string such as "6GiB"."""
-    return int(value) if isinstance(value, int) or value.isdigit() else convert_file_size_to_int(value)
-
-
-def _check_memory(value: Any) -> None:
+    """Returns the bytes of an int or a string such as "6GiB". Raises `TypeError` or `ValueError` for others."""
     allowed = "draft_memory must be a number of bytes greater than 0, as an int or in KB, MB, GB, KiB, MiB or GiB"
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"{allowed}, got {value!r}")
     try:
-        num_bytes = memory_bytes(value)
+        num_bytes = int(value) if isinstance(value, int) or value.isdigit() else convert_file_size_to_int(value)
     except ValueError as error:
         raise ValueError(f"{allowed}, got {value!r}") from error
     if num_bytes < 1:
         raise ValueError(f"{allowed}, got {value!r}")
+    return num_bytes

@@ -55,9 +55,7 @@ class SparsityMethod(ABC):
 
     @abstractmethod
     def observe(self, site: MlpSite, values: torch.Tensor) -> None:
-        """Takes in the prefill's values of one MLP, [num_tokens, num_neurons], without padding; maybe in several
-        parts.
-        """
+        """Takes in some of the prefill's values of one MLP, [num_tokens, num_neurons], without padding."""
 
     @abstractmethod
     def choose(self, site: MlpSite) -> None:

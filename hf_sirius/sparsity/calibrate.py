@@ -32,10 +32,8 @@ class MagnitudeHistogram:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def quantiles(self, shares: list[float]) -> torch.Tensor:
-        """Returns, for each share, a magnitude that about this share of the values does not exceed: float32
-        [len(shares)].
-
-        Share 0 gives -1, which every magnitude exceeds.
+        """Returns for each share, float32 [len(shares)], a magnitude that about this share of the values does not
+        exceed; for 0 it is -1, which every magnitude exceeds.
         """
         if self.counts is None or not self.counts.any():
             raise ValueError("no value was counted: quantiles need at least one token")
@@ -61,8 +59,7 @@ def calibrate(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Measures the magnitudes of |act(gate_proj x)| of a model on a corpus, for `SiriusConfig(method="cats",
-    calibration=...)`.
+    """Measures |act(gate_proj x)| of a model on a corpus, for `SiriusConfig(method="cats", calibration=...)`.
 
     The texts are read one at a time and only histograms are kept, so the memory needed does not grow with the corpus.
 
@@ -98,9 +95,8 @@ def calibrate(
     num_texts = num_tokens = 0
     with evaluating(model), tqdm(total=max_tokens, unit="token", disable=not progress, desc="calibrating") as bar:
         for text in texts:
-            input_ids = _input_ids(text, tokenizer)[:, :max_length]
-            if max_tokens is not None:
-                input_ids = input_ids[:, : max_tokens - num_tokens]
+            length = max_length if max_tokens is None else min(max_length, max_tokens - num_tokens)
+            input_ids = _input_ids(text, tokenizer)[:, :length]
             if input_ids.shape[1]:
                 with observing(model, sites, "activation", lambda site, values: histograms[site.idx].add(values)):
                     model.base_model(input_ids=input_ids.to(model.device), use_cache=False)

@@ -8,8 +8,7 @@ from .calibrate import MagnitudeHistogram
 
 
 class Cats(SparsityMethod):
-    """Keeps a neuron of a token while |act(gate_proj x)| exceeds its layer's threshold, or the largest share
-    (`"topk"`).
+    """Keeps a token's neurons whose |act(gate_proj x)| exceeds their layer's threshold, or the largest (`"topk"`).
 
     The threshold is the (1 - density) quantile of the layer's magnitudes: on the calibration corpus, or else over the
     prompt. All of gate_proj must be read to find the neurons; of up and down only the kept ones are needed.

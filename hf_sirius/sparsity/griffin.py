@@ -1,6 +1,4 @@
-"""GRIFFIN (arXiv 2404.01365): one set of neurons per prompt, from the prefill's activations. CSparse in the Sirius
-paper.
-"""
+"""GRIFFIN (arXiv 2404.01365): one set of neurons per prompt, from its activations. CSparse in the Sirius paper."""
 
 import torch
 

@@ -60,11 +60,7 @@ def _show_tokens(console: Console, title: str, tokenizer: PreTrainedTokenizerBas
 
 
 def color_tokens(tokens: Iterable[TracedToken], has_marks: bool) -> Text:
-    """Returns tokens in the colours of what became of them.
-
-    Args:
-        has_marks: whether signs tell it as well, for where there are no colours.
-    """
+    """Returns tokens in the colours of what became of them; with `has_marks` signs tell it as well."""
     text = Text()
     for (_, _, fate), run in itertools.groupby(tokens, lambda token: (token.cycle, token.branch, token.fate)):
         text.append_text(_marked("".join(token.text or token.name for token in run), fate, has_marks))

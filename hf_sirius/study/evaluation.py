@@ -1,6 +1,4 @@
-"""Running a task in several modes (dense, sparse alone, corrected), item by item, over one process or many. An
-interruption loses nothing.
-"""
+"""Running a task in several modes (dense, sparse alone, corrected), item by item, over one process or many."""
 
 import contextlib
 import csv
@@ -203,13 +201,13 @@ def process_state() -> PartialState:
 
 def _fingerprint(model: PreTrainedModel) -> str:
     """Returns a digest of the ends of every weight that is loaded, which tells one model from another."""
-    digest = hashlib.sha256()
+    ends_of_all = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             values = parameter.detach().reshape(-1)
             ends = torch.cat([values[:8], values[-8:]]).float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)} {ends.tolist()}".encode())
-    return digest.hexdigest()[:16]
+            ends_of_all.update(f"{name} {tuple(parameter.shape)} {ends.tolist()}".encode())
+    return ends_of_all.hexdigest()[:16]
 
 
 def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[str, Any]:

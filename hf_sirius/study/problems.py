@@ -67,7 +67,6 @@ def read_prompts(path: str | os.PathLike, chat: bool = False) -> list[str]:
     [`load_problems`]), each line of any other file is a prompt. Empty lines are skipped.
 
     Args:
-        path: of the file.
         chat: whether the prompts are for a chat template, which takes a question as it is.
 
     Raises:
@@ -93,10 +92,6 @@ def read_prompts(path: str | os.PathLike, chat: bool = False) -> list[str]:
 
 
 def long_prompts(chat: bool = False) -> list[str]:
-    """Returns the embedded reasoner's 20 long problems as prompts; their answers have over 300 tokens.
-
-    Args:
-        chat: whether they are for a chat template, which takes a question as it is.
-    """
+    """Returns the embedded reasoner's 20 long problems as prompts, for a chat template or not, as `read_prompts`."""
     questions = [problem["question"] for problem in reasoner_problems("long")]
     return questions if chat else [problem_prompt(question) for question in questions]

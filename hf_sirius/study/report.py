@@ -19,11 +19,7 @@ _SETTINGS = ("method", "density", "kernel_size", "threshold", "temperature")
 
 
 def write_report(trace: Trace, path: str | os.PathLike) -> None:
-    """Writes a trace as an HTML page.
-
-    Raises:
-        `OSError` if the file cannot be written.
-    """
+    """Writes a trace as an HTML page; raises `OSError` if the file cannot be written."""
     Path(path).write_text(report(trace), encoding="utf-8")
 
 

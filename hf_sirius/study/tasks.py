@@ -1,6 +1,4 @@
-"""What an evaluation asks: word problems with a final answer, or plain text to predict. A task runs its items, each in
-one mode, and computes measures from their records.
-"""
+"""What an evaluation asks: word problems with a final answer, or plain text to predict."""
 
 import contextlib
 import hashlib
@@ -48,17 +46,10 @@ class Task(Protocol):
         """Returns all that the records depend on, as plain values."""
 
     def run(self, idx: int, model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True) -> dict:
-        """Runs one item, and returns its record, plain values.
-
-        Args:
-            idx: of the item.
-            model: the dense model.
-            twin: its twin; `None` runs the dense model.
-            corrected: whether the model corrects its twin, which else runs alone.
-        """
+        """Runs one item in a mode (as in [`generator`]), and returns its record, plain values."""
 
     def check(self, model: PreTrainedModel, config: SiriusConfig | None = None, corrected: bool = True) -> None:
-        """Raises `ValueError` if the task cannot be run in this mode (as in [`Mode`]) with this model."""
+        """Raises `ValueError` if the task cannot be run in this mode with this model."""
 
     def warm_up(self, model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True) -> None:
         """Runs the model a little, so that lazy loading is not timed."""
@@ -104,13 +95,9 @@ class ProblemTask(Task):
         return len(self.problems)
 
     def description(self) -> dict[str, Any]:
-        return {
-            "task": self.name,
-            "num_items": len(self),
-            "digest": digest([self.problems, self.few_shot]),
-            "chat": self.chat,
-            "max_new_tokens": self.max_new_tokens,
-        }
+        settings = {"chat": self.chat, "max_new_tokens": self.max_new_tokens}
+        problems = digest([self.problems, self.few_shot])
+        return {"task": self.name, "num_items": len(self), "digest": problems, **settings}
 
     def inputs(self, question: str):
         """Returns the tokenized prompt of a question, long [1, length] each."""
@@ -285,11 +272,12 @@ def load_task(
     """
     options = {key: value for key, value in options.items() if value is not None}
     path = Path(name)
-    if name not in EMBEDDED_TASKS and not path.is_file():
+    is_embedded = name in EMBEDDED_TASKS
+    if not is_embedded and not path.is_file():
         raise FileNotFoundError(
             f"there is no task {name!r}: pass one of {list(EMBEDDED_TASKS)}, or a file (.jsonl or text)"
         )
-    is_text = name not in EMBEDDED_TASKS and path.suffix not in (".jsonl", ".json")
+    is_text = not is_embedded and path.suffix not in (".jsonl", ".json")
     allowed = ("window",) if is_text else ("chat", "max_new_tokens")
     unknown = sorted(set(options) - set(allowed)) + (["few_shot"] if is_text and few_shot else [])
     if unknown:
@@ -298,7 +286,7 @@ def load_task(
     if is_text:
         text = path.read_text(encoding="utf-8")
         return TextTask(path.name, [text], tokenizer, max_windows=num_items, **options)
-    problems = reasoner_problems(EMBEDDED_TASKS[name]) if name in EMBEDDED_TASKS else load_problems(path)
+    problems = reasoner_problems(EMBEDDED_TASKS[name]) if is_embedded else load_problems(path)
     shots = load_problems(few_shot) if few_shot else []
     return ProblemTask(Path(name).name, problems[:num_items], tokenizer, shots, **options)
 

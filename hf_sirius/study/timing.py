@@ -60,14 +60,10 @@ class TimedRun:
 
     def scaled(self, factor: float) -> "TimedRun":
         """Returns the run with all its times multiplied."""
-        return dataclasses.replace(
-            self,
-            to_first_token=factor * self.to_first_token,
-            decode=factor * self.decode,
-            selection=factor * self.selection,
-            draft_steps=[factor * seconds for seconds in self.draft_steps],
-            verifications=[factor * seconds for seconds in self.verifications],
-        )
+        times = {name: factor * getattr(self, name) for name in ("to_first_token", "decode", "selection")}
+        for name in ("draft_steps", "verifications"):
+            times[name] = [factor * seconds for seconds in getattr(self, name)]
+        return dataclasses.replace(self, **times)
 
     @property
     def num_decoded(self) -> int:
@@ -105,11 +101,9 @@ class _Clock(BaseStreamer):
 
 
 def timed_run(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, **options) -> TimedRun:
-    """Generates greedily, and times the parts.
+    """Generates greedily, with the twin or (`None`) the dense model alone, and times the parts.
 
     Args:
-        model: the dense model.
-        twin: its twin; `None` runs the dense model.
         inputs: of the prompt, with `input_ids`, long [1, prompt_length].
         **options: for `generate`.
     """

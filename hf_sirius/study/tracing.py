@@ -151,9 +151,6 @@ def _name(model) -> str:
 class TokenTracer:
     """Yields the tokens of one call in the order in which to show them, when it has ended or while it runs.
 
-        tracer = TokenTracer(tokenizer)
-        list(tracer.tokens(sparse.stats, is_running=True))  # now and then: what is new
-
     In each cycle come those of its draft that were kept, those that were rolled back, the losing continuations of a
     tree (only where they part from what was shown), and the full model's own. The texts of `"kept"` and `"own"` tokens
     put together are the text of the output, without special tokens. Where sentencepiece's bytes make no character,
@@ -175,12 +172,12 @@ class TokenTracer:
         cycles = list(stats.cycles)
         if stats.first_id is None:
             return
-        if not self._num_told:
-            is_last = not cycles and not is_running
-            yield self._token(self._output, stats.first_id, is_last, "own", stats.first_likelihood, 0)
-            self._num_told = 1
         for number in range(self._num_told, len(cycles) + 1):
-            yield from self._cycle(number, cycles[number - 1], is_last=number == len(cycles) and not is_running)
+            is_last = number == len(cycles) and not is_running
+            if number:
+                yield from self._cycle(number, cycles[number - 1], is_last)
+            else:
+                yield self._token(self._output, stats.first_id, is_last, "own", stats.first_likelihood, 0)
             self._num_told = number + 1
 
     def _cycle(self, number: int, cycle: Cycle, is_last: bool) -> Iterator[TracedToken]:
@@ -194,8 +191,7 @@ class TokenTracer:
             yield self._token(self._output, ids[i], ends, "kept", likelihoods[i], number)
         lost = copy.copy(self._output)
         for i in range(num_kept, len(ids)):
-            is_end = i == len(ids) - 1
-            yield self._token(lost, ids[i], is_end, "rolled_back", likelihoods[i], number, start + i)
+            yield self._token(lost, ids[i], i == len(ids) - 1, "rolled_back", likelihoods[i], number, start + i)
         if cycle.branches is not None:
             yield from self._branches(number, cycle, before, start)
         if not ends_drafted:
@@ -225,7 +221,8 @@ class TokenTracer:
         if position is None:
             position, self._length = self._length, self._length + 1
         text = decoder.add(token_id, is_end)
-        name = "" if text else decoder.special_name(token_id)
+        is_special = not text and not decoder.decode((token_id,))
+        name = decoder.tokenizer.decode([token_id]) if is_special else ""
         return TracedToken(token_id, text, name, fate, likelihood, cycle, position, **fields)
 
 
@@ -245,11 +242,11 @@ class _Decoder:
     def add(self, token_id: int, is_end: bool) -> str:
         """Returns what a token adds: "" while a character is unfinished, unless the text ends here."""
         self.ids += (token_id,)
-        text = self._decode(self.ids)
+        text = self.decode(self.ids)
         if text.endswith("\ufffd") and not is_end:
             return ""
         new_ids = self.ids[self.num_context :]
-        new_text = self._decode(new_ids)
+        new_text = self.decode(new_ids)
         # Else bytes that make no character have spoilt those before them: sentencepiece reads all of them or none.
         piece = text[len(self.context) :] if text.startswith(self.context) else new_text
         if new_text:
@@ -257,9 +254,5 @@ class _Decoder:
         self.num_context, self.context = len(self.ids), text
         return piece
 
-    def special_name(self, token_id: int) -> str:
-        """Returns the name of a special token, else ""."""
-        return "" if self._decode((token_id,)) else self.tokenizer.decode([token_id])
-
-    def _decode(self, ids: tuple[int, ...]) -> str:
+    def decode(self, ids: tuple[int, ...]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

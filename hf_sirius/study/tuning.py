@@ -1,6 +1,4 @@
-"""Chooses a config for a machine: times the parts of a generation, predicts the time of every setting from them, and
-measures the best ones.
-"""
+"""Chooses a config for a machine by prediction and measurement."""
 
 import contextlib
 import dataclasses
@@ -190,7 +188,6 @@ def tune(
     with the dense model.
 
     Args:
-        model: the dense model.
         prompts: what the tokenizer makes of each, with `input_ids`, long [1, prompt_length].
         config: what does not vary; each method takes the fields that it knows.
         methods, densities, kernel_sizes: every combination is a candidate.
@@ -200,7 +197,6 @@ def tune(
         max_new_tokens: of the outputs, which are greedy; at least 2.
         num_measured: how many candidates are measured, those with the best prediction first; at least 1.
         num_repeats: how often each output is measured, at least 1.
-        show_progress: whether a bar is shown.
 
     Raises:
         `TypeError` for prompts that are not tokenized; `ValueError` for a value that is not allowed, a config with

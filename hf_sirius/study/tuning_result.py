@@ -107,10 +107,10 @@ class Tuning:
         config, costs, measured = self.config, self.costs, self.best.measured
         setting = f"{config.method} at density {config.density}, kernel_size {config.kernel_size}"
         setting += f", threshold {config.threshold}"
-        ratios = (
-            f"{measured.ratio_decode:.2f} of the dense time per token ({measured.ratio_whole:.2f} with the prefill)"
+        takes = (
+            f"takes {measured.ratio_decode:.2f} of the dense time per token ({measured.ratio_whole:.2f} with the "
+            f"prefill), faster in {measured.num_faster} of {len(measured.decode)} pairs of generations"
         )
-        faster = f"faster in {measured.num_faster} of {len(measured.decode)} pairs of generations"
         draft = costs.draft_steps[config.method, config.density] / costs.dense_step
         verification = costs.verification(config.kernel_size) / costs.dense_step
         why = (
@@ -118,13 +118,10 @@ class Tuning:
             f"{verification:.2f} dense steps, and a cycle gains {self.best.advance_length:.1f} tokens."
         )
         if self.helps:
-            return f"Sirius helps on this machine: {setting}, takes {ratios}, {faster}. {why}"
-        noise = ""
+            return f"Sirius helps on this machine: {setting}, {takes}. {why}"
         if max(measured.ratio_decode, measured.ratio_whole) < 1:
-            noise = ", which is within noise (it would have to be faster in three of four)"
-        return (
-            f"Sirius does not help on this machine: the best setting ({setting}) takes {ratios}, {faster}{noise}. {why}"
-        )
+            takes += ", which is within noise (it would have to be faster in three of four)"
+        return f"Sirius does not help on this machine: the best setting ({setting}) {takes}. {why}"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it as plain values."""

@@ -1,12 +1,9 @@
-"""The formats of bitsandbytes: its own linear classes, made of some rows or columns, and read back.
-
-Nothing here imports bitsandbytes unless it is used.
-"""
+"""bitsandbytes' own linear classes, made of some rows or columns, and read back; it is imported when it is used."""
 
 import torch
 from torch import nn
 
-from .gather import empty, pieces, selected_shape
+from .gather import Selection, empty
 from .linear import DraftLinear, frozen
 
 
@@ -30,9 +27,7 @@ def is_4bit(module: nn.Module) -> bool:
 
 
 def int8_state(projection: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (values, scales), int8 [out_features, in_features] and float32 [out_features]; the first forward moves
-    them.
-    """
+    """Returns int8 [out_features, in_features] and float32 scales [out_features]; the first forward moves them."""
     if projection.state.CB is not None:
         return projection.state.CB, projection.state.SCB
     return projection.weight.data, projection.weight.SCB
@@ -52,22 +47,20 @@ def int8_linear(values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor |
     return DraftLinear(linear.eval(), torch.float16, out_features)
 
 
-def int8_values(source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+def int8_values(source: Selection) -> torch.Tensor:
     """Returns int8 [num_rows, padded num_columns], of which the padding is zero and the rest is yet to be written."""
-    num_rows, num_columns = selected_shape(source, rows, columns)
-    values = empty(num_rows, padded(num_columns, INT8_COLUMNS), torch.int8, source.device)
+    num_rows, num_columns = source.shape
+    values = empty(num_rows, padded(num_columns, INT8_COLUMNS), torch.int8, source.weight.device)
     values[:, num_columns:] = 0
     return values
 
 
-def quantized_to_8bit(
-    source: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, bias: torch.Tensor | None
-) -> DraftLinear:
+def quantized_to_8bit(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    values = int8_values(source, rows, columns)
-    scales = torch.empty(len(values), dtype=torch.float32, device=source.device)
-    for place, piece in pieces(source, rows, columns):
+    values = int8_values(source)
+    scales = torch.empty(len(values), dtype=torch.float32, device=values.device)
+    for place, piece in source.pieces():
         values[place, : piece.shape[1]], scales[place], _ = int8_vectorwise_quant(
             # Its CUDA kernel reads the memory as it lies, and a Conv1D is stored the other way about.
             piece.to(GATHERED_AS["int8"]).contiguous()
@@ -76,23 +69,18 @@ def quantized_to_8bit(
 
 
 def quantized_to_4bit(
-    source: torch.Tensor,
-    rows: torch.Tensor | None,
-    columns: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    quant_type: str,
-    compute_dtype: torch.dtype,
+    source: Selection, bias: torch.Tensor | None, quant_type: str, compute_dtype: torch.dtype
 ) -> DraftLinear:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    num_rows, num_columns = selected_shape(source, rows, columns)
+    num_rows, num_columns = source.shape
     # bitsandbytes packs without regard to rows, and its CPU kernel takes whole tiles.
     out_features, in_features = padded(num_rows, NF4_ROWS), padded(num_columns, NF4_BLOCK)
-    packed = empty(out_features, in_features // 2, torch.uint8, source.device)
+    packed = empty(out_features, in_features // 2, torch.uint8, source.weight.device)
     # By which the rows that are none are zero.
-    scales = torch.zeros(out_features, in_features // NF4_BLOCK, device=source.device)
-    for place, piece in pieces(source, rows, columns):
+    scales = torch.zeros(out_features, in_features // NF4_BLOCK, device=packed.device)
+    for place, piece in source.pieces():
         piece = nn.functional.pad(piece.to(GATHERED_AS["nf4"]), (0, in_features - num_columns)).contiguous()
         values, state = quantize_4bit(piece, quant_type=quant_type)
         packed[place], scales[place] = values.view(len(piece), -1), state.absmax.view(len(piece), -1)

@@ -1,6 +1,4 @@
-"""The formats of a draft's weights: projections cast, quantized or cut down to some neurons, also out of quantized
-models, and the bytes that they take. One dispatch over `linear.py` and `bnb.py`.
-"""
+"""One dispatch over the formats of a draft's weights, cast, quantized or cut down to some neurons, and their bytes."""
 
 import copy
 import importlib.util
@@ -13,21 +11,8 @@ from torch import nn
 from ..model.accelerate_hooks import streaming_hook
 from ..model.sites import MlpSite, neuron_weight, projection_shape
 from ..settings.config import SiriusConfig
-from .bnb import (
-    GATHERED_AS,
-    INT8_COLUMNS,
-    NF4_BLOCK,
-    NF4_ROWS,
-    int8_linear,
-    int8_state,
-    int8_values,
-    is_4bit,
-    is_8bit,
-    padded,
-    quantized_to_4bit,
-    quantized_to_8bit,
-)
-from .gather import OWN_MEMORY, pieces, select
+from . import bnb
+from .gather import OWN_MEMORY, Selection
 from .linear import DraftLinear, plain_linear
 
 
@@ -53,33 +38,35 @@ def draft_linear(
     bias = projection.bias
     if bias is not None:
         bias = bias.detach() if rows is None else bias.detach().index_select(0, rows.to(bias.device))
-    if is_8bit(projection) and draft_dtype in (None, "int8"):
-        source, scales = int8_state(projection)
+    if bnb.is_8bit(projection) and draft_dtype in (None, "int8"):
+        weight, scales = bnb.int8_state(projection)
         scales = scales if rows is None else scales.index_select(0, rows.to(scales.device))
-        values = int8_values(source, rows, columns)
-        for place, piece in pieces(source, rows, columns):
+        source = Selection(weight, rows, columns)
+        values = bnb.int8_values(source)
+        for place, piece in source.pieces():
             values[place, : piece.shape[1]] = piece
-        return int8_linear(values, scales, bias, projection.state.threshold)
+        return bnb.int8_linear(values, scales, bias, projection.state.threshold)
     quantized_as = draft_dtype
-    if draft_dtype is None and is_4bit(projection):
+    if draft_dtype is None and bnb.is_4bit(projection):
         quantized_as = projection.weight.quant_state.quant_type
-    source = dense_weight(projection)
+    weight = dense_weight(projection)
+    source = Selection(weight, rows, columns)
     if quantized_as in (None, "bfloat16", "float16"):
-        dtype = getattr(torch, quantized_as) if quantized_as else source.dtype
-        linear = plain_linear(select(source, rows, columns, dtype, memory), bias if bias is None else bias.to(dtype))
+        dtype = getattr(torch, quantized_as) if quantized_as else weight.dtype
+        linear = plain_linear(source.copy(dtype, memory), bias if bias is None else bias.to(dtype))
         return DraftLinear(linear, dtype, linear.out_features)
     if quantized_as == "int8":
-        return quantized_to_8bit(source, rows, columns, bias)
+        return bnb.quantized_to_8bit(source, bias)
     if compute_dtype is None or not compute_dtype.is_floating_point:
-        compute_dtype = source.dtype
+        compute_dtype = weight.dtype
     if compute_dtype == torch.float64:
         compute_dtype = torch.float32
-    return quantized_to_4bit(source, rows, columns, bias, quantized_as, compute_dtype)
+    return bnb.quantized_to_4bit(source, bias, quantized_as, compute_dtype)
 
 
 def changes(projection: nn.Module, draft_dtype: str | None) -> bool:
     """Whether a draft of this dtype has another weight than the projection itself."""
-    if is_4bit(projection):
+    if bnb.is_4bit(projection):
         return draft_dtype not in (None, projection.weight.quant_state.quant_type)
     return draft_dtype is not None and str(projection.weight.dtype) != f"torch.{draft_dtype}"
 
@@ -94,12 +81,12 @@ def num_bytes(
     has_bias = projection.bias is not None
     bias_itemsize = min(projection.bias.itemsize, torch.float32.itemsize) if has_bias else 0
     if draft_dtype is None:
-        draft_dtype = "int8" if is_8bit(projection) else "nf4" if is_4bit(projection) else None
+        draft_dtype = "int8" if bnb.is_8bit(projection) else "nf4" if bnb.is_4bit(projection) else None
     if draft_dtype == "int8":
-        return out_features * (padded(in_features, INT8_COLUMNS) + 4 + has_bias * torch.float16.itemsize)
+        return out_features * (bnb.padded(in_features, bnb.INT8_COLUMNS) + 4 + has_bias * torch.float16.itemsize)
     if draft_dtype == "nf4":  # fp4 takes as much
-        rows, columns = padded(out_features, NF4_ROWS), padded(in_features, NF4_BLOCK)
-        return rows * columns // 2 + rows * columns // NF4_BLOCK * 4 + rows * bias_itemsize
+        rows, columns = bnb.padded(out_features, bnb.NF4_ROWS), bnb.padded(in_features, bnb.NF4_BLOCK)
+        return rows * columns // 2 + rows * columns // bnb.NF4_BLOCK * 4 + rows * bias_itemsize
     dtype = getattr(torch, draft_dtype) if draft_dtype else projection.weight.dtype
     return out_features * (in_features + has_bias) * dtype.itemsize
 
@@ -108,16 +95,14 @@ def narrowed(weight: torch.Tensor, draft_dtype: str | None) -> torch.Tensor:
     """Returns a weight in the dtype from which a draft of `draft_dtype` is gathered, if that takes less memory."""
     if draft_dtype is None:
         return weight
-    dtype = GATHERED_AS.get(draft_dtype) or getattr(torch, draft_dtype)
-    return weight if dtype.itemsize >= weight.itemsize else select(weight, None, None, dtype)
+    dtype = bnb.GATHERED_AS.get(draft_dtype) or getattr(torch, draft_dtype)
+    return weight if dtype.itemsize >= weight.itemsize else Selection(weight).copy(dtype)
 
 
 def num_kept_neurons(density: float, num_neurons: int, draft_dtype: str | None) -> int:
     """Returns how many neurons of an MLP a gathered draft keeps: whole blocks where they are packed in blocks."""
     num_kept = max(1, round(density * num_neurons))
-    if draft_dtype == "nf4":
-        num_kept = min(padded(num_kept, NF4_BLOCK), num_neurons)
-    return num_kept
+    return min(bnb.padded(num_kept, bnb.NF4_BLOCK), num_neurons) if draft_dtype == "nf4" else num_kept
 
 
 def gather_neurons(
@@ -148,21 +133,18 @@ def gather_neurons(
     return draft_linear(loaded, draft_dtype, rows, columns, compute_dtype=part.weight.dtype, memory=memory)
 
 
-def gathered_shapes(site: MlpSite, config: SiriusConfig) -> dict[nn.Module, tuple[int, int]]:
-    """Returns (out_features, in_features) of what is gathered of each projection of an MLP, if it is not kept as it
-    is.
-    """
-    num_kept = num_kept_neurons(config.density, site.num_neurons, config.draft_dtype)
+def gathered_shapes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module, tuple[int, int]]:
+    """Returns (out_features, in_features) of what is gathered of each projection that is not kept as it is."""
     shapes = {}
-    for part in site.parts:
-        as_it_is = num_kept == site.num_neurons and not changes(part, config.draft_dtype)
-        if as_it_is and streaming_hook(part) is None:
-            continue
-        out_features, in_features = projection_shape(part)
-        if part is site.down:
-            shapes[part] = out_features, num_kept
-        else:
-            shapes[part] = out_features // site.num_neurons * num_kept, in_features
+    for site in sites:
+        num_kept = num_kept_neurons(config.density, site.num_neurons, config.draft_dtype)
+        for part in site.parts:
+            is_whole = num_kept == site.num_neurons and not changes(part, config.draft_dtype)
+            if is_whole and streaming_hook(part) is None:
+                continue
+            out_features, in_features = projection_shape(part)
+            num_rows = out_features // site.num_neurons * num_kept
+            shapes[part] = (out_features, num_kept) if part is site.down else (num_rows, in_features)
     return shapes
 
 
@@ -171,17 +153,14 @@ def reusable_bytes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module
     CPU, which are not quantized. (Elsewhere torch keeps what it allocates anyway, offloaded weights are gathered while
     they pass, and quantizing takes longer than new memory.)
     """
-    if config.draft_dtype in GATHERED_AS:
+    if config.draft_dtype in bnb.GATHERED_AS:
         return {}
     sizes = {}
-    for site in sites:
-        for part, (num_rows, num_columns) in gathered_shapes(site, config).items():
-            if part.weight.device.type != "cpu" or is_8bit(part) or is_4bit(part):
-                continue
-            dtype = part.weight.dtype if config.draft_dtype is None else getattr(torch, config.draft_dtype)
-            size = num_rows * num_columns * dtype.itemsize
-            if size >= OWN_MEMORY:
-                sizes[part] = size
+    for part, (num_rows, num_columns) in gathered_shapes(sites, config).items():
+        dtype = part.weight.dtype if config.draft_dtype is None else getattr(torch, config.draft_dtype)
+        size = num_rows * num_columns * dtype.itemsize
+        if part.weight.device.type == "cpu" and not bnb.is_8bit(part) and not bnb.is_4bit(part) and size >= OWN_MEMORY:
+            sizes[part] = size
     return sizes
 
 
@@ -189,14 +168,14 @@ def check_draft_dtype(draft_dtype: str | None, device: torch.device) -> None:
     """Raises `ImportError` where a package is missing, and `ValueError` where the device cannot run this dtype."""
     if draft_dtype is None:
         return
-    if draft_dtype in GATHERED_AS and importlib.util.find_spec("bitsandbytes") is None:
+    if draft_dtype in bnb.GATHERED_AS and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
             f"draft_dtype={draft_dtype!r} needs bitsandbytes: pip install hf_sirius[bnb], or use 'bfloat16'"
         )
     try:
-        projection = plain_linear(torch.ones(NF4_ROWS, NF4_BLOCK, device=device), None)
+        projection = plain_linear(torch.ones(bnb.NF4_ROWS, bnb.NF4_BLOCK, device=device), None)
         with torch.no_grad():
-            draft_linear(projection, draft_dtype)(torch.ones(1, NF4_BLOCK, device=device))
+            draft_linear(projection, draft_dtype)(torch.ones(1, bnb.NF4_BLOCK, device=device))
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         if should_reduce_batch_size(error):  # the device is full, which says nothing about the dtype
             raise
@@ -208,11 +187,11 @@ def check_draft_dtype(draft_dtype: str | None, device: torch.device) -> None:
 
 def dense_weight(projection: nn.Module) -> torch.Tensor:
     """Returns the weight of a projection as float [out_features, in_features], dequantized if need be."""
-    if is_8bit(projection):
+    if bnb.is_8bit(projection):
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        return int8_vectorwise_dequant(*int8_state(projection))
-    if is_4bit(projection):
+        return int8_vectorwise_dequant(*bnb.int8_state(projection))
+    if bnb.is_4bit(projection):
         from bitsandbytes import functional
 
         packed, state = projection.weight.data, projection.weight.quant_state

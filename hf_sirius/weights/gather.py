@@ -1,5 +1,6 @@
 """Taking some rows or columns of a weight, in new memory or in memory that is there already."""
 
+import dataclasses
 import mmap
 from collections.abc import Iterator
 
@@ -10,47 +11,43 @@ _CHUNK = 2**20  # elements that are gathered at a time
 OWN_MEMORY = 2**20  # bytes from which a tensor is worth a mapping of its own
 
 
-def pieces(
-    weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields the chosen part of a weight a few rows at a time, and where they go: each is converted while it is in the
-    cache, with no large temporary (those of bitsandbytes' CPU code are several times as large as what it quantizes).
-    """
-    if columns is not None:
-        columns = columns.to(weight.device)
-    num_columns = weight.shape[1] if columns is None else len(columns)
-    size = max(1, _CHUNK // num_columns)
-    start = 0
-    for source in weight.split(size) if rows is None else rows.to(weight.device).split(size):
-        piece = source if rows is None else weight.index_select(0, source)
-        if columns is not None:  # by gather, as index_select along rows took twice as long on a CPU
-            piece = piece.gather(1, columns.expand(len(piece), -1))
-        yield slice(start, start := start + len(piece)), piece
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Some rows and columns of a weight [out_features, in_features], `None` for all."""
 
+    weight: torch.Tensor
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
-def selected_shape(weight: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> tuple[int, int]:
-    return weight.shape[0] if rows is None else len(rows), weight.shape[1] if columns is None else len(columns)
+    @property
+    def shape(self) -> tuple[int, int]:
+        chosen = zip(self.weight.shape, (self.rows, self.columns), strict=True)
+        return tuple(size if indices is None else len(indices) for size, indices in chosen)
 
+    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields a few rows at a time, and where they go: each is converted while it is in the cache, with no large
+        temporary (those of bitsandbytes' CPU code are several times as large as what it quantizes).
+        """
+        device, columns = self.weight.device, self.columns
+        if columns is not None:
+            columns = columns.to(device)
+        size = max(1, _CHUNK // self.shape[1])
+        start = 0
+        for source in self.weight.split(size) if self.rows is None else self.rows.to(device).split(size):
+            piece = source if self.rows is None else self.weight.index_select(0, source)
+            if columns is not None:  # by gather, as index_select along rows took twice as long on a CPU
+                piece = piece.gather(1, columns.expand(len(piece), -1))
+            yield slice(start, start := start + len(piece)), piece
 
-def select(
-    weight: torch.Tensor,
-    rows: torch.Tensor | None,
-    columns: torch.Tensor | None,
-    dtype: torch.dtype,
-    memory: torch.Tensor | None = None,
-) -> torch.Tensor:
-    selected = empty(*selected_shape(weight, rows, columns), dtype, weight.device, memory)
-    for place, piece in pieces(weight, rows, columns):
-        selected[place].copy_(piece)
-    return selected
+    def copy(self, dtype: torch.dtype, memory: torch.Tensor | None = None) -> torch.Tensor:
+        selected = empty(*self.shape, dtype, self.weight.device, memory)
+        for place, piece in self.pieces():
+            selected[place].copy_(piece)
+        return selected
 
 
 def empty(
-    num_rows: int,
-    num_columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory: torch.Tensor | None = None,
+    num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device, memory: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Returns `torch.empty`, in `memory` if it fits, or in memory of its own."""
     num_bytes = num_rows * num_columns * dtype.itemsize
@@ -62,9 +59,7 @@ def empty(
 
 
 def own_memory(num_bytes: int) -> torch.Tensor:
-    """Returns memory of a CPU, uint8 [num_bytes], which goes back to the system with the tensor: of what it takes from
-    its heap for a draft, malloc kept most.
-    """
+    """Returns memory of a CPU, uint8 [num_bytes], which goes back to the system with the tensor; malloc kept most."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

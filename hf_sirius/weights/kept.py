@@ -1,7 +1,4 @@
-"""What a twin keeps from call to call: casts, which depend on no prompt, and on a CPU the memory for gathered neurons.
-
-Twins of one model share both, as far as they need the same.
-"""
+"""What twins of a model keep from call to call, and share: casts, and on a CPU the memory for gathered neurons."""
 
 import contextlib
 import copy
@@ -60,7 +57,7 @@ class _Buffer:
     def __init__(self, num_bytes: int):
         # Written to now: the first use of a page may cost more than all that is copied into it later.
         self.memory = own_memory(num_bytes).zero_()
-        self.is_taken = False
+        self.lock = threading.Lock()
 
 
 class Kept:
@@ -80,9 +77,7 @@ class Kept:
         with _lock:
             for part, size in num_bytes.items():
                 of_part = _shared.setdefault(part, WeakValueDictionary())
-                if (buffer := of_part.get(size)) is None:
-                    buffer = of_part[size] = _Buffer(size)
-                self._buffers[part] = buffer
+                self._buffers[part] = of_part[size] = of_part.get(size) or _Buffer(size)
         self.casts()  # now, and not in the first call
 
     def __deepcopy__(self, memo: dict) -> "Kept":
@@ -90,9 +85,7 @@ class Kept:
 
     @torch.no_grad()
     def casts(self) -> dict[nn.Module, DraftLinear]:
-        """Returns the cast of each projection, made anew where its weights are others by now. What has the draft's
-        dtype by itself has none.
-        """
+        """Returns the cast of each projection that is to have one, made anew where its weights are others by now."""
         casts = {}
         with _lock:
             for projection in self._projections:
@@ -111,21 +104,15 @@ class Kept:
     def memory(self) -> Iterator[dict[nn.Module, torch.Tensor]]:
         """Yields the memory for each projection's neurons, uint8 [num_bytes], as far as no other call has it."""
         taken: dict[nn.Module, _Buffer] = {}
-        try:
-            with _lock:
-                for part, buffer in self._buffers.items():
-                    if not buffer.is_taken:
-                        taken[part] = buffer
-                        buffer.is_taken = True
+        with contextlib.ExitStack() as undo:
+            for part, buffer in self._buffers.items():
+                if buffer.lock.acquire(blocking=False):
+                    undo.callback(buffer.lock.release)
+                    taken[part] = buffer
             yield {part: buffer.memory for part, buffer in taken.items()}
-        finally:
-            for buffer in taken.values():
-                buffer.is_taken = False
 
     def clear(self) -> None:
-        """Lets go of all, which is freed unless another twin has it or a call is using it; nothing is kept from here
-        on.
-        """
+        """Lets go of all, for good: it is freed unless another twin has it or a call is using it."""
         with _lock:
             self._casts = None
             self._buffers = {}

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils.offload import PrefixedDataset
 from transformers import PreTrainedModel
 
-from ..model.accelerate_hooks import streaming_hook
+from ..model.accelerate_hooks import streaming_hooks
 
 
 def trim_heap() -> None:
@@ -66,9 +66,8 @@ class StreamedBytes:
 
     def __init__(self, model: PreTrainedModel):
         self.num_bytes = 0
-        for module in model.modules():
-            if (hook := streaming_hook(module)) is not None:
-                hook.weights_map = _CountedWeights(hook.weights_map, self)
+        for _, hook in streaming_hooks(model):
+            hook.weights_map = _CountedWeights(hook.weights_map, self)
 
 
 class _CountedWeights(PrefixedDataset):

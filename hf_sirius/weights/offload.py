@@ -1,7 +1,5 @@
-"""Drafts of a model whose weights accelerate streams from CPU memory or disk: how they get their copies.
-
-The draft's copies are taken while the prefill streams the weights past, layer by layer, so no extra pass is needed. The
-verification goes through accelerate's own hooks, once per cycle.
+"""Drafts of a model whose weights accelerate streams from CPU memory or disk: they take their copies while the prefill
+streams the weights past, so no extra pass is needed. The verification goes through accelerate's own hooks.
 """
 
 import contextlib
@@ -20,7 +18,7 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook
+from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
 from ..model.sites import MlpSite
 from .formats import narrowed
 from .memory import trim_heap
@@ -38,7 +36,7 @@ def offload_to_folder(model: PreTrainedModel, folder: str | os.PathLike, device:
     """
     check_is_empty(folder)
     os.makedirs(folder, exist_ok=True)
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = sum(parameter.nbytes for parameter in model.parameters())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -56,9 +54,7 @@ def check_is_empty(folder: str | os.PathLike) -> None:
 
 def check_offload(model: nn.Module) -> None:
     """Raises `FileNotFoundError` or `ValueError` if weights that accelerate would read from disk are not there."""
-    for module in model.modules():
-        if (hook := streaming_hook(module)) is None:
-            continue
+    for module, hook in streaming_hooks(model):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             key, source = _source(hook.weights_map, name)
             if not isinstance(source, OffloadedWeightsLoader) or key in source.state_dict or key not in source.index:
@@ -70,7 +66,7 @@ def check_offload(model: nn.Module) -> None:
                     f"{file} is gone, from which accelerate was to read the offloaded weight {key!r}: load and offload "
                     "the model anew, and keep its offload folder while it is used"
                 )
-            if "safetensors_file" not in info and os.path.getsize(file) < tensor.numel() * tensor.element_size():
+            if "safetensors_file" not in info and os.path.getsize(file) < tensor.nbytes:
                 raise ValueError(
                     f"{file} is cut short (was the disk full?): free space and offload the model anew into an empty "
                     "folder"
@@ -84,44 +80,16 @@ def _source(weights: Mapping, name: str) -> tuple[str, Mapping]:
     return name, weights
 
 
-class _MappedWeights(Mapping):
-    """What stands in for the `state_dict` of accelerate's loader: weights that *are* the pages of their files.
-
-    The loader itself copies each weight out of its mapped file, and so has it in memory twice.
-    """
-
-    def __init__(self, loader: OffloadedWeightsLoader):
-        self.in_memory, self.folder = loader.state_dict, loader.save_folder
-        self.on_disk = {key: info for key, info in loader.index.items() if not info.get("safetensors_file")}
+class _MappedLoader(OffloadedWeightsLoader):
+    """accelerate's loader, whose weights *are* the pages of their files: it has them in memory twice by itself."""
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        if key in self.in_memory:
-            return self.in_memory[key]
-        info = self.on_disk[key]
-        file, size = os.path.join(self.folder, f"{key}.dat"), math.prod(info["shape"])
+        info = None if key in self.state_dict else self.index[key]
+        if info is None or info.get("safetensors_file"):
+            return super().__getitem__(key)
+        file, size = os.path.join(self.save_folder, f"{key}.dat"), math.prod(info["shape"])
         # Not shared: what is written to the weight does not reach the file.
         return torch.from_file(file, size=size, dtype=getattr(torch, info["dtype"])).view(info["shape"])
-
-    def __contains__(self, key: object) -> bool:  # without a mapping, which the base would make
-        return key in self.in_memory or key in self.on_disk
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self.in_memory, **self.on_disk})
-
-    def __len__(self) -> int:
-        return len({**self.in_memory, **self.on_disk})
-
-
-@contextlib.contextmanager
-def _mapping(model: nn.Module) -> Iterator[None]:
-    hooks = [hook for module in model.modules() if (hook := streaming_hook(module)) is not None]
-    loaders = {id(source): source for hook in hooks for _, source in [_source(hook.weights_map, "")]}
-    with contextlib.ExitStack() as undo:
-        for loader in loaders.values():
-            if isinstance(loader, OffloadedWeightsLoader):
-                undo.callback(setattr, loader, "state_dict", loader.state_dict)
-                loader.state_dict = _MappedWeights(loader)
-        yield
 
 
 @contextlib.contextmanager
@@ -144,21 +112,22 @@ def _exclusive_use(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def offload_session(model: nn.Module, sites: list[MlpSite]) -> Iterator[None]:
-    """Within the block, weights on disk are not copied out of their files, the first parameter of an offloaded model
-    stays loaded, and memory that is free before a projection of an MLP runs goes back to the system; after it no weight
-    is loaded.
+    """Within the block, weights on disk are not copied out of their files, the first parameter stays loaded (stock
+    assisted decoding sends the candidates to its device), and memory that is free before a projection of an MLP runs
+    goes back to the system. After it no weight is loaded, as a forward that was interrupted may have left some.
 
     Raises `RuntimeError` while another thread is within such a block.
-
-    Stock assisted decoding sends the candidates to `model.device`, the first parameter's. A forward that was
-    interrupted leaves the weights of one module behind.
     """
     owner = first_owner(model)
     hook = streaming_hook(owner)
     undo = contextlib.ExitStack()
     with _exclusive_use(model):
         try:
-            undo.enter_context(_mapping(model))
+            for _, streaming in streaming_hooks(model):
+                _, loader = _source(streaming.weights_map, "")
+                if type(loader) is OffloadedWeightsLoader:
+                    undo.callback(setattr, loader, "__class__", OffloadedWeightsLoader)
+                    loader.__class__ = _MappedLoader
             for site in sites:
                 for part in site.parts:
                     undo.callback(part.register_forward_pre_hook(lambda *_: trim_heap()).remove)
@@ -174,9 +143,8 @@ def offload_session(model: nn.Module, sites: list[MlpSite]) -> Iterator[None]:
             undo.close()
             if hook is not None:
                 hook.offload = True
-            for module in model.modules():
-                left = streaming_hook(module)
-                if left is not None and any(p is not None and not p.is_meta for p in module._parameters.values()):
+            for module, left in streaming_hooks(model):
+                if any(p is not None and not p.is_meta for p in module._parameters.values()):
                     left.post_forward(module, None)
 
 
@@ -202,8 +170,7 @@ def capture_weights(
     waiting: dict[nn.Module, nn.Module] = {}
 
     def narrow(*_) -> None:
-        # Until the MLP's neurons are known, which is when its down projection runs. The weight loaded last stays as it
-        # is until then.
+        # Until the MLP's neurons are known, when its down projection runs. The weight loaded last stays as it is.
         for loaded in waiting.values():
             weight = narrowed(loaded.weight.detach(), draft_dtype)
             loaded._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

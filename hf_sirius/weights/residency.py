@@ -5,8 +5,8 @@ import logging
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook
-from ..model.sites import PROJECTIONS, MlpSite, find_other_projections
+from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
+from ..model.sites import PROJECTIONS, MlpSite, find_other_modules
 from ..settings.config import SiriusConfig, memory_bytes
 from .formats import changes, gathered_shapes, num_bytes
 
@@ -29,22 +29,30 @@ def find_resident(
     Raises:
         `ValueError` if `draft_memory` is too small for any draft, with the number that it would need.
     """
-    projections = find_other_projections(model, sites)
-    streamed = _streamed_modules(model, sites, {id(getattr(*place)) for place in projections})
+    for module, hook in streaming_hooks(model):
+        if hook.place_submodules and any(module.children()):
+            raise ValueError(
+                f"accelerate loads a {type(module).__name__} as a whole (preload_module_classes), so no part of it can "
+                "stay resident: offload the model without preload_module_classes"
+            )
+    others = find_other_modules(model, sites)
+    in_mlps = [(site.owner, name) for site in sites for name in site.part_names]
+    for place in (*others, *in_mlps):
+        if streaming_hook(getattr(*place)) is not None:
+            own_forward(getattr(*place))  # which may not be fit for a copy
+    projections = [place for place in others if isinstance(getattr(*place), PROJECTIONS)]
+    norms = [place for place in others if not isinstance(getattr(*place), PROJECTIONS)]
+    streamed = [place for place in (*norms, *projections) if streaming_hook(getattr(*place)) is not None]
     first = first_owner(model)
-    in_scope = projections if config.draft_scope == "all" else []
-    if not gathers:
-        in_scope = in_scope + [(site.owner, name) for site in sites for name in site.part_names]
     resident = [
         place
-        for place in in_scope
+        for place in (*(projections if config.draft_scope == "all" else ()), *(() if gathers else in_mlps))
         if changes(getattr(*place), config.draft_dtype) and streaming_hook(getattr(*place)) is None
     ]
-    for module in (*(getattr(*place) for place in streamed), *(part for site in sites for part in site.parts)):
-        if streaming_hook(module) is not None:
-            own_forward(module)  # which may not be fit for a copy
-    needed = sum(_neuron_bytes(site, config) for site in sites) if gathers else 0
-    needed += sum(num_bytes(getattr(*place), config.draft_dtype) for place in resident)
+    needed = sum(num_bytes(getattr(*place), config.draft_dtype) for place in resident)
+    if gathers:
+        shapes = gathered_shapes(sites, config)
+        needed += sum(num_bytes(part, config.draft_dtype, *shape) for part, shape in shapes.items())
     if streaming_hook(first) is not None:
         needed += _copy_bytes(first, config)
     budget = None if config.draft_memory is None else memory_bytes(config.draft_memory)
@@ -64,7 +72,7 @@ def find_resident(
             resident.append((owner, name))
             needed += size
         else:
-            num_streamed += sum(p.numel() * p.element_size() for p in module.parameters())
+            num_streamed += sum(parameter.nbytes for parameter in module.parameters())
     if streamed:
         logger.info(
             f"a draft holds {needed / 2**20:.1f} MiB of weights and streams {num_streamed / 2**20:.1f} MiB per token"
@@ -72,32 +80,8 @@ def find_resident(
     return resident
 
 
-def _streamed_modules(model, sites: list[MlpSite], projection_ids: set[int]) -> list[tuple[nn.Module, str]]:
-    in_mlps = {part for site in sites for part in site.parts}
-    decoder = set(model.get_decoder().modules())
-    head = model.get_output_embeddings()
-    places = [
-        (owner, name)
-        for owner in model.modules()
-        for name, child in owner.named_children()
-        if streaming_hook(child) is not None and child not in in_mlps and (child in decoder or child is head)
-    ]
-    for module in model.modules():
-        if (hook := streaming_hook(module)) is not None and hook.place_submodules and any(module.children()):
-            raise ValueError(
-                f"accelerate loads a {type(module).__name__} as a whole (preload_module_classes), so no part of it can "
-                "stay resident: offload the model without preload_module_classes"
-            )
-    return sorted(places, key=lambda place: id(getattr(*place)) in projection_ids)
-
-
 def _copy_bytes(module: nn.Module, config: SiriusConfig) -> int:
     if isinstance(module, PROJECTIONS) and config.draft_scope == "all":
         return num_bytes(module, config.draft_dtype)
     tensors = (*module._parameters.values(), *module._buffers.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def _neuron_bytes(site: MlpSite, config: SiriusConfig) -> int:
-    """Returns how many bytes the gathered neurons of an MLP take."""
-    return sum(num_bytes(part, config.draft_dtype, *shape) for part, shape in gathered_shapes(site, config).items())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -18,15 +18,8 @@ from hf_sirius.cli import main as cli
 from hf_sirius.settings.config import DRAFT_DTYPES
 from hf_sirius.study.problems import problem_prompt
 from hf_sirius.weights import gather
-from hf_sirius.weights.formats import (
-    changes,
-    dense_weight,
-    draft_linear,
-    is_4bit,
-    is_8bit,
-    num_bytes,
-    num_elements,
-)
+from hf_sirius.weights.bnb import is_4bit, is_8bit
+from hf_sirius.weights.formats import changes, dense_weight, draft_linear, num_bytes, num_elements
 from hf_sirius.weights.linear import DraftLinear, native_products
 
 
