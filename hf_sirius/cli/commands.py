@@ -25,8 +25,7 @@ from ..study.tracing import trace
 from ..study.widening import widen
 from .options import (
     check_device,
-    check_directory,
-    check_file,
+    check_place,
     choose_method,
     load_model,
     load_tokenizer,
@@ -72,7 +71,7 @@ def generate(args) -> None:
 def report(args) -> None:
     config = sirius_config(args)
     for name in ("output", "json"):
-        check_file(f"--{name}", getattr(args, name))
+        check_place(f"--{name}", getattr(args, name))
     model, tokenizer = load_model(args), load_tokenizer(args)
     inputs = read_prompt(args, tokenizer)
     set_seed(args.seed)
@@ -96,7 +95,7 @@ def sweep(args) -> None:
         raise ValueError("--plot names a file to draw to, but --no_plots was given too: leave one out")
     if not args.no_plots:
         check_plots(args.plot)
-    check_file("--plot", args.plot)
+    check_place("--plot", args.plot)
 
     grid = {"method": args.methods, "density": args.densities, "kernel_size": args.kernel_sizes}
     swept = sweep_modes(sirius_config(args), {**grid, "threshold": args.thresholds, "tree_width": args.tree_widths})
@@ -143,8 +142,8 @@ def _run_task(args, make_modes) -> tuple[dict, Path, bool]:
 def tune(args) -> None:
     choose_method(args)
     config = sirius_config(args)
-    check_file("--json", args.json)
-    check_directory("--output", args.output)
+    check_place("--json", args.json)
+    check_place("--output", args.output, is_directory=True)
     if args.model != "reasoner" and args.widen:
         raise ValueError(f"--widen is for --model reasoner alone, got {args.model}: leave it out")
     if args.quantization and args.widen:
@@ -176,7 +175,7 @@ def tune(args) -> None:
 def bench(args) -> None:
     choose_method(args)
     config = sirius_config(args)
-    check_file("--json", args.json)
+    check_place("--json", args.json)
     check_device(args.device)
     function = {"decode": benchmark.bench_decode, "offload": benchmark.bench_offload}[args.benchmark]
     options = {name: getattr(args, name) for name in inspect.signature(function).parameters if name != "config"}

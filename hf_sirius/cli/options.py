@@ -83,17 +83,13 @@ def tokenize(prompt: str, tokenizer, chat: bool):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def check_file(option: str, path: str | None) -> None:
-    """Raises `ValueError` if no file can be written to a path that is given."""
-    if path and not Path(path).absolute().parent.is_dir():
+def check_place(option: str, path: str | None, is_directory: bool = False) -> None:
+    """Raises `ValueError` if no file, or no directory, can be written to a path that is given."""
+    if not path:
+        return
+    if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"the directory of {option} {path} does not exist: make it first")
-    if path and Path(path).is_dir():
-        raise ValueError(f"{option} {path} is a directory: name a file in it")
-
-
-def check_directory(option: str, path: str | None) -> None:
-    """Raises `ValueError` if no directory can be made at a path that is given."""
-    if path and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"the directory in which {option} {path} would be made does not exist: make it first")
-    if path and Path(path).is_file():
+    if is_directory and Path(path).is_file():
         raise ValueError(f"{option} {path} is a file: name a directory")
+    if not is_directory and Path(path).is_dir():
+        raise ValueError(f"{option} {path} is a directory: name a file in it")

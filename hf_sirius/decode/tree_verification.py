@@ -28,17 +28,11 @@ class PathProcessor(LogitsProcessor):
 
 @dataclasses.dataclass
 class Verdict:
-    """What the dense model says of a tree.
+    """What the dense model says of a tree."""
 
-    Attributes:
-        path: the nodes that it keeps, from the root on, which is left out.
-        rejecting_id: a token that it does not choose behind them.
-        branches: the same as the statistics tell it.
-    """
-
-    path: list[int]
-    rejecting_id: int
-    branches: Branches
+    path: list[int]  # the nodes that it keeps, from the root on, which is left out
+    rejecting_id: int  # a token that it does not choose behind them
+    branches: Branches  # the same as the statistics tell it
 
 
 def judge(

@@ -19,23 +19,16 @@ WouldStop = Callable[[torch.LongTensor, Sequence[torch.Tensor]], bool]
 
 @dataclasses.dataclass
 class Proposal:
-    """Tokens that a verification reads.
+    """Tokens that a verification reads."""
 
-    Attributes:
-        ids: long [num_rows, num_proposed], behind the verified ones; a row is a sequence. Of a tree its deepest path.
-        num_steps: forwards of the draft that wrote them.
-        scores: the draft's processed logits of each, float32 [num_rows, num_proposed, vocab_size], where it sampled.
-        is_cut: whether the length, EOS or a criterion ended it before its time.
-        ends_output: whether the call ends with the last of them, should it be kept.
-        tree: all that was drafted, where that is more than `ids`, and how to read it.
-    """
-
+    # long [num_rows, num_proposed], behind the verified ones; a row is a sequence. Of a tree its deepest path
     ids: torch.LongTensor
-    num_steps: int = 0
+    num_steps: int = 0  # forwards of the draft that wrote them
+    # the draft's processed logits of each, float32 [num_rows, num_proposed, vocab_size], where it sampled
     scores: torch.Tensor | None = None
-    is_cut: bool = False
-    ends_output: bool = False
-    tree: Tree | None = None
+    is_cut: bool = False  # whether the length, EOS or a criterion ended it before its time
+    ends_output: bool = False  # whether the call ends with the last of them, should it be kept
+    tree: Tree | None = None  # all that was drafted, where that is more than `ids`, and how to read it
     reader: TreeReader | None = None
     num_nodes_drafted: int = 0
 

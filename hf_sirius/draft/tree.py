@@ -7,17 +7,12 @@ import torch
 
 
 class Leaf(NamedTuple):
-    """Where a continuation ends.
+    """Where a continuation ends."""
 
-    Attributes:
-        node: its last node.
-        log_prob: the draft's log-probability of the continuation.
-        is_end: whether the call would stop at the token that comes next. It is no node, as it is left to the dense
-            model, but counts in `log_prob`.
-    """
-
-    node: int
-    log_prob: float
+    node: int  # its last node
+    log_prob: float  # the draft's log-probability of the continuation
+    # whether the call would stop at the token that comes next. It is no node, as it is left to the dense model,
+    # but counts in `log_prob`
     is_end: bool
 
 

@@ -13,19 +13,12 @@ from .tree_reading import TreeReader
 
 
 class _Offer(NamedTuple):
-    """How a continuation may go on, if it is among the likeliest of its level.
+    """How a continuation may go on, if it is among the likeliest of its level."""
 
-    Attributes:
-        is_chain: whether this is what a draft without branches would write.
-        log_prob: the draft's log-probability of the continuation, the token included.
-        leaf: the node behind which it goes on.
-        token_id: the token; `None` where the continuation is finished.
-    """
-
-    is_chain: bool
-    log_prob: float
-    leaf: int
-    token_id: int | None
+    is_chain: bool  # whether this is what a draft without branches would write
+    log_prob: float  # the draft's log-probability of the continuation, the token included
+    leaf: int  # the node behind which it goes on
+    token_id: int | None  # the token; `None` where the continuation is finished
 
 
 class TreeProposer(ChainProposer):

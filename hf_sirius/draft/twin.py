@@ -36,28 +36,18 @@ _IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_captu
 class Twin:
     """The modules of a twin, and what all its drafts have in common. It does not know the dense model's root, so that
     it may be kept as long as that lives.
-
-    Attributes:
-        module: the root, of the model's class.
-        config: the settings.
-        sites: the MLPs of the dense model.
-        resident: the dense model's modules of which drafts hold copies, gathered neurons aside.
-        kept: what stays from call to call.
-        is_offloaded: whether accelerate streams weights of the dense model.
-        copies: each copied or replaced module with the dense model's that it stands for, but for the root.
-        structure: of the dense model when this was built.
-        num_users: how many hold it.
     """
 
-    module: PreTrainedModel
-    config: SiriusConfig
-    sites: list[MlpSite]
-    resident: list[nn.Module]
-    kept: Kept
-    is_offloaded: bool
+    module: PreTrainedModel  # the root, of the model's class
+    config: SiriusConfig  # the settings
+    sites: list[MlpSite]  # the MLPs of the dense model
+    resident: list[nn.Module]  # the dense model's modules of which drafts hold copies, gathered neurons aside
+    kept: Kept  # what stays from call to call
+    is_offloaded: bool  # whether accelerate streams weights of the dense model
+    # each copied or replaced module with the dense model's that it stands for, but for the root
     copies: list[tuple[nn.Module, nn.Module]]
-    structure: tuple
-    num_users: int = 0
+    structure: tuple  # of the dense model when this was built
+    num_users: int = 0  # how many hold it
 
     def __call__(self, model: PreTrainedModel, **inputs: Any):
         """A forward, as a draft step makes it; `model` is the dense one, whose modes are followed."""

@@ -9,20 +9,14 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclasses.dataclass(frozen=True)
 class MlpKind:
-    """The attribute names of one MLP layout.
+    """The attribute names of one MLP layout."""
 
-    Attributes:
-        gate: the projection whose activation decides. In a plain two-layer MLP it is the first layer; in a fused one it
-            holds gate and up, in this order.
-        up: the projection that the activation is multiplied with, if it is one of its own.
-        down: the projection back to the hidden size.
-        num_fused: how many projections `gate` holds (2 for a fused gate_up).
-    """
-
+    # the projection whose activation decides. In a plain two-layer MLP it is the first layer; in a fused one it
+    # holds gate and up, in this order
     gate: str
-    down: str
-    up: str | None = None
-    num_fused: int = 1
+    down: str  # the projection back to the hidden size
+    up: str | None = None  # the projection that the activation is multiplied with, if it is one of its own
+    num_fused: int = 1  # how many projections `gate` holds (2 for a fused gate_up)
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -44,23 +38,14 @@ PROJECTIONS = (nn.Linear, Conv1D)
 
 @dataclasses.dataclass(frozen=True)
 class MlpSite:
-    """One MLP of a model.
+    """One MLP of a model."""
 
-    Attributes:
-        idx: its place among the model's MLPs, from 0.
-        name: the dotted name of the module that owns the projections (in OPT the decoder layer itself).
-        owner: that module, in the dense model.
-        kind: the attribute names of its parts.
-        activation: the attribute name of its activation function.
-        num_neurons: its intermediate size.
-    """
-
-    idx: int
-    name: str
-    owner: nn.Module
-    kind: MlpKind
-    activation: str
-    num_neurons: int
+    idx: int  # its place among the model's MLPs, from 0
+    name: str  # the dotted name of the module that owns the projections (in OPT the decoder layer itself)
+    owner: nn.Module  # that module, in the dense model
+    kind: MlpKind  # the attribute names of its parts
+    activation: str  # the attribute name of its activation function
+    num_neurons: int  # its intermediate size
 
     @property
     def gate(self) -> nn.Module:

@@ -28,23 +28,14 @@ _DOWNLOAD_OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a field may be, for the checks, the command line and the harness.
+    """What a field may be, for the checks, the command line and the harness."""
 
-    Attributes:
-        kind: `float`, `int` or `str`, as which it is read from text.
-        allowed: the range of a number, in words.
-        is_allowed: whether a number lies in it.
-        choices: the strings that are allowed.
-        is_optional: whether it may be `None`.
-        help: what it means, in a sentence.
-    """
-
-    kind: type
-    allowed: str = ""
-    is_allowed: Callable[[Any], bool] = lambda value: True
-    choices: tuple[str, ...] = ()
-    is_optional: bool = False
-    help: str = ""
+    kind: type  # `float`, `int` or `str`, as which it is read from text
+    allowed: str = ""  # the range of a number, in words
+    is_allowed: Callable[[Any], bool] = lambda value: True  # whether a number lies in it
+    choices: tuple[str, ...] = ()  # the strings that are allowed
+    is_optional: bool = False  # whether it may be `None`
+    help: str = ""  # what it means, in a sentence
 
     def check(self, name: str, value: Any) -> None:
         """Raises `TypeError` or `ValueError` unless the field may have this value."""

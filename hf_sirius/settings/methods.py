@@ -7,17 +7,11 @@ import importlib
 
 @dataclasses.dataclass(frozen=True)
 class MethodRow:
-    """What must be known of a method before its file is loaded.
+    """What must be known of a method before its file is loaded."""
 
-    Attributes:
-        path: its class, `"module:Class"`, a [`SparsityMethod`].
-        fields: fields of [`SiriusConfig`] that only this method takes.
-        saves_time: whether its drafts are faster than the model by themselves, without a kernel.
-    """
-
-    path: str
-    fields: tuple[str, ...] = ()
-    saves_time: bool = False
+    path: str  # its class, `"module:Class"`, a [`SparsityMethod`]
+    fields: tuple[str, ...] = ()  # fields of [`SiriusConfig`] that only this method takes
+    saves_time: bool = False  # whether its drafts are faster than the model by themselves, without a kernel
 
 
 # Those that save time come first.

@@ -32,17 +32,11 @@ _FORMAT = 2  # of the records: a run with another one is refused
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """One way to run a model. The files of a run call it a way.
+    """One way to run a model. The files of a run call it a way."""
 
-    Attributes:
-        name: for people.
-        config: of the twin; `None` runs the dense model.
-        corrected: whether the model corrects its twin, which else runs alone.
-    """
-
-    name: str
-    config: SiriusConfig | None = None
-    corrected: bool = True
+    name: str  # for people
+    config: SiriusConfig | None = None  # of the twin; `None` runs the dense model
+    corrected: bool = True  # whether the model corrects its twin, which else runs alone
 
     def description(self) -> dict[str, Any]:
         """Returns all that its records depend on, as plain values."""

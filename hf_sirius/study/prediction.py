@@ -77,18 +77,13 @@ def expected_events(rates: Sequence[float], kernel_size: int, max_tokens: int) -
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """How long the parts of a generation take on this machine, medians in seconds.
+    """How long the parts of a generation take on this machine, medians in seconds."""
 
-    Attributes:
-        dense_step: one token of the dense model.
-        verifications: by number of tokens, a forward of the dense model over them and the work up to the next draft.
-        draft_steps: one drafted token, by method and density.
-        selections: choosing and gathering the neurons after the prefill, by method and density.
-    """
-
-    dense_step: float
+    dense_step: float  # one token of the dense model
+    # by number of tokens, a forward of the dense model over them and the work up to the next draft
     verifications: dict[int, float]
-    draft_steps: dict[tuple[str, float], float]
+    draft_steps: dict[tuple[str, float], float]  # one drafted token, by method and density
+    # choosing and gathering the neurons after the prefill, by method and density
     selections: dict[tuple[str, float], float]
 
     def verification(self, num_tokens: int) -> float:

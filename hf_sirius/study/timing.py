@@ -36,27 +36,16 @@ def synchronize(device: torch.device) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TimedRun:
-    """One greedy generation in its parts.
+    """One greedy generation in its parts."""
 
-    Attributes:
-        output_ids: long [1, length], which begins with the prompt.
-        num_tokens: how many of them are new.
-        to_first_token: seconds until the first token: of the prefill and what comes before it.
-        decode: seconds behind the first token.
-        selection: the part of `decode` that goes to choosing and gathering the neurons.
-        draft_steps: seconds of each forward of the draft, the mean of its cycle.
-        verifications: seconds of each verification, or of each step of a dense generation.
-        cycles: of the twin's statistics; empty for a dense generation.
-    """
-
-    output_ids: torch.LongTensor
-    num_tokens: int
-    to_first_token: float
-    decode: float
-    selection: float
-    draft_steps: list[float]
-    verifications: list[float]
-    cycles: list[Cycle]
+    output_ids: torch.LongTensor  # long [1, length], which begins with the prompt
+    num_tokens: int  # how many of them are new
+    to_first_token: float  # seconds until the first token: of the prefill and what comes before it
+    decode: float  # seconds behind the first token
+    selection: float  # the part of `decode` that goes to choosing and gathering the neurons
+    draft_steps: list[float]  # seconds of each forward of the draft, the mean of its cycle
+    verifications: list[float]  # seconds of each verification, or of each step of a dense generation
+    cycles: list[Cycle]  # of the twin's statistics; empty for a dense generation
 
     def scaled(self, factor: float) -> "TimedRun":
         """Returns the run with all its times multiplied."""

@@ -10,17 +10,13 @@ from .prediction import Costs
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Dense and corrected generations in alternation.
+    """Dense and corrected generations in alternation."""
 
-    Attributes:
-        decode, whole: for each pair of generations, Sirius' seconds per token / the dense ones: behind the first token,
-            and of all tokens.
-        agreement: of these outputs, as in [`Candidate`].
-    """
-
+    # for each pair of generations, Sirius' seconds per token / the dense ones: behind the first token, and of
+    # all tokens
     decode: tuple[float, ...]
     whole: tuple[float, ...]
-    agreement: float
+    agreement: float  # of these outputs, as in [`Candidate`]
 
     @property
     def ratio_decode(self) -> float:
@@ -38,22 +34,15 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One setting.
+    """One setting."""
 
-    Attributes:
-        config: of the twin.
-        advance_length: the tokens per cycle that are predicted, including cycles that are cut short.
-        predicted_decode, predicted_whole: Sirius' seconds per token / the dense ones; the median over the prompts.
-        agreement: the share of the output's tokens that are the dense model's argmax, given the output before them.
-        measured: `None` if it was only predicted.
-    """
-
-    config: SiriusConfig
-    advance_length: float
-    predicted_decode: float
+    config: SiriusConfig  # of the twin
+    advance_length: float  # the tokens per cycle that are predicted, including cycles that are cut short
+    predicted_decode: float  # Sirius' seconds per token / the dense ones; the median over the prompts
     predicted_whole: float
+    # the share of the output's tokens that are the dense model's argmax, given the output before them
     agreement: float = 1.0
-    measured: Measurement | None = None
+    measured: Measurement | None = None  # `None` if it was only predicted
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it as plain values."""
