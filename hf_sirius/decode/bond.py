@@ -8,6 +8,7 @@ made. The model gets its own class back with its last twin, and nothing is writt
 tests/decode/test_attach.py fails loudly if their signatures change.
 """
 
+import collections
 import copyreg
 import ctypes
 import functools
@@ -28,8 +29,40 @@ from .call import Call, check_batch_size
 from .candidates import SiriusCandidateGenerator
 
 
-# The garbage collector may end a twin within a block that holds it.
-lock = threading.RLock()
+class _Lock:
+    """Held while models and twins get to know each other. The end of a twin, which may come anywhere, as the garbage
+    collector comes, never waits for it, and never comes within a block that holds it, but at the block's end.
+    """
+
+    def __init__(self):
+        self._lock, self._depth = threading.RLock(), 0
+        self._ended: collections.deque[tuple] = collections.deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *exc_info) -> None:
+        self._depth -= 1
+        self._lock.release()
+        self._settle()
+
+    def end(self, *bond: Any) -> None:
+        """Unties a bond, now or when the lock is free."""
+        self._ended.append(bond)
+        self._settle()
+
+    def _settle(self) -> None:
+        while self._ended and self._lock.acquire(blocking=False):
+            try:
+                if self._depth:
+                    return
+                _untie(*self._ended.popleft())
+            finally:
+                self._lock.release()
+
+
+lock = _Lock()
 # dense model -> by id, its living twins
 _bonds: "weakref.WeakKeyDictionary[PreTrainedModel, dict[int, weakref.ref]]" = weakref.WeakKeyDictionary()
 # dense model -> the modules of its latest twin, for the next one of the same settings
@@ -128,22 +161,21 @@ def bind(user: Any, twin: Twin, model: PreTrainedModel) -> None:
             model.__class__ = _assisted_class(type(model))
         bonds[id(user)] = weakref.ref(user)
         twin.num_users += 1
-        end = weakref.finalize(user, _release, model, twin, id(user))
+        end = weakref.finalize(user, lock.end, model, twin, id(user))
     end.atexit = False
     user.__dict__["_end"] = end
 
 
-def _release(model: PreTrainedModel, twin: Twin, key: int) -> None:
-    with lock:
-        twin.num_users -= 1
-        bonds = _bonds[model]
-        del bonds[key]
-        if not twin.num_users and _latest.get(model) is not twin:
-            twin.kept.clear()  # no further twin will find it
-        if not bonds:
-            del _bonds[model]
-            if STOCK_CLASS in vars(type(model)):  # else somebody has laid another class over ours since: it stays
-                model.__class__ = stock_class(model)
+def _untie(model: PreTrainedModel, twin: Twin, key: int) -> None:
+    twin.num_users -= 1
+    bonds = _bonds[model]
+    del bonds[key]
+    if not twin.num_users and _latest.get(model) is not twin:
+        twin.kept.clear()  # no further twin will find it
+    if not bonds:
+        del _bonds[model]
+        if STOCK_CLASS in vars(type(model)):  # else somebody has laid another class over ours since: it stays
+            model.__class__ = stock_class(model)
 
 
 def release(user: Any, twin: Twin, model: PreTrainedModel) -> None:
@@ -151,7 +183,8 @@ def release(user: Any, twin: Twin, model: PreTrainedModel) -> None:
     with lock:
         if _latest.get(model) is twin:
             del _latest[model]
-        user.__dict__["_end"]()
+        if (end := user.__dict__["_end"].detach()) is not None:
+            _untie(*end[2])
 
 
 def twin_of(model: PreTrainedModel, config: SiriusConfig, build: Callable[[], Twin]) -> Twin:

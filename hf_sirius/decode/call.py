@@ -16,13 +16,8 @@ _current: ContextVar["Call | None"] = ContextVar("hf_sirius_call", default=None)
 
 
 class Call(contextlib.AbstractContextManager):
-    """A context manager around the stock loop: within it, `Call.current()` is this call; at its end nothing is left
-    behind.
-
-    Args:
-        draft: what drafts, which this opens and closes.
-        history: where its counts go.
-        stopping_criteria: those of the call.
+    """A context manager around the stock loop: within it, `Call.current()` is this call, and its draft is open; at its
+    end nothing is left behind.
 
     Attributes:
         model: the dense model.

@@ -64,15 +64,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
     def get_candidates(
         self, input_ids: torch.LongTensor, model_kwargs: dict, is_first_iteration: bool, **kwargs
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """Returns the sequence with the draft appended, and the draft's processed logits when sampling.
-
-        Args:
-            input_ids: long [1, length], all verified tokens.
-            model_kwargs: the loop's own, with `past_key_values` of all tokens but the last.
-            is_first_iteration: whether the dense model has yet to read the prompt. Then there is no draft.
-
-        Returns:
-            long [1, length + num_drafted] and, if any was sampled, float32 [1, num_drafted, vocab_size].
+        """Returns the verified tokens, long [1, length], with the draft behind them, and where it was sampled its
+        processed logits, float32 [1, num_drafted, vocab_size]. Before the prompt is read there is no draft.
         """
         self.call.is_verifying = True
         cache = model_kwargs["past_key_values"]
@@ -117,13 +110,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         return candidate_ids, proposal.scores
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Takes note of a verification.
-
-        Args:
-            input_ids: long [1, length], the accepted tokens and the bonus token included.
-            scores: float32 [1, num_drafted + 1, vocab_size], the processed logits; the hook's lifts are taken out of
-                them.
-            num_matches: number of accepted tokens.
+        """Takes note of a verification that accepted `num_matches` tokens, and takes the hook's lifts out of its
+        processed logits, `scores`, float32 [1, num_drafted + 1, vocab_size].
         """
         now, num_matches = time.perf_counter(), int(num_matches)
         if self.hook is not None:

@@ -42,14 +42,8 @@ def judge(
     processors: LogitsProcessorList,
     config: SiriusConfig,
 ) -> Verdict:
-    """Applies the acceptance rule to a tree.
-
-    Args:
-        proposal: with a tree whose root is the last verified token.
-        verified_ids: long [1, length].
-        logits: [1, num_nodes, vocab_size], the dense model's at each node.
-        processors: those of the call.
-        config: the settings of the twin.
+    """Applies the acceptance rule to a tree behind `verified_ids`, long [1, length], by the dense model's logits at
+    each node, [1, num_nodes, vocab_size].
     """
     tree = proposal.tree
 

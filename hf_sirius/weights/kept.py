@@ -72,7 +72,8 @@ class Kept:
     def __init__(self, projections: Iterable[nn.Module], draft_dtype: str | None, num_bytes: Mapping[nn.Module, int]):
         self._projections = list(projections)
         self._draft_dtype = draft_dtype
-        self._casts: dict[nn.Module, _Cast] | None = {}
+        self._casts: dict[nn.Module, _Cast] = {}
+        self._is_cleared = False
         self._buffers: dict[nn.Module, _Buffer] = {}
         with _lock:
             for part, size in num_bytes.items():
@@ -96,8 +97,7 @@ class Kept:
                 if cast is None or not cast.is_of(projection):
                     cast = of_projection[self._draft_dtype] = _Cast(projection, self._draft_dtype)
                 casts[projection] = cast
-            if self._casts is not None:
-                self._casts = casts
+            self._casts = {} if self._is_cleared else casts
         return {projection: cast.linear for projection, cast in casts.items()}
 
     @contextlib.contextmanager
@@ -113,6 +113,4 @@ class Kept:
 
     def clear(self) -> None:
         """Lets go of all, for good: it is freed unless another twin has it or a call is using it."""
-        with _lock:
-            self._casts = None
-            self._buffers = {}
+        self._is_cleared, self._casts, self._buffers = True, {}, {}  # with no lock, as this may come at any time

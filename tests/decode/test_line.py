@@ -521,6 +521,33 @@ def test_threads_make_and_drop_twins_of_one_model(tiny_interval):
     assert not errors and state_of(model) == before and model not in bond._bonds
 
 
+@pytest.mark.parametrize("who", ["this thread", "another"])
+def test_the_end_of_a_twin_waits_for_nobody(who):
+    """The garbage collector may end one anywhere, also within a block that holds the lock."""
+    model = build_model()
+    stock, twin = type(model), make_sparse(model, **LOSSLESS)
+    gone, inside, go_on = weakref.ref(twin), threading.Event(), threading.Event()
+
+    def hold():
+        with bond.lock:
+            inside.set()
+            go_on.wait()
+
+    if who == "another":
+        thread = threading.Thread(target=hold)
+        thread.start()
+        inside.wait()
+        del twin
+        assert gone() is None and type(model) is not stock
+        go_on.set()
+        thread.join()
+    else:
+        with bond.lock:
+            del twin
+            assert gone() is None and type(model) is not stock
+    assert type(model) is stock
+
+
 def test_threads_use_the_line(tiny_interval, drafts):
     model = build_model()
     before = state_of(model)
