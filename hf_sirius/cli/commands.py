@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decode.attach import make_sparse
@@ -53,7 +53,7 @@ def generate(args) -> None:
     config = sirius_config(args)  # a wrong value is told before anything is loaded
     model, tokenizer = load_model(args), load_tokenizer(args)
     inputs = read_prompt(args, tokenizer).to(model.device)
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     with make_sparse(model, config) as twin:
         output = model.generate(
             **inputs,
@@ -74,7 +74,7 @@ def report(args) -> None:
         check_place(f"--{name}", getattr(args, name))
     model, tokenizer = load_model(args), load_tokenizer(args)
     inputs = read_prompt(args, tokenizer)
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     with make_sparse(model, config) as twin:
         traced = trace(twin, tokenizer, inputs, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample)
     write_report(traced, args.output)

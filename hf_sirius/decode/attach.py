@@ -6,14 +6,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..draft.tree_reading import check_tree
-from ..draft.twin import Twin, build_twin
+from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded
 from ..model.sites import find_mlps
 from ..settings.config import SiriusConfig, check_field_names
 from ..settings.methods import method_class
 from ..weights.formats import check_draft_dtype
 from ..weights.offload import check_offload
-from .bond import bind, lock, twin_of
+from .bond import bind
 from .sparse_twin import SparseTwin, sparse_twin
 
 
@@ -32,9 +32,9 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     twins of one model can live side by side. While any lives, the model has a class of the same name over its own; with
     the last one, be it that nobody holds it any more, it is as it was.
 
-    What the calls share is kept with the model for the next twin of the same settings: the casts that `draft_dtype`
-    asks for and, of `griffin` on a CPU, the memory for gathered neurons that are not quantized. `twin.detach()`, the
-    twin as a context manager, a twin of other settings, or the model's own end let go of it.
+    What the calls share is kept with the model for its next twin: the casts that `draft_dtype` asks for and, of
+    `griffin` on a CPU, the memory for gathered neurons that are not quantized. `twin.detach()`, the twin as a context
+    manager, a twin of other settings, or the model's own end let go of it.
 
     Args:
         model: the dense model, with its weights loaded.
@@ -81,21 +81,16 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         check_offload(model)
     if config.kernel_size is None:
         config = config.replace(kernel_size=OFFLOADED_KERNEL_SIZE if offloaded else KERNEL_SIZE)
-    with lock:
-        twin = twin_of(model, config, lambda: _build(model, config))
-        user = sparse_twin(twin, model)
-        bind(user, twin, model)
-    return user
-
-
-def _build(model: PreTrainedModel, config: SiriusConfig) -> Twin:
     check_draft_dtype(config.draft_dtype, execution_device(model))
     sites = find_mlps(model)
     if config.tree_width > 1:
         check_tree(model)
     if config.calibration is not None:
         config.calibration.check_model(sites)
-    return build_twin(model, config, sites)
+    twin = build_twin(model, config, sites)
+    user = sparse_twin(twin, model)
+    bind(user, twin.kept.bag, model)
+    return user
 
 
 def _check_quantization(model: PreTrainedModel, offloaded: bool) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, SynthIDTextWatermarkLogitsProcessor
 
-from ..draft.twin import Twin, structure_of
 from ..model.compat import IS_5_17, SettledCriteria
 from ..model.stock import STOCK_CLASS, stock_class
 from ..settings.config import SiriusConfig
@@ -55,18 +54,20 @@ class _Lock:
     def _settle(self) -> None:
         while self._ended and self._lock.acquire(blocking=False):
             try:
-                if self._depth:
+                if self._depth or not self._ended:
                     return
+                self._depth += 1
                 _untie(*self._ended.popleft())
+                self._depth -= 1
             finally:
                 self._lock.release()
 
 
 lock = _Lock()
-# dense model -> by id, its living twins
-_bonds: "weakref.WeakKeyDictionary[PreTrainedModel, dict[int, weakref.ref]]" = weakref.WeakKeyDictionary()
-# dense model -> the modules of its latest twin, for the next one of the same settings
-_latest: "weakref.WeakKeyDictionary[PreTrainedModel, Twin]" = weakref.WeakKeyDictionary()
+# dense model -> its living twins
+_bonds: "weakref.WeakKeyDictionary[PreTrainedModel, set[weakref.ref]]" = weakref.WeakKeyDictionary()
+# dense model -> casts and memory of its latest twin, for the next one. Nothing in them leads back to the model.
+_latest: "weakref.WeakKeyDictionary[PreTrainedModel, list]" = weakref.WeakKeyDictionary()
 
 
 def _forgetting(name: str) -> Callable[..., Any]:
@@ -84,12 +85,6 @@ def _forgetting(name: str) -> Callable[..., Any]:
 
 class Assisted:
     """What a model can do while twins of it live, over its own class."""
-
-    # What `generate` checks before it decodes, of which a wrong argument is told.
-    _prepare_generation_config = _forgetting("_prepare_generation_config")
-    _validate_model_kwargs = _forgetting("_validate_model_kwargs")
-    _validate_generation_mode = _forgetting("_validate_generation_mode")
-    _validate_generated_length = _forgetting("_validate_generated_length")
 
     def __new__(cls, *args: Any, **kwargs: Any):
         stock = getattr(cls, STOCK_CLASS)
@@ -146,6 +141,16 @@ class Assisted:
         return SiriusCandidateGenerator(call, generation_config, logits_processor)
 
 
+# What `generate` does before it decodes, in which it tells of wrong arguments.
+STEPS = (
+    "_get_deprecated_gen_repo", "_prepare_generation_config", "_validate_model_kwargs", "_validate_generation_mode",
+    "_prepare_model_inputs", "_prepare_generated_length", "_validate_generated_length",
+    "_prepare_cache_for_generation", "_get_logits_processor", "_get_stopping_criteria",
+)  # fmt: skip
+for _name in STEPS:
+    setattr(Assisted, _name, _forgetting(_name))
+
+
 @functools.cache
 def _assisted_class(model_class: type[PreTrainedModel]) -> type:
     # transformers keys hooks and messages by these names.
@@ -153,55 +158,43 @@ def _assisted_class(model_class: type[PreTrainedModel]) -> type:
     return type(model_class.__name__, (Assisted, model_class), {**namespace, STOCK_CLASS: model_class})
 
 
-def bind(user: Any, twin: Twin, model: PreTrainedModel) -> None:
-    """Has `model` know what a user holds of a twin, until it is released or gone."""
+def bind(user: Any, kept: list, model: PreTrainedModel) -> None:
+    """Has `model` know what a user holds of a twin, until it is released or gone; `kept` stays for its next twin."""
     with lock:
-        bonds = _bonds.setdefault(model, {})
         if not isinstance(model, Assisted):
             model.__class__ = _assisted_class(type(model))
-        bonds[id(user)] = weakref.ref(user)
-        twin.num_users += 1
-        end = weakref.finalize(user, lock.end, model, twin, id(user))
+        bond = weakref.ref(user)
+        _bonds.setdefault(model, set()).add(bond)
+        _latest[model] = kept
+        end = weakref.finalize(user, lock.end, weakref.ref(model), bond)
     end.atexit = False
     user.__dict__["_end"] = end
 
 
-def _untie(model: PreTrainedModel, twin: Twin, key: int) -> None:
-    twin.num_users -= 1
+def _untie(model_ref: weakref.ref, bond: weakref.ref) -> None:
+    if (model := model_ref()) is None:
+        return
     bonds = _bonds[model]
-    del bonds[key]
-    if not twin.num_users and _latest.get(model) is not twin:
-        twin.kept.clear()  # no further twin will find it
+    bonds.discard(bond)
     if not bonds:
         del _bonds[model]
         if STOCK_CLASS in vars(type(model)):  # else somebody has laid another class over ours since: it stays
             model.__class__ = stock_class(model)
 
 
-def release(user: Any, twin: Twin, model: PreTrainedModel) -> None:
-    """Ends a bond, and lets go of what is kept for further twins of these settings. Harmless when repeated."""
+def release(user: Any, kept: list, model: PreTrainedModel) -> None:
+    """Ends a bond, and lets go of what is kept for the next twin. Harmless when repeated."""
     with lock:
-        if _latest.get(model) is twin:
+        if _latest.get(model) is kept:
             del _latest[model]
-        if (end := user.__dict__["_end"].detach()) is not None:
-            _untie(*end[2])
-
-
-def twin_of(model: PreTrainedModel, config: SiriusConfig, build: Callable[[], Twin]) -> Twin:
-    """Returns the modules of the model's latest twin if they would be built alike, or else new ones.
-
-    The latest are kept as long as the model lives, with their casts: one set, that of the latest settings.
-    """
-    with lock:
-        latest = _latest.get(model)
-        if latest is None or latest.config != config or latest.structure != structure_of(model):
-            _latest[model] = latest = build()  # which finds the casts of the one before
-        return latest
+        end = user.__dict__["_end"]
+        if (alive := end.peek()) is not None and alive[0] is user:  # else it was released before, or is a copy
+            end.detach()
+            _untie(*alive[2])
 
 
 def _is_bound(user: Any, model: PreTrainedModel) -> bool:
-    bond = _bonds.get(model, {}).get(id(user))
-    return bond is not None and bond() is user
+    return any(bond() is user for bond in tuple(_bonds.get(model, ())))
 
 
 def _forget(user: Any, frame: FrameType | None) -> None:

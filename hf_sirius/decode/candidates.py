@@ -16,6 +16,7 @@ from ..draft.proposers import ChainProposer, Proposal, likelihood
 from ..draft.tree_proposer import TreeProposer
 from ..draft.tree_reading import keep_rows
 from ..model.compat import IS_5_17, stop_recording
+from ..model.observation import is_compiled
 from .call import Call
 from .stats import Cycle
 from .tree_verification import PathProcessor, Verdict, judge, unread
@@ -79,7 +80,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
                 _reading_new_tokens_only(input_ids, model_kwargs, mask_length),
             )
             return input_ids, None
-        if self.proposal is None:  # the prefill has made the cache's layers, if they were not there
+        # The prefill has made the cache's layers, if they were not there. Compiled code takes the stock ones alone.
+        if self.proposal is None and not is_compiled(self.call.model):
             self.call.undo.enter_context(roomy(cache))
         start = time.perf_counter()
         # The last token before `max_length` is the dense model's.

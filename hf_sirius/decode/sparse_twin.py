@@ -45,9 +45,10 @@ class SparseTwin(_Model):
 
     def detach(self) -> None:
         """Ends the bond with the dense model, which is left exactly as it was before `make_sparse`, and lets go of what
-        is kept for further twins of these settings. Harmless when repeated.
+        is kept for its next twin. Harmless when repeated.
         """
-        release(self, self._twin, self.dense_model)
+        release(self, self._twin.kept.bag, self.dense_model)
+        self._twin.kept.clear()
 
     def __enter__(self) -> "SparseTwin":
         return self
@@ -62,6 +63,10 @@ class SparseTwin(_Model):
     @property
     def training(self) -> bool:
         return self.dense_model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.dense_model.training = mode
 
     def train(self, mode: bool = True):
         """Sets the mode of the dense model, whose modules are the twin's as well."""
@@ -116,4 +121,5 @@ def sparse_twin(twin: Twin, model: PreTrainedModel) -> "SparseTwin":
 @functools.cache
 def _user_class(model_class: type[PreTrainedModel]) -> type:
     # The name stays: pipelines and the like look classes up by it.
-    return type(model_class.__name__, (SparseTwin, model_class), {"__module__": model_class.__module__})
+    namespace = {"__module__": model_class.__module__, "__doc__": SparseTwin.__doc__}
+    return type(model_class.__name__, (SparseTwin, model_class), namespace)

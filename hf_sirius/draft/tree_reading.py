@@ -6,6 +6,7 @@ and positions go by depth, so each has the logits that it would have at the end 
 
 import math
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -20,6 +21,8 @@ from .tree import Tree
 
 
 ATTENTIONS = ("sdpa", "eager")  # the implementations that take such a mask
+# model -> the one with which it was seen to read a tree
+_readers: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
 
 
 class TreeReader:
@@ -131,6 +134,8 @@ def check_tree(model: PreTrainedModel) -> None:
             f"{type(model).__name__} counts the windows of its local attention by itself, which a tree's nodes would "
             "fill: use tree_width=1"
         )
+    if _readers.get(model) == attention:
+        return
     context, root, branches = [1, 2, 3], 4, [[5, 6], [7, 8]]
     try:
         with evaluating(model):  # without dropout
@@ -158,6 +163,7 @@ def check_tree(model: PreTrainedModel) -> None:
             f"{type(model).__name__} cannot read a tree of drafts, as it takes no mask or no positions of the caller's "
             "(ALiBi, for one, fixes them): use tree_width=1"
         )
+    _readers[model] = attention
 
 
 def _token_id(model: PreTrainedModel, number: int) -> int:

@@ -34,9 +34,7 @@ _IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_captu
 
 @dataclasses.dataclass
 class Twin:
-    """The modules of a twin, and what all its drafts have in common. It does not know the dense model's root, so that
-    it may be kept as long as that lives.
-    """
+    """The modules of a twin, and what all its drafts have in common."""
 
     module: PreTrainedModel  # the root, of the model's class
     config: SiriusConfig  # the settings
@@ -46,8 +44,6 @@ class Twin:
     is_offloaded: bool  # whether accelerate streams weights of the dense model
     # each copied or replaced module with the dense model's that it stands for, but for the root
     copies: list[tuple[nn.Module, nn.Module]]
-    structure: tuple  # of the dense model when this was built
-    num_users: int = 0  # how many hold it
 
     def __call__(self, model: PreTrainedModel, **inputs: Any):
         """A forward, as a draft step makes it; `model` is the dense one, whose modes are followed."""
@@ -89,30 +85,12 @@ class Twin:
                 setattr(copied, _IS_HOOKED, getattr(original, _IS_HOOKED))
 
 
-def structure_of(model: nn.Module) -> tuple:
-    """Returns what a twin is built from, by identity: with another module, forward, hook, mode or dtype it is another.
-
-    Weights by themselves do not count: they are shared, and casts look for themselves.
-    """
-    marks: list[Any] = []
-    for module in model.modules():
-        marks += id(module), stock_class(module)
-        for name, value in list(module.__dict__.items()):
-            marks.append(id(value))
-            if name == "_parameters":
-                marks += [(p.dtype, p.device) for p in value.values() if p is not None]
-            elif isinstance(value, dict) and name != "_buffers":
-                marks += map(id, value.values())
-    return tuple(marks)
-
-
 def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite]) -> Twin:
     """Builds the twin of a model: copies of the containers on the way to what is replaced, and the model's own modules
     for all the rest.
 
     Nothing of the dense model changes. The copies share their dicts of parameters and buffers with the originals.
     """
-    structure = structure_of(model)
     method = method_class(config.method)
     replacements = {id(site.owner): method.replacements(site) for site in sites}
     resident = find_resident(model, sites, config, method.gathers)
@@ -140,7 +118,6 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         ),
         is_offloaded=is_offloaded(model),
         copies=pairs,
-        structure=structure,
     )
 
 
@@ -186,7 +163,11 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 def _runs(value: Any, module: nn.Module) -> bool:
     """Whether a value is a method of a module, maybe wrapped, which would lead a copy back to it."""
-    return callable(value) and getattr(inspect.unwrap(value), "__self__", None) is module
+
+    def is_own(function: Any) -> bool:
+        return getattr(function, "__self__", None) is module
+
+    return callable(value) and is_own(inspect.unwrap(value, stop=is_own))
 
 
 @functools.cache

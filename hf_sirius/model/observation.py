@@ -9,13 +9,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .shared import SharedContext
 from .sites import MlpSite
 
 
 # What is watched: "activation" is act(gate_proj x), "neurons" is the input of the down projection.
 Observed = Literal["activation", "neurons"]
 
+_eagerly = SharedContext(lambda: torch.compiler.set_stance("force_eager"))
 _observer: ContextVar[object | None] = ContextVar("hf_sirius_observer", default=None)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any module runs code that torch.compile made."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 @contextlib.contextmanager
@@ -70,11 +80,7 @@ def observing(
         undo.callback(_observer.reset, _observer.set(me))
         for site in sites:
             undo.callback(watch(site).remove)
-        is_compiled = any(
-            module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-            for module in model.modules()
-        )
-        with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+        with _eagerly() if is_compiled(model) else contextlib.nullcontext():
             yield
         if not all(num_seen):
             raise ValueError(

@@ -144,7 +144,7 @@ class SiriusConfig(PushToHubMixin):
             if owner not in (None, self.method) and getattr(self, field.name) != field.default:
                 raise ValueError(
                     f"{field.name} belongs to method={owner!r}, but the method is {self.method!r}: leave it out, or "
-                    f"use method={owner!r}. To change the method of a config, call config.with_method({self.method!r})"
+                    f"use method={owner!r} (with_method changes the method of a config, and drops such fields)"
                 )
         if self.draft_scope != "mlp" and self.draft_dtype is None:
             raise ValueError(

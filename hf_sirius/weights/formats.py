@@ -1,6 +1,7 @@
 """One dispatch over the formats of a draft's weights, cast, quantized or cut down to some neurons, and their bytes."""
 
 import copy
+import functools
 import importlib.util
 import math
 
@@ -164,6 +165,7 @@ def reusable_bytes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module
     return sizes
 
 
+@functools.cache
 def check_draft_dtype(draft_dtype: str | None, device: torch.device) -> None:
     """Raises `ImportError` where a package is missing, and `ValueError` where the device cannot run this dtype."""
     if draft_dtype is None:

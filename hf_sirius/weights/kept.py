@@ -61,18 +61,14 @@ class _Buffer:
 
 
 class Kept:
-    """What one twin keeps.
-
-    Args:
-        projections: those outside the MLPs that the draft casts, with their weights in memory.
-        draft_dtype: of `SiriusConfig`.
-        num_bytes: how much memory the gathered neurons of a projection take.
+    """What one twin keeps: casts of `projections`, and memory of so many bytes for the gathered neurons of others. All
+    is in `bag`, which refers to no module of the model, so that it may be kept as long as the model lives.
     """
 
     def __init__(self, projections: Iterable[nn.Module], draft_dtype: str | None, num_bytes: Mapping[nn.Module, int]):
         self._projections = list(projections)
         self._draft_dtype = draft_dtype
-        self._casts: dict[nn.Module, _Cast] = {}
+        self.bag: list[_Cast | _Buffer] = []
         self._is_cleared = False
         self._buffers: dict[nn.Module, _Buffer] = {}
         with _lock:
@@ -97,7 +93,7 @@ class Kept:
                 if cast is None or not cast.is_of(projection):
                     cast = of_projection[self._draft_dtype] = _Cast(projection, self._draft_dtype)
                 casts[projection] = cast
-            self._casts = {} if self._is_cleared else casts
+            self.bag[:] = [] if self._is_cleared else [*casts.values(), *self._buffers.values()]
         return {projection: cast.linear for projection, cast in casts.items()}
 
     @contextlib.contextmanager
@@ -113,4 +109,6 @@ class Kept:
 
     def clear(self) -> None:
         """Lets go of all, for good: it is freed unless another twin has it or a call is using it."""
-        self._is_cleared, self._casts, self._buffers = True, {}, {}  # with no lock, as this may come at any time
+        with _lock:
+            self._is_cleared, self._buffers = True, {}
+            self.bag.clear()

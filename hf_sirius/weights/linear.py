@@ -1,20 +1,18 @@
 """A projection that a draft holds by itself, in the format of `formats.py`."""
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from ..model.shared import SharedContext
+
 
 class DraftLinear(nn.Module):
     """A projection that the draft holds by itself: takes and returns hidden states of the model's dtype.
 
-    Args:
-        linear: the projection, maybe padded with zeros.
-        input_dtype: what `linear` takes.
-        out_features: how many of its outputs are real.
+    `linear` takes `input_dtype`, and may be padded with zeros: `out_features` of its outputs are real.
     """
 
     def __init__(self, linear: nn.Module, input_dtype: torch.dtype, out_features: int):
@@ -30,36 +28,23 @@ class DraftLinear(nn.Module):
         return outputs[..., : self.out_features].to(hidden_states.dtype)
 
 
-class _NativeProducts:
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
     """Takes oneDNN out of the way of bfloat16 drafts on a CPU.
 
     torch hands such a product to oneDNN where the processor has bfloat16 instructions, which for a single token took
-    1.7 times as long as torch's own kernel does. The switch is global, so the last draft of all threads turns it back.
+    1.7 times as long as torch's own kernel does.
     """
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._num_drafts = 0
-        self._was_enabled = True
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if not self._num_drafts:
-                # Not by `set_flags`, which sets the precision of float32 products as well.
-                self._was_enabled = torch.backends.mkldnn.enabled
-                torch.backends.mkldnn.enabled = False
-            self._num_drafts += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_drafts -= 1
-                if not self._num_drafts:
-                    torch.backends.mkldnn.enabled = self._was_enabled
+    was_enabled = torch.backends.mkldnn.enabled
+    # Not by `set_flags`, which sets the precision of float32 products as well.
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = was_enabled
 
 
-native_products = _NativeProducts()
+native_products = SharedContext(_without_onednn)
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:

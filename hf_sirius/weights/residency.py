@@ -58,9 +58,10 @@ def find_resident(
     budget = None if config.draft_memory is None else memory_bytes(config.draft_memory)
     if budget is not None and budget < needed:
         raise ValueError(
-            f"draft_memory={config.draft_memory!r} is too small for any draft of this model: the gathered neurons "
-            f"(and what else every draft holds) need {needed} bytes, {needed / 2**20:.1f} MiB. Allow at least that, "
-            "lower the density, or choose a smaller draft_dtype"
+            f"draft_memory={config.draft_memory!r} is too small for any draft of this model: "
+            f"{'the gathered neurons (and what else every draft holds)' if gathers else 'what draft_dtype casts'} need "
+            f"{needed} bytes, {needed / 2**20:.1f} MiB. Allow at least that, "
+            f"{'lower the density, ' if gathers else ''}or choose a smaller draft_dtype"
         )
     num_streamed = 0
     for owner, name in streamed:

@@ -28,6 +28,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sirius import SiriusConfig, calibrate, make_sparse
+from hf_sirius.decode.bond import STEPS
 
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
@@ -326,6 +327,11 @@ def test_a_private_part_of_transformers_is_as_expected(name):
         f"transformers {transformers.__version__} has GenerationMixin.{name}({found}), while hf_sirius/{file} relies "
         f"on {expected}: adapt that file, then this list"
     )
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_generate_is_there(name):
+    assert callable(getattr(GenerationMixin, name, None)), f"hf_sirius/decode/bond.py names {name}: take it off STEPS"
 
 
 def test_the_stock_loop_asks_the_generator_as_expected():

@@ -1,11 +1,19 @@
 """Compiled models are full models like any other: their drafts are sparse, and their outputs stay what they are."""
 
+import contextlib
+
 import pytest
 import torch
 from tiny import METHODS, build_model, make_prompt
 
 from hf_sirius import calibrate, make_sparse
 from hf_sirius.model import observation
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Else one piece of code is compiled so often that torch gives up on it."""
+    torch._dynamo.reset()
 
 
 WAYS = {name: METHODS[name] for name in ("cats-threshold", "griffin")} | {
@@ -37,9 +45,11 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("order", ["compiled first", "used first", "twin first"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("what", COMPILED)
+@pytest.mark.parametrize(
+    ("what", "order"),
+    [*((what, "compiled first") for what in COMPILED), ("the model", "used first"), ("its layers", "twin first")],
+)
 def test_drafts_are_those_of_the_model_as_it_was(what, way, order):
     model, prompt, options = build_model(), make_prompt(), {"max_new_tokens": 16, "do_sample": False}
     expected = model.generate(prompt, **options)
@@ -103,3 +113,27 @@ def test_only_compiled_models_are_told_to_run_eagerly(monkeypatch):
     monkeypatch.setattr(observation.torch.compiler, "set_stance", None)
     with make_sparse(build_model()) as twin:
         twin.dense_model.generate(make_prompt(), assistant_model=twin, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_whole_graph_stays_whole(way):
+    """Neither hooks nor the room in the KV-cache break what was compiled."""
+    model, prompt, options = build_model(), make_prompt(), {"max_new_tokens": 16, "do_sample": False}
+    expected = model.generate(prompt, **options)
+    model.compile(backend="eager", fullgraph=True)
+    output = model.generate(prompt, assistant_model=make_sparse(model, **WAYS[way], **FIELDS), **options)
+    assert torch.equal(output, expected)
+
+
+def test_prefills_of_several_threads_leave_the_process_as_it_was():
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        for stack in (first, second):
+            stack.enter_context(observation._eagerly())
+        first.close()
+        assert stance() == "force_eager"
+        second.close()
+    assert stance() == "default"
+
+
+def stance() -> str:
+    return torch._dynamo.eval_frame._stance.stance

@@ -4,6 +4,7 @@ Nothing here may depend on the garbage collector: it is off throughout.
 """
 
 import copy
+import functools
 import gc
 import itertools
 import pickle
@@ -15,7 +16,7 @@ import weakref
 
 import pytest
 import torch
-from accelerate import disk_offload
+from accelerate import Accelerator, disk_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
 from tiny import METHODS, build_model, build_tokenizer, make_prompt
 from transformers import (
@@ -40,6 +41,14 @@ LOSSLESS = {"threshold": 1.0, "density": 0.3, "kernel_size": 5}
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
 WAYS = {**METHODS, "tree": {"method": "griffin", "tree_width": 3}, "cast": {"method": "cats", "draft_dtype": "int8"},
         "cast whole": {"method": "griffin", "draft_dtype": "bfloat16", "draft_scope": "all"}}  # fmt: skip
+
+
+def dispatch(model):
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+def prepare(model):
+    Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +237,9 @@ FAILURES = {
     "refused": {"guidance_scale": 2.0},
     "misspelt": {"max_new_token": 3},
     "too short": {"max_length": 3, "max_new_tokens": None},
+    "stop strings without a tokenizer": {"stop_strings": "w3"},
+    "a cold temperature": {"do_sample": True, "temperature": -1.0},
+    "bad words": {"bad_words_ids": []},
     "a batch": {"inputs": make_prompt().repeat(2, 1)},
 }
 
@@ -263,11 +275,35 @@ def test_the_twin_and_the_model_are_freed_at_once(way):
     twin = make_sparse(model, **WAYS[way])
     model.generate(make_prompt(), assistant_model=twin, return_dict_in_generate=True, output_scores=True, **GREEDY)
     gone = [weakref.ref(twin), weakref.ref(twin._twin.module)]
+    casts = [weakref.ref(cast.linear.weight) for cast in twin._twin.kept.casts().values()]
     del twin
-    assert gone[0]() is None and gone[1]() is not None, "its modules are kept for the next twin"
-    gone += [weakref.ref(model), weakref.ref(model.model.layers[0].mlp)]
+    assert all(ref() is None for ref in gone) and all(ref() is not None for ref in casts), "kept for the next twin"
+    gone += [*casts, weakref.ref(model), weakref.ref(model.model.layers[0].mlp)]
     del model
     assert all(ref() is None for ref in gone)
+
+
+def reach_by_a_hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: model.config and None)
+
+
+def reach_by_the_twin(model):
+    model.generate = functools.partial(model.generate, assistant_model=make_sparse(model))
+
+
+def reach_by_an_attribute(model):
+    model.model.trainer = types.SimpleNamespace(model=model)
+
+
+@pytest.mark.parametrize("reach", [reach_by_a_hook, reach_by_the_twin, reach_by_an_attribute, dispatch, prepare])
+def test_a_model_that_leads_back_to_itself_is_found_by_the_collector(reach):
+    model = build_model()
+    reach(model)
+    model.generate(make_prompt(), assistant_model=make_sparse(model, **WAYS["cast whole"]), **GREEDY)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_offloaded_twin_is_freed_at_once(tmp_path):
@@ -303,18 +339,40 @@ def test_scores_of_a_tree_are_freed_with_the_call():
 # What is found again
 
 
-def test_the_next_twin_of_the_same_settings_finds_modules_and_casts():
-    model, fields = build_model(), WAYS["cast whole"]
+def casts_of(twin) -> set:
+    return set(twin._twin.kept.casts().values())
 
-    def held(**others):
-        twin = make_sparse(model, **fields, **others)
-        return twin._twin, {id(cast) for cast in twin._twin.kept.casts().values()}
 
-    first = held()
-    assert held()[0] is first[0] and held()[1] == first[1]
-    assert held(density=0.2)[0] is not first[0]
-    make_sparse(model, **fields).detach()
-    assert held()[0] is not first[0]
+@pytest.mark.parametrize("way", ["cast", "cast whole"])
+def test_the_next_twin_finds_the_casts(way):
+    model = build_model()
+    first = casts_of(make_sparse(model, **WAYS[way]))
+    assert first and casts_of(make_sparse(model, **WAYS[way])) == first
+    assert casts_of(make_sparse(model, threshold=0.5, **WAYS[way])) == first, "which do not depend on the threshold"
+    make_sparse(model, **WAYS[way]).detach()
+    assert not casts_of(make_sparse(model, **WAYS[way])) & first
+
+
+def test_a_second_twin_needs_no_second_trial(monkeypatch):
+    model, fields = build_model(), {"method": "griffin", "tree_width": 3, "draft_dtype": "bfloat16"}
+    make_sparse(model, **fields)
+    monkeypatch.setattr("hf_sirius.draft.tree_reading._read", None)
+    monkeypatch.setattr("hf_sirius.weights.formats.plain_linear", None)
+    make_sparse(model, **{**fields, "method": "cats", "draft_dtype": None})
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="cannot read a tree"):
+        make_sparse(model, **fields, draft_scope="mlp")
+
+
+def test_twins_share_no_hooks():
+    model, ran = build_model(), []
+    twins = [make_sparse(model, method="griffin") for _ in range(2)]
+    twins[0].model.layers[0].register_forward_hook(lambda *_: ran.append(None))
+    twins[1](make_prompt())
+    make_sparse(model, method="griffin")._twin(model, input_ids=make_prompt())
+    assert not ran
+    twins[0]._twin(model, input_ids=make_prompt())
+    assert ran
 
 
 CHANGES = {
@@ -329,11 +387,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_changed_gets_another_twin(change):
+def test_a_twin_is_of_the_model_as_it_is(change):
     model = build_model()
-    first = make_sparse(model, **LOSSLESS)._twin
+    make_sparse(model, **LOSSLESS)
     CHANGES[change](model)
-    assert make_sparse(model, **LOSSLESS)._twin is not first
+    twin = make_sparse(model, **LOSSLESS)
+    assert torch.equal(twin(make_prompt()).logits, model(make_prompt()).logits)
     expected = model.generate(make_prompt(), **GREEDY)
     assert torch.equal(
         model.generate(make_prompt(), assistant_model=make_sparse(model, **LOSSLESS), **GREEDY), expected
@@ -343,23 +402,22 @@ def test_a_model_that_changed_gets_another_twin(change):
 def test_weights_that_change_make_casts_anew():
     model = build_model()
     fields = WAYS["cast whole"]
-    first = dict(make_sparse(model, **fields)._twin.kept.casts())
-    gone = [weakref.ref(cast.linear.weight) for cast in first.values()]
+    first = casts_of(make_sparse(model, **fields))
+    gone = [weakref.ref(cast.linear.weight) for cast in first]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    second = make_sparse(model, **fields)._twin.kept.casts()
-    assert not set(map(id, first.values())) & set(map(id, second.values()))
+    assert not casts_of(make_sparse(model, **fields)) & first
     del first
     assert gone and all(ref() is None for ref in gone)
 
 
 def test_one_set_is_kept():
     model = build_model()
-    first = weakref.ref(make_sparse(model, **WAYS["cast whole"])._twin)
-    assert first() is not None
+    casts = [weakref.ref(cast.linear.weight) for cast in casts_of(make_sparse(model, **WAYS["cast whole"]))]
+    assert all(ref() is not None for ref in casts)
     make_sparse(model, **METHODS["griffin"])
-    assert first() is None
+    assert all(ref() is None for ref in casts)
 
 
 # While a twin lives

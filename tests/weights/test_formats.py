@@ -19,12 +19,17 @@ from hf_sirius.settings.config import DRAFT_DTYPES
 from hf_sirius.study.problems import problem_prompt
 from hf_sirius.weights import gather
 from hf_sirius.weights.bnb import is_4bit, is_8bit
-from hf_sirius.weights.formats import changes, dense_weight, draft_linear, num_bytes, num_elements
+from hf_sirius.weights.formats import changes, check_draft_dtype, dense_weight, draft_linear, num_bytes, num_elements
 from hf_sirius.weights.linear import DraftLinear, native_products
 
 
 # Of outputs, relative in norm: of weights with an even share of all sizes, quantized as a whole.
 TOLERANCE = {None: 1e-6, "bfloat16": 0.01, "float16": 0.002, "int8": 0.03, "nf4": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def no_dtype_was_tried():
+    check_draft_dtype.cache_clear()
 
 
 def make_projection(kind: str, in_features: int, out_features: int, bias: bool = True, seed: int = 0) -> nn.Module:

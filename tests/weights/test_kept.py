@@ -278,7 +278,7 @@ def test_gathered_neurons_are_freed_with_the_call_and_what_is_kept_with_the_last
         assert gathered and all(ref() is None for ref in gathered)
         twin.detach()
         assert all(ref() is not None for ref in kept), "the other twin has them"
-        del other
+        other.detach()
         assert all(ref() is None for ref in kept)
         drafted_with = [weakref.ref(weight) for weight in weights_in(held_in_a_call(twin))]  # by itself it drafts still
         assert drafted_with and all(ref() is None for ref in drafted_with)
