@@ -9,7 +9,7 @@ from torch import nn
 
 def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
     """Returns accelerate's hook that loads this module's weights for each forward, if it has one."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")
     for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(part, AlignDevicesHook) and part.offload:
             return part

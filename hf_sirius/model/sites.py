@@ -1,6 +1,7 @@
 """Where the MLPs of a model are: the one place that knows how families name gate, up, down and the activation."""
 
 import dataclasses
+import functools
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ class MlpKind:
     up: str | None = None  # the projection that the activation is multiplied with, if it is one of its own
     num_fused: int = 1  # how many projections `gate` holds (2 for a fused gate_up)
 
-    @property
+    @functools.cached_property
     def part_names(self) -> tuple[str, ...]:
         return tuple(name for name in (self.gate, self.up, self.down) if name)
 
@@ -130,10 +131,10 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
                 f"{type(model).__name__} has mixture-of-experts blocks (the first is {name!r}), which hf_sirius "
                 "cannot make sparse: use a model with dense MLPs"
             )
-        activation = next((name for name in ACTIVATIONS if callable(getattr(module, name, None))), None)
-        kinds = (k for k in MLP_KINDS if all(isinstance(getattr(module, n, None), nn.Module) for n in k.part_names))
-        kind = next(kinds, None)
-        if activation is None or kind is None:
+        children = {name for name, child in module._modules.items() if child is not None}
+        if (kind := next((kind for kind in MLP_KINDS if children.issuperset(kind.part_names)), None)) is None:
+            continue
+        if (activation := next((name for name in ACTIVATIONS if callable(getattr(module, name, None))), None)) is None:
             continue
         for part_name in kind.part_names:
             part = getattr(module, part_name)
