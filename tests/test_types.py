@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import hf_sirius
 
 
@@ -53,6 +55,7 @@ EXPECTED = [
 ]
 
 
+@pytest.mark.slow
 def test_a_users_program_is_checked(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
