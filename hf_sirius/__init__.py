@@ -19,6 +19,7 @@ _EXPORTS = {
     "make_sparse": "decode.attach",
     "reasoner_path": "reasoner",
     "reasoner_problems": "reasoner",
+    "smollm2_path": "smollm2",
     "trace": "study.tracing",
     "tune": "study.tuning",
 }
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .reasoner import reasoner_problems as reasoner_problems
     from .settings.calibration import Calibration as Calibration
     from .settings.config import SiriusConfig as SiriusConfig
+    from .smollm2 import smollm2_path as smollm2_path
     from .sparsity.calibrate import calibrate as calibrate
     from .study.tracing import Trace as Trace
     from .study.tracing import trace as trace

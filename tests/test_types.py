@@ -32,6 +32,7 @@ def use(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     reveal_type(hf_sirius.tune(model, []))
     reveal_type(hf_sirius.reasoner_path())
     reveal_type(hf_sirius.reasoner_problems())
+    reveal_type(hf_sirius.smollm2_path())
     make_sparse("gpt2")
     SiriusConfig(densty=0.3)
     hf_sirius.make_sparce
@@ -49,6 +50,7 @@ EXPECTED = [
     'Revealed type is "hf_sirius.study.tuning_result.Tuning"',
     'Revealed type is "str"',
     'Revealed type is "list[dict[Any, Any]]"',
+    'Revealed type is "str"',
     'Argument 1 to "make_sparse" has incompatible type "str"; expected "PreTrainedModel"',
     'Unexpected keyword argument "densty" for "SiriusConfig"',
     'Module has no attribute "make_sparce"',

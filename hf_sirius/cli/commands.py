@@ -16,7 +16,8 @@ from ..reasoner import reasoner_path, reasoner_problems
 from ..study import benchmark, tuning
 from ..study.demo import demo_modes, show_one_answer
 from ..study.evaluation import default_directory, describe_run, process_state, run_task, standard_modes
-from ..study.problems import long_prompts, read_prompts
+from ..study.named_models import own_prompts
+from ..study.problems import read_prompts, tokenize
 from ..study.report import write_report
 from ..study.sweep import check_plots, plot_sweep, sweep_modes
 from ..study.tasks import ProblemTask, TextTask, load_task
@@ -31,7 +32,6 @@ from .options import (
     load_tokenizer,
     read_prompt,
     sirius_config,
-    tokenize,
 )
 from .tables import bench_lines, show_results, show_tuning
 
@@ -148,9 +148,10 @@ def tune(args) -> None:
         raise ValueError(f"--widen is for --model reasoner alone, got {args.model}: leave it out")
     if args.quantization and args.widen:
         raise ValueError("--widen repeats weights that are not quantized: leave --quantization or --widen out")
-    if args.model != "reasoner" and not args.prompts:
-        raise ValueError(f"{args.model} needs --prompts, a file; only the reasoner comes with its own")
-    texts = (read_prompts(args.prompts, args.chat) if args.prompts else long_prompts(args.chat))[: args.num_prompts]
+    if args.prompts:
+        texts = [(text, args.chat) for text in read_prompts(args.prompts, args.chat)]
+    elif not (texts := own_prompts(args.model, args.chat)):
+        raise ValueError(f"{args.model} needs --prompts, a file; only reasoner and smollm2 come with their own")
     names = ("methods", "densities", "kernel_sizes", "agreement", "thresholds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     tuning.candidate_grid(config, **given)  # a wrong value is told before anything is loaded
@@ -158,7 +159,7 @@ def tune(args) -> None:
     model, tokenizer = load_model(args), load_tokenizer(args)
     if args.widen:
         model = widen(model, *args.widen)
-    prompts = [tokenize(text, tokenizer, args.chat) for text in texts]
+    prompts = [tokenize(text, tokenizer, chat) for text, chat in texts[: args.num_prompts]]
     tuned = tuning.tune(model, prompts, config, **given, show_progress=True)
     num_parameters = sum(p.numel() for p in model.parameters())
     machine = describe_machine(str(model.device))
@@ -179,7 +180,8 @@ def bench(args) -> None:
     check_device(args.device)
     function = {"decode": benchmark.bench_decode, "offload": benchmark.bench_offload}[args.benchmark]
     options = {name: getattr(args, name) for name in inspect.signature(function).parameters if name != "config"}
-    figures = function(config, **{**options, "dtype": getattr(torch, args.dtype)})
+    given = {name: value for name, value in options.items() if value is not None}
+    figures = function(config, **{**given, "dtype": getattr(torch, args.dtype)})
     text = json.dumps(figures, indent=2)
     if args.json:
         Path(args.json).write_text(text + "\n", encoding="utf-8")

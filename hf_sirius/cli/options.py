@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from ..reasoner import reasoner_path
 from ..settings.calibration import Calibration
 from ..settings.config import SiriusConfig
 from ..settings.methods import METHODS
+from ..study.named_models import model_path
+from ..study.problems import tokenize
 
 
 def sirius_config(args):
@@ -38,17 +39,17 @@ def choose_method(args) -> None:
 
 def load_tokenizer(args):
     """Returns the tokenizer of the model that the options name."""
-    return AutoTokenizer.from_pretrained(_model_path(args))
+    return AutoTokenizer.from_pretrained(model_path(args.model))
 
 
 def load_model(args):
     """Returns the model that the options name."""
-    path = _model_path(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     dtype = getattr(torch, args.dtype, None)
     if args.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype must be auto, float32, bfloat16, float16 or float64, got {args.dtype}")
+    path = model_path(args.model)
     if args.quantization is None:
         return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype).to(device)
 
@@ -57,10 +58,6 @@ def load_model(args):
     settings = BitsAndBytesConfig(load_in_4bit=is_4bit, load_in_8bit=not is_4bit, bnb_4bit_quant_type="nf4")
     options = {"quantization_config": settings, "device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, **options)
-
-
-def _model_path(args) -> str:
-    return reasoner_path() if args.model == "reasoner" else args.model
 
 
 def check_device(device: str) -> None:
@@ -74,13 +71,6 @@ def check_device(device: str) -> None:
 def read_prompt(args, tokenizer):
     """Returns what the tokenizer makes of the prompt that the options name."""
     return tokenize(sys.stdin.read() if args.prompt == "-" else args.prompt, tokenizer, args.chat)
-
-
-def tokenize(prompt: str, tokenizer, chat: bool):
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def check_place(option: str, path: str | None, is_directory: bool = False) -> None:

@@ -100,7 +100,8 @@ def bench_lines(figures: dict) -> list[str]:
 
 def _ratios(figures: dict) -> str:
     return (
-        f"{figures['num_identical']} of {figures['num_problems']} answers identical; time of Sirius / dense: "
+        f"{figures['num_identical']} of {figures['num_problems']} answers identical, agreement "
+        f"{figures['agreement']:.3f}; time of Sirius / dense: "
         f"decode {figures['ratio_decode']:.3f} ({figures['ratio_steps']:.3f} without choosing the neurons), "
         f"whole generation {figures['ratio_whole']:.3f}"
     )

@@ -10,7 +10,7 @@ from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded
 from ..model.sites import find_mlps
 from ..settings.config import SiriusConfig, check_field_names
-from ..settings.methods import method_class
+from ..settings.methods import method_of
 from ..weights.formats import check_draft_dtype
 from ..weights.offload import check_offload
 from .bond import bind
@@ -72,10 +72,11 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
             f"{type(model).__name__} has parameters on the meta device: load its weights first, with from_pretrained"
         )
     _check_quantization(model, offloaded)
-    if offloaded and not method_class(config.method).gathers:
+    if offloaded and config.draft_dtype is None and not method_of(config).gathers:
         raise ValueError(
-            f"{type(model).__name__} is offloaded by accelerate: a draft of method={config.method!r}, which gathers no "
-            "neurons, would have to stream it for every token. Use method='griffin', whose neurons stay resident"
+            f"{type(model).__name__} is offloaded by accelerate: a draft that gathers no neurons (method="
+            f"{config.method!r}, density={config.density}) has to hold all of it. Use method='griffin' and a density "
+            "below 1, whose neurons stay resident, or a draft_dtype, such as 'int4', in which it all may fit"
         )
     if offloaded:
         check_offload(model)

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import is_offloaded
-from ..model.sites import PROJECTIONS, MlpSite
-from ..settings.methods import method_class
+from ..model.sites import MlpSite
+from ..settings.methods import method_of
 from ..weights.draft_modules import reading
 from ..weights.formats import changes, draft_linear, gather_neurons
-from ..weights.linear import native_products
+from ..weights.linear import is_native_faster, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
 from .twin import Twin
 
@@ -35,7 +35,7 @@ class Draft:
         self.twin = twin
         self.model = model
         self.config = twin.config
-        self.method = method_class(twin.config.method)(twin.config, twin.sites)
+        self.method = method_of(twin.config)(twin.config, twin.sites)
         self.held: dict[nn.Module, nn.Module] = {}
         self._memory: dict[nn.Module, torch.Tensor] = {}
         self._undo = contextlib.ExitStack()
@@ -102,18 +102,15 @@ class Draft:
     @torch.no_grad()
     def _hold(self, module: nn.Module, loaded: nn.Module) -> None:
         """Takes an offloaded module outside the MLPs, cast if `draft_scope` says so; `loaded` has its weights."""
-        is_cast = self.config.draft_scope == "all" and isinstance(module, PROJECTIONS)
-        if is_cast and changes(module, self.config.draft_dtype):
-            loaded = draft_linear(loaded, self.config.draft_dtype, compute_dtype=module.weight.dtype)
+        if changes(module, draft_dtype := self.twin.resident[module]):
+            loaded = draft_linear(loaded, draft_dtype, compute_dtype=module.weight.dtype)
         self.held[module] = loaded
 
     @contextlib.contextmanager
     def drafting(self) -> Iterator[None]:
         """Within the block, forwards of the twin in this context are sparse."""
-        weights = (parameter for module in self.held.values() for parameter in module.parameters())
-        on_cpu = any(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
         # The leaves of a level are several tokens, which oneDNN is there for.
-        is_native = on_cpu and self.config.tree_width == 1
+        is_native = self.config.tree_width == 1 and any(map(is_native_faster, self.held.values()))
         with self.method.drafting(), reading(self.held), native_products() if is_native else contextlib.nullcontext():
             yield
 

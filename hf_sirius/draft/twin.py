@@ -20,7 +20,7 @@ from ..model.accelerate_hooks import is_offloaded, own_forward, streaming_hook
 from ..model.sites import MlpSite
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
-from ..settings.methods import method_class
+from ..settings.methods import method_of
 from ..weights.draft_modules import TwinModule
 from ..weights.formats import reusable_bytes
 from ..weights.kept import Kept
@@ -39,7 +39,8 @@ class Twin:
     module: PreTrainedModel  # the root, of the model's class
     config: SiriusConfig  # the settings
     sites: list[MlpSite]  # the MLPs of the dense model
-    resident: list[nn.Module]  # the dense model's modules of which drafts hold copies, gathered neurons aside
+    # the dense model's modules of which drafts hold copies, gathered neurons aside, with the `draft_dtype` of each
+    resident: dict[nn.Module, str | None]
     kept: Kept  # what stays from call to call
     is_offloaded: bool  # whether accelerate streams weights of the dense model
     # each copied or replaced module with the dense model's that it stands for, but for the root
@@ -91,11 +92,11 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
 
     Nothing of the dense model changes. The copies share their dicts of parameters and buffers with the originals.
     """
-    method = method_class(config.method)
+    method = method_of(config)
     replacements = {id(site.owner): method.replacements(site) for site in sites}
     resident = find_resident(model, sites, config, method.gathers)
     gathered = [(site.owner, name) for site in sites for name in site.part_names] if method.gathers else []
-    for owner, name in (*gathered, *resident):
+    for owner, name in (*gathered, *((place.owner, place.name) for place in resident)):
         replacements.setdefault(id(owner), {})[name] = TwinModule(getattr(owner, name))
     owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}
@@ -105,15 +106,14 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         for name, new in parts.items():
             dense = getattr(owners[owner_id], name)
             pairs.append((new, dense if isinstance(dense, nn.Module) else owners[owner_id]))
-    held = [getattr(owner, name) for owner, name in resident]
+    held = {place.module: place.draft_dtype for place in resident}
     return Twin(
         module=root,
         config=config,
         sites=sites,
         resident=held,
         kept=Kept(
-            [module for module in held if streaming_hook(module) is None],
-            config.draft_dtype,
+            {module: draft_dtype for module, draft_dtype in held.items() if streaming_hook(module) is None},
             reusable_bytes(sites, config) if method.gathers else {},
         ),
         is_offloaded=is_offloaded(model),

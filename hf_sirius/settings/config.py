@@ -19,7 +19,7 @@ from .methods import check_method_name, owner_of
 
 
 CONFIG_NAME = "sirius_config.json"
-DRAFT_DTYPES = ("bfloat16", "float16", "int8", "nf4")
+DRAFT_DTYPES = ("bfloat16", "float16", "int8", "int4", "nf4")
 _DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",
     "user_agent",
@@ -84,13 +84,15 @@ class SiriusConfig(PushToHubMixin):
             The thresholds that `calibrate` measured on a corpus; on the command line their directory. For `"cats"`.
             Saved and loaded with the config.
         draft_dtype (`str` or `torch.dtype`, *optional*):
-            Dtype of the MLPs' weights that a draft reads (of `"griffin"` the gathered neurons), `"bfloat16"`,
-            `"float16"`, `"int8"` or `"nf4"` (the last two by bitsandbytes, `pip install hf_sirius[bnb]`); by default
+            Dtype of the weights that a draft reads, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"` or `"nf4"`; by default
             the model's own format. Fewer bytes to read, at a less faithful draft; the verification is the model's own
-            all the same.
-        draft_scope (`str`, defaults to `"mlp"`):
-            What `draft_dtype` casts: `"mlp"` the MLPs, `"all"` the attention's projections and the head as well.
-            Of what is not gathered the twin keeps copies, which are made anew when the weights change.
+            all the same. `"int8"` has a scale for each 64 inputs on a CPU with numba (`pip install hf_sirius[cpu]`),
+            one for each output without, and is bitsandbytes' elsewhere; `"int4"` has a scale and a zero point for each
+            32 inputs, and leaves the head in 8 bits. `"nf4"` is bitsandbytes' (`pip install hf_sirius[bnb]`).
+        draft_scope (`str`, defaults to `"all"`):
+            What `draft_dtype` casts: `"all"` every projection of the draft, `"mlp"` the MLPs alone (of `"griffin"` the
+            gathered neurons). Of what is not gathered the twin keeps copies, which are made anew when the weights
+            change.
         draft_memory (`int` or `str`, *optional*):
             The most bytes that a draft's own weights may take, such as `6 * 2**30` or `"6GiB"`. Of an
             offloaded model, modules outside the MLPs stay resident as far as this allows; by default all do.
@@ -119,7 +121,7 @@ class SiriusConfig(PushToHubMixin):
     selection: str = _field("threshold", str, choices=("threshold", "topk"))
     calibration: Calibration | None = _field(None, str)
     draft_dtype: str | torch.dtype | None = _field(None, str, choices=DRAFT_DTYPES)
-    draft_scope: str = _field("mlp", str, choices=("mlp", "all"))
+    draft_scope: str = _field("all", str, choices=("all", "mlp"))
     draft_memory: int | str | None = _field(None, str)
     draft_confidence: float = _field(0.0, float, "in [0, 1), a likelihood", lambda value: 0 <= value < 1)
     reselect_every: int | None = _field(
@@ -146,7 +148,7 @@ class SiriusConfig(PushToHubMixin):
                     f"{field.name} belongs to method={owner!r}, but the method is {self.method!r}: leave it out, or "
                     f"use method={owner!r} (with_method changes the method of a config, and drops such fields)"
                 )
-        if self.draft_scope != "mlp" and self.draft_dtype is None:
+        if self.draft_scope == "mlp" and self.draft_dtype is None:
             raise ValueError(
                 f"draft_scope={self.draft_scope!r} says what draft_dtype casts, but draft_dtype is None: set it to one "
                 f"of {list(DRAFT_DTYPES)}, or leave draft_scope out"

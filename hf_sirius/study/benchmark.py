@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..decode.attach import make_sparse
 from ..decode.sparse_twin import SparseTwin
-from ..reasoner import reasoner_path
 from ..settings.config import SiriusConfig
 from ..weights.memory import PeakMemory, StreamedBytes
 from ..weights.offload import check_is_empty, offload_to_folder
-from .problems import long_prompts
-from .timing import TimedRun, describe_machine, generator, timed_run
+from .named_models import model_path, own_prompts
+from .problems import tokenize
+from .timing import TimedRun, agreement_of, describe_machine, generator, timed_run
 from .widening import wide_reasoner
 
 
@@ -65,6 +65,7 @@ def _alternate(
         },
         "num_identical": sum(torch.equal(s.output_ids, d.output_ids) for s, d in pairs[: len(prompts)]),
         "num_problems": len(prompts),
+        "agreement": agreement_of(runs["sirius"]),
         "stats": sparse.stats.total.as_dict(),
     }
 
@@ -75,11 +76,12 @@ def _warm_up(model: PreTrainedModel, prompt: dict, sparse: SparseTwin | None = N
     return PeakMemory(prompt["input_ids"].device)
 
 
-def _describe(model: PreTrainedModel, sparse: SparseTwin, device: torch.device) -> dict[str, Any]:
+def _describe(name: str, model: PreTrainedModel, sparse: SparseTwin, device: torch.device) -> dict[str, Any]:
     num_parameters = sum(p.numel() for p in model.parameters())
     return {
         "machine": describe_machine(str(device)),
         "model": {
+            "name": name,
             "num_parameters": num_parameters,
             "num_bytes": num_parameters * model.dtype.itemsize,
             "dtype": str(model.dtype),
@@ -90,32 +92,46 @@ def _describe(model: PreTrainedModel, sparse: SparseTwin, device: torch.device) 
 
 def bench_decode(
     config: SiriusConfig,
-    hidden_factor: int = 9,
-    neuron_factor: int = 16,
+    model: str = "reasoner",
+    hidden_factor: int | None = None,
+    neuron_factor: int | None = None,
     num_problems: int = 3,
     num_repeats: int = 3,
     max_new_tokens: int = 120,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Times the widened reasoner, dense and with a twin, in memory, on long problems.
+    """Times a model, dense and with a twin, in memory.
 
     Both write every answer in turn, `num_repeats` times. `steps` counts drafting and verifying; `decode` counts all
     from the first token on, and so the gathering of the twin's neurons; `whole` counts the prefill as well.
 
+    Args:
+        model: `"reasoner"`, which is widened, with its long problems; `"smollm2"` with its own prompts; or any other id
+            or path, with the reasoner's.
+        hidden_factor, neuron_factor: how far the reasoner is widened, by default 9 and 16 times; for no other model.
+
     Returns:
         dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_steps`,
         `ratio_decode` and `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of
-        `num_problems`; `stats`.
+        `num_problems`; `agreement`, the share of tokens that are the dense model's argmax; `stats`.
     """
     _check_lengths(max_new_tokens)
-    prompts = _tokenized_prompts(num_problems)
-    model = wide_reasoner(hidden_factor, neuron_factor, dtype).to(device)
-    memory = _warm_up(model, prompts[0].to(device))
-    with make_sparse(model, config) as sparse:
-        _warm_up(model, prompts[0].to(device), sparse)
-        figures = _alternate(model, sparse, prompts, num_repeats, max_new_tokens, memory)
-        return {**_describe(model, sparse, model.device), **figures}
+    factors = {"hidden_factor": hidden_factor, "neuron_factor": neuron_factor}
+    factors = {name: factor for name, factor in factors.items() if factor is not None}
+    if model != "reasoner" and factors:
+        raise ValueError(f"only the reasoner can be widened, and the model is {model}: leave {', '.join(factors)} out")
+    prompts = _tokenized_prompts(model, num_problems)
+    if model == "reasoner":
+        loaded = wide_reasoner(**{"hidden_factor": 9, "neuron_factor": 16, **factors}, dtype=dtype)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=dtype)
+    loaded = loaded.to(device)
+    memory = _warm_up(loaded, prompts[0].to(device))
+    with make_sparse(loaded, config) as sparse:
+        _warm_up(loaded, prompts[0].to(device), sparse)
+        figures = _alternate(loaded, sparse, prompts, num_repeats, max_new_tokens, memory)
+        return {**_describe(model, loaded, sparse, loaded.device), **figures}
 
 
 def _check_lengths(*lengths: int) -> None:
@@ -155,18 +171,19 @@ def bench_offload(
             check_is_empty(folder)  # before the model is made
         else:
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hf_sirius_offload_"))
-        prompts = _tokenized_prompts(num_problems)
+        prompts = _tokenized_prompts("reasoner", num_problems)
         model = wide_reasoner(hidden_factor, neuron_factor, dtype)
         offload_to_folder(model, folder, device)
         streamed = StreamedBytes(model)
         with make_sparse(model, config) as sparse:  # which loads bitsandbytes, if need be
             memory = _warm_up(model, prompts[0].to(device))
             _warm_up(model, prompts[0].to(device), sparse)
-            description = _describe(model, sparse, torch.device(device))
+            description = _describe("reasoner", model, sparse, torch.device(device))
             by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, memory, streamed) for n in lengths}
     return {**description, "lengths": by_length}
 
 
-def _tokenized_prompts(num_problems: int) -> list:
-    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
-    return [tokenizer(prompt, return_tensors="pt") for prompt in long_prompts()[:num_problems]]
+def _tokenized_prompts(name: str, num_problems: int) -> list:
+    texts = own_prompts(name) or own_prompts("reasoner")
+    tokenizer = AutoTokenizer.from_pretrained(model_path(name))
+    return [tokenize(text, tokenizer, chat) for text, chat in texts[:num_problems]]

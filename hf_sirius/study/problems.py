@@ -6,6 +6,8 @@ import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
 from ..reasoner import reasoner_problems
 
 
@@ -95,3 +97,11 @@ def long_prompts(chat: bool = False) -> list[str]:
     """Returns the embedded reasoner's 20 long problems as prompts, for a chat template or not, as `read_prompts`."""
     questions = [problem["question"] for problem in reasoner_problems("long")]
     return questions if chat else [problem_prompt(question) for question in questions]
+
+
+def tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> BatchEncoding:
+    """Returns what the tokenizer makes of a prompt, in its chat template or not; `input_ids` are long [1, length]."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

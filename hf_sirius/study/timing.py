@@ -5,7 +5,7 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,12 @@ def timed_run(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, 
         verifications=dense_steps if twin is None else [cycle.verification_seconds for cycle in cycles],
         cycles=cycles,
     )
+
+
+def agreement_of(runs: Sequence[TimedRun]) -> float:
+    """Returns the share of the outputs' tokens that are the dense model's argmax, given the output before them."""
+    num_others = sum(cycle.num_accepted - cycle.num_agreed for run in runs for cycle in run.cycles)
+    return 1 - num_others / sum(run.num_tokens for run in runs)
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:

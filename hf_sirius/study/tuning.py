@@ -18,7 +18,7 @@ from ..model.accelerate_hooks import execution_device
 from ..settings.config import SiriusConfig
 from ..settings.methods import METHODS
 from .prediction import Costs, expected_events, match_rates, survival
-from .timing import TimedRun, timed_run
+from .timing import TimedRun, agreement_of, timed_run
 from .tuning_result import Candidate, Measurement, Tuning
 
 
@@ -32,12 +32,6 @@ _DENSE, _SIZED = "dense", "sized"
 _NUM_PACE_STEPS = 10
 # method, density, threshold
 Setting = tuple[str, float, float]
-
-
-def _agreement(runs: Sequence[TimedRun]) -> float:
-    """Returns the share of the outputs' tokens that are the dense model's argmax, given the output before them."""
-    num_others = sum(cycle.num_accepted - cycle.num_agreed for run in runs for cycle in run.cycles)
-    return 1 - num_others / sum(run.num_tokens for run in runs)
 
 
 def _measure(
@@ -58,7 +52,7 @@ def _measure(
                 decode.append(sirius.per_token["decode"] / dense.per_token["decode"])
                 whole.append(sirius.per_token["whole"] / dense.per_token["whole"])
                 progress.update()
-    return Measurement(tuple(decode), tuple(whole), agreement=_agreement(runs))
+    return Measurement(tuple(decode), tuple(whole), agreement=agreement_of(runs))
 
 
 def _checked_prompts(prompts: Sequence[Mapping], device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -162,7 +156,7 @@ def _predict(
         num_decoded += run.num_decoded
         num_cycles += sum(verifications.values())
     advance_length = num_decoded / num_cycles
-    return Candidate(config, advance_length, statistics.median(decode), statistics.median(whole), _agreement(runs))
+    return Candidate(config, advance_length, statistics.median(decode), statistics.median(whole), agreement_of(runs))
 
 
 def tune(
@@ -221,7 +215,7 @@ def tune(
         for configs in grid:
             if (key := _key(configs[0])) not in runs:
                 continue
-            agreed = _agreement(runs[key])
+            agreed = agreement_of(runs[key])
             if agreement is not None and agreed < agreement:
                 left_out[_name(*key)] = f"only {agreed:.3f} of the tokens agree"
                 continue

@@ -3,19 +3,14 @@
 import torch
 from torch import nn
 
-from .gather import Selection, empty
+from .gather import Selection, empty, padded
 from .linear import DraftLinear, frozen
 
 
 NF4_BLOCK = 64  # values that share a scale, along a row
 NF4_ROWS = 32  # bitsandbytes' CPU kernel takes tiles of so many
 INT8_COLUMNS = 8  # integer products want their rows in whole words
-# The dtype in which weights are gathered before they are quantized.
-GATHERED_AS = {"int8": torch.float16, "nf4": torch.bfloat16}
-
-
-def padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+GATHERED_AS = torch.float16  # by what is quantized to 8 bits
 
 
 def is_8bit(module: nn.Module) -> bool:
@@ -63,7 +58,7 @@ def quantized_to_8bit(source: Selection, bias: torch.Tensor | None) -> DraftLine
     for place, piece in source.pieces():
         values[place, : piece.shape[1]], scales[place], _ = int8_vectorwise_quant(
             # Its CUDA kernel reads the memory as it lies, and a Conv1D is stored the other way about.
-            piece.to(GATHERED_AS["int8"]).contiguous()
+            piece.to(GATHERED_AS).contiguous()
         )
     return int8_linear(values, scales, bias, threshold=0.0)
 
@@ -81,7 +76,7 @@ def quantized_to_4bit(
     # By which the rows that are none are zero.
     scales = torch.zeros(out_features, in_features // NF4_BLOCK, device=packed.device)
     for place, piece in source.pieces():
-        piece = nn.functional.pad(piece.to(GATHERED_AS["nf4"]), (0, in_features - num_columns)).contiguous()
+        piece = nn.functional.pad(piece.to(torch.bfloat16), (0, in_features - num_columns)).contiguous()
         values, state = quantize_4bit(piece, quant_type=quant_type)
         packed[place], scales[place] = values.view(len(piece), -1), state.absmax.view(len(piece), -1)
     state.shape, state.absmax = torch.Size((out_features, in_features)), scales.flatten()

@@ -12,9 +12,13 @@ from torch import nn
 from ..model.accelerate_hooks import streaming_hook
 from ..model.sites import MlpSite, neuron_weight, projection_shape
 from ..settings.config import SiriusConfig
-from . import bnb
-from .gather import OWN_MEMORY, Selection
+from . import bnb, packed
+from .gather import OWN_MEMORY, Selection, padded
 from .linear import DraftLinear, plain_linear
+
+
+# The dtype in which weights are gathered before they are quantized.
+GATHERED_AS = {"int8": torch.float16, "int4": torch.bfloat16, "nf4": torch.bfloat16}
 
 
 def draft_linear(
@@ -56,8 +60,10 @@ def draft_linear(
         dtype = getattr(torch, quantized_as) if quantized_as else weight.dtype
         linear = plain_linear(source.copy(dtype, memory), bias if bias is None else bias.to(dtype))
         return DraftLinear(linear, dtype, linear.out_features)
+    if quantized_as == "int4":
+        return packed.int4_linear(source, bias)
     if quantized_as == "int8":
-        return bnb.quantized_to_8bit(source, bias)
+        return packed.int8_linear(source, bias) if weight.device.type == "cpu" else bnb.quantized_to_8bit(source, bias)
     if compute_dtype is None or not compute_dtype.is_floating_point:
         compute_dtype = weight.dtype
     if compute_dtype == torch.float64:
@@ -83,27 +89,38 @@ def num_bytes(
     bias_itemsize = min(projection.bias.itemsize, torch.float32.itemsize) if has_bias else 0
     if draft_dtype is None:
         draft_dtype = "int8" if bnb.is_8bit(projection) else "nf4" if bnb.is_4bit(projection) else None
+    device = _device(projection)
+    if draft_dtype == "int4":
+        return packed.int4_bytes(out_features, in_features, has_bias, device)
+    if draft_dtype == "int8" and device.type == "cpu" and not bnb.is_8bit(projection):
+        return packed.int8_bytes(out_features, in_features, has_bias)
     if draft_dtype == "int8":
-        return out_features * (bnb.padded(in_features, bnb.INT8_COLUMNS) + 4 + has_bias * torch.float16.itemsize)
+        return out_features * (padded(in_features, bnb.INT8_COLUMNS) + 4 + has_bias * torch.float16.itemsize)
     if draft_dtype == "nf4":  # fp4 takes as much
-        rows, columns = bnb.padded(out_features, bnb.NF4_ROWS), bnb.padded(in_features, bnb.NF4_BLOCK)
+        rows, columns = padded(out_features, bnb.NF4_ROWS), padded(in_features, bnb.NF4_BLOCK)
         return rows * columns // 2 + rows * columns // bnb.NF4_BLOCK * 4 + rows * bias_itemsize
     dtype = getattr(torch, draft_dtype) if draft_dtype else projection.weight.dtype
     return out_features * (in_features + has_bias) * dtype.itemsize
+
+
+def _device(projection: nn.Module) -> torch.device:
+    """Returns where a projection computes."""
+    hook = streaming_hook(projection) if projection.weight.is_meta else None
+    return projection.weight.device if hook is None else torch.device(hook.execution_device)
 
 
 def narrowed(weight: torch.Tensor, draft_dtype: str | None) -> torch.Tensor:
     """Returns a weight in the dtype from which a draft of `draft_dtype` is gathered, if that takes less memory."""
     if draft_dtype is None:
         return weight
-    dtype = bnb.GATHERED_AS.get(draft_dtype) or getattr(torch, draft_dtype)
+    dtype = GATHERED_AS.get(draft_dtype) or getattr(torch, draft_dtype)
     return weight if dtype.itemsize >= weight.itemsize else Selection(weight).copy(dtype)
 
 
 def num_kept_neurons(density: float, num_neurons: int, draft_dtype: str | None) -> int:
     """Returns how many neurons of an MLP a gathered draft keeps: whole blocks where they are packed in blocks."""
     num_kept = max(1, round(density * num_neurons))
-    return min(bnb.padded(num_kept, bnb.NF4_BLOCK), num_neurons) if draft_dtype == "nf4" else num_kept
+    return min(padded(num_kept, bnb.NF4_BLOCK), num_neurons) if draft_dtype == "nf4" else num_kept
 
 
 def gather_neurons(
@@ -154,7 +171,7 @@ def reusable_bytes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module
     CPU, which are not quantized. (Elsewhere torch keeps what it allocates anyway, offloaded weights are gathered while
     they pass, and quantizing takes longer than new memory.)
     """
-    if config.draft_dtype in bnb.GATHERED_AS:
+    if config.draft_dtype in GATHERED_AS:
         return {}
     sizes = {}
     for part, (num_rows, num_columns) in gathered_shapes(sites, config).items():
@@ -170,14 +187,17 @@ def check_draft_dtype(draft_dtype: str | None, device: torch.device) -> None:
     """Raises `ImportError` where a package is missing, and `ValueError` where the device cannot run this dtype."""
     if draft_dtype is None:
         return
-    if draft_dtype in bnb.GATHERED_AS and importlib.util.find_spec("bitsandbytes") is None:
+    needs_bnb = draft_dtype == "nf4" or (draft_dtype == "int8" and device.type != "cpu")
+    if needs_bnb and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
             f"draft_dtype={draft_dtype!r} needs bitsandbytes: pip install hf_sirius[bnb], or use 'bfloat16'"
         )
     try:
         projection = plain_linear(torch.ones(bnb.NF4_ROWS, bnb.NF4_BLOCK, device=device), None)
         with torch.no_grad():
-            draft_linear(projection, draft_dtype)(torch.ones(1, bnb.NF4_BLOCK, device=device))
+            outputs = draft_linear(projection, draft_dtype)(torch.ones(1, bnb.NF4_BLOCK, device=device))
+        if not torch.allclose(outputs, torch.full_like(outputs, bnb.NF4_BLOCK), rtol=0.05):
+            raise ValueError(f"its product of ones is {outputs[0, 0].item():g}, and not {bnb.NF4_BLOCK}")
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         if should_reduce_batch_size(error):  # the device is full, which says nothing about the dtype
             raise

@@ -46,6 +46,10 @@ class Selection:
         return selected
 
 
+def padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def empty(
     num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device, memory: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -61,13 +61,16 @@ class _Buffer:
 
 
 class Kept:
-    """What one twin keeps: casts of `projections`, and memory of so many bytes for the gathered neurons of others. All
-    is in `bag`, which refers to no module of the model, so that it may be kept as long as the model lives.
+    """What one twin keeps: casts of projections, and memory of so many bytes for the gathered neurons of others. All is
+    in `bag`, which refers to no module of the model, so that it may be kept as long as the model lives.
+
+    Args:
+        dtypes: projection -> the `draft_dtype` of its cast.
+        num_bytes: projection -> how much memory its neurons take.
     """
 
-    def __init__(self, projections: Iterable[nn.Module], draft_dtype: str | None, num_bytes: Mapping[nn.Module, int]):
-        self._projections = list(projections)
-        self._draft_dtype = draft_dtype
+    def __init__(self, dtypes: Mapping[nn.Module, str], num_bytes: Mapping[nn.Module, int]):
+        self._dtypes = dict(dtypes)
         self.bag: list[_Cast | _Buffer] = []
         self._is_cleared = False
         self._buffers: dict[nn.Module, _Buffer] = {}
@@ -78,20 +81,20 @@ class Kept:
         self.casts()  # now, and not in the first call
 
     def __deepcopy__(self, memo: dict) -> "Kept":
-        return Kept(copy.deepcopy(self._projections, memo), self._draft_dtype, {})
+        return Kept(copy.deepcopy(self._dtypes, memo), {})
 
     @torch.no_grad()
     def casts(self) -> dict[nn.Module, DraftLinear]:
         """Returns the cast of each projection that is to have one, made anew where its weights are others by now."""
         casts = {}
         with _lock:
-            for projection in self._projections:
-                if not changes(projection, self._draft_dtype):
+            for projection, draft_dtype in self._dtypes.items():
+                if not changes(projection, draft_dtype):
                     continue
                 of_projection = _shared.setdefault(projection, WeakValueDictionary())
-                cast = of_projection.get(self._draft_dtype)
+                cast = of_projection.get(draft_dtype)
                 if cast is None or not cast.is_of(projection):
-                    cast = of_projection[self._draft_dtype] = _Cast(projection, self._draft_dtype)
+                    cast = of_projection[draft_dtype] = _Cast(projection, draft_dtype)
                 casts[projection] = cast
             self.bag[:] = [] if self._is_cleared else [*casts.values(), *self._buffers.values()]
         return {projection: cast.linear for projection, cast in casts.items()}

@@ -44,6 +44,13 @@ def _without_onednn() -> Iterator[None]:
         torch.backends.mkldnn.enabled = was_enabled
 
 
+def is_native_faster(module: nn.Module) -> bool:
+    """Whether what a draft holds is a weight in bfloat16, on a CPU, as it is."""
+    linear = getattr(module, "linear", module)
+    weight = getattr(linear, "weight", None)
+    return isinstance(linear, nn.Linear) and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+
+
 native_products = SharedContext(_without_onednn)
 
 

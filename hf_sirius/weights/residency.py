@@ -1,6 +1,7 @@
 """What a draft holds beside its neurons: how much fits into `draft_memory`, and which modules it is."""
 
 import logging
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,10 +15,22 @@ from .formats import changes, gathered_shapes, num_bytes
 logger = logging.getLogger(__name__)
 
 
+class Resident(NamedTuple):
+    """A module of which drafts hold a copy."""
+
+    owner: nn.Module
+    name: str  # the owner's attribute
+    draft_dtype: str | None  # of the copy; `None` where it is as the module
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.owner, self.name)
+
+
 def find_resident(
     model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig, gathers: bool
-) -> list[tuple[nn.Module, str]]:
-    """Returns the modules of which drafts hold copies, gathered neurons aside: (owner, attribute name) of each.
+) -> list[Resident]:
+    """Returns the modules of which drafts hold copies, gathered neurons aside.
 
     These are the projections that `draft_dtype` casts within `draft_scope`, and of an offloaded model all else that a
     draft step passes, as far as `draft_memory` allows: norms and the like first, then projections in the model's order.
@@ -35,26 +48,34 @@ def find_resident(
                 f"accelerate loads a {type(module).__name__} as a whole (preload_module_classes), so no part of it can "
                 "stay resident: offload the model without preload_module_classes"
             )
-    others = find_other_modules(model, sites)
-    in_mlps = [(site.owner, name) for site in sites for name in site.part_names]
+    head = model.get_output_embeddings()
+
+    def other(owner: nn.Module, name: str) -> Resident:
+        is_cast = isinstance(getattr(owner, name), PROJECTIONS) and config.draft_scope == "all"
+        # A head in 4 bits costs a small model more tokens than it saves bytes.
+        draft_dtype = "int8" if getattr(owner, name) is head and config.draft_dtype == "int4" else config.draft_dtype
+        return Resident(owner, name, draft_dtype if is_cast else None)
+
+    others = [other(*place) for place in find_other_modules(model, sites)]
+    in_mlps = [Resident(site.owner, name, config.draft_dtype) for site in sites for name in site.part_names]
     for place in (*others, *in_mlps):
-        if streaming_hook(getattr(*place)) is not None:
-            own_forward(getattr(*place))  # which may not be fit for a copy
-    projections = [place for place in others if isinstance(getattr(*place), PROJECTIONS)]
-    norms = [place for place in others if not isinstance(getattr(*place), PROJECTIONS)]
-    streamed = [place for place in (*norms, *projections) if streaming_hook(getattr(*place)) is not None]
+        if streaming_hook(place.module) is not None:
+            own_forward(place.module)  # which may not be fit for a copy
+    places = sorted(others, key=lambda place: isinstance(place.module, PROJECTIONS))
+    places += [] if gathers else in_mlps
+    streamed = [place for place in places if streaming_hook(place.module) is not None]
     first = first_owner(model)
     resident = [
         place
-        for place in (*(projections if config.draft_scope == "all" else ()), *(() if gathers else in_mlps))
-        if changes(getattr(*place), config.draft_dtype) and streaming_hook(getattr(*place)) is None
+        for place in places
+        if changes(place.module, place.draft_dtype) and streaming_hook(place.module) is None
     ]
-    needed = sum(num_bytes(getattr(*place), config.draft_dtype) for place in resident)
+    needed = sum(num_bytes(place.module, place.draft_dtype) for place in resident)
     if gathers:
         shapes = gathered_shapes(sites, config)
         needed += sum(num_bytes(part, config.draft_dtype, *shape) for part, shape in shapes.items())
     if streaming_hook(first) is not None:
-        needed += _copy_bytes(first, config)
+        needed += _tensor_bytes(first)
     budget = None if config.draft_memory is None else memory_bytes(config.draft_memory)
     if budget is not None and budget < needed:
         raise ValueError(
@@ -64,16 +85,15 @@ def find_resident(
             f"{'lower the density, ' if gathers else ''}or choose a smaller draft_dtype"
         )
     num_streamed = 0
-    for owner, name in streamed:
-        module = getattr(owner, name)
-        if module is first:
+    for place in streamed:
+        if place.module is first:
             continue
-        size = _copy_bytes(module, config)
+        size = _copy_bytes(place)
         if budget is None or needed + size <= budget:
-            resident.append((owner, name))
+            resident.append(place)
             needed += size
         else:
-            num_streamed += sum(parameter.nbytes for parameter in module.parameters())
+            num_streamed += sum(parameter.nbytes for parameter in place.module.parameters())
     if streamed:
         logger.info(
             f"a draft holds {needed / 2**20:.1f} MiB of weights and streams {num_streamed / 2**20:.1f} MiB per token"
@@ -81,8 +101,10 @@ def find_resident(
     return resident
 
 
-def _copy_bytes(module: nn.Module, config: SiriusConfig) -> int:
-    if isinstance(module, PROJECTIONS) and config.draft_scope == "all":
-        return num_bytes(module, config.draft_dtype)
+def _copy_bytes(place: Resident) -> int:
+    return _tensor_bytes(place.module) if place.draft_dtype is None else num_bytes(place.module, place.draft_dtype)
+
+
+def _tensor_bytes(module: nn.Module) -> int:
     tensors = (*module._parameters.values(), *module._buffers.values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

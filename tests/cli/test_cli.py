@@ -5,14 +5,17 @@ import subprocess
 import sys
 import types
 from importlib.metadata import entry_points
+from unittest import mock
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from hf_sirius import SiriusConfig, reasoner_problems
+from hf_sirius import SiriusConfig, reasoner_path, reasoner_problems
 from hf_sirius.cli import commands, options
 from hf_sirius.cli import main as cli
 from hf_sirius.cli.main import main
+from hf_sirius.study import named_models
 from hf_sirius.study.problems import final_answer, problem_prompt
 
 
@@ -102,6 +105,7 @@ def test_bench_decode_writes_its_figures(tmp_path, capsys):
     assert main(["bench", "decode", *options, *sirius, "--max_new_tokens", "20", "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     assert "1 of 1 answers identical" in capsys.readouterr().out
+    assert figures["model"]["name"] == "reasoner" and figures["agreement"] == 1.0
     assert figures["config"]["draft_dtype"] == "bfloat16" and figures["machine"]["torch"] == torch.__version__
     for name in ("dense", "sirius"):
         run = figures[name]
@@ -112,6 +116,50 @@ def test_bench_decode_writes_its_figures(tmp_path, capsys):
     for part in ("steps", "decode", "whole"):
         sirius, dense = (figures[name][f"{part}_seconds_per_token"] for name in ("sirius", "dense"))
         assert figures[f"ratio_{part}"] == pytest.approx(sirius / dense)
+
+
+@pytest.fixture
+def as_smollm2(monkeypatch):
+    """The reasoner in place of SmolLM2, which is large and comes in other packages."""
+    monkeypatch.setitem(named_models._PATHS, "smollm2", reasoner_path)
+    prompts = [("How many apples does Ann have?", True), ("def apples():\n", False)]
+    monkeypatch.setattr(named_models, "smollm2_prompts", lambda: prompts)
+    return prompts
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--prompt", PROMPT, "--max_new_tokens", "4"],
+        ["report", "--prompt", PROMPT, "--max_new_tokens", "4"],
+        ["eval", "--num_items", "1", "--max_new_tokens", "4"],
+        ["sweep", "--num_items", "1", "--max_new_tokens", "4", "--thresholds", "1.0", "--no_plots"],
+        ["tune", "--num_prompts", "1", "--max_new_tokens", "4", "--densities", "0.5", "--kernel_sizes", "3"],
+        ["bench", "decode", "--num_problems", "2", "--num_repeats", "1", "--max_new_tokens", "4"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_knows_smollm2_by_its_name(command, as_smollm2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--model", "smollm2"]) == 0
+    capsys.readouterr()
+
+
+def test_tune_puts_smollm2s_questions_into_the_chat_template_and_its_code_not(as_smollm2, monkeypatch):
+    monkeypatch.setattr(commands, "load_model", mock.Mock())
+    monkeypatch.setattr(commands, "tokenize", tokenized := mock.Mock())
+    monkeypatch.setattr(commands.tuning, "tune", mock.Mock(side_effect=KeyboardInterrupt))
+    assert main(["tune", "--model", "smollm2"]) == 130
+    assert [(text, chat) for (text, _, chat), _ in tokenized.call_args_list] == as_smollm2
+
+
+def test_bench_decode_takes_a_path_and_answers_the_first_problems(tmp_path, capsys):
+    options = ["--num_problems", "2", "--num_repeats", "1", "--max_new_tokens", "5", "--threshold", "1.0"]
+    assert main(["bench", "decode", "--model", reasoner_path(), *options]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    narrow = AutoModelForCausalLM.from_pretrained(reasoner_path()).num_parameters()
+    assert figures["model"]["name"] == reasoner_path() and figures["model"]["num_parameters"] == narrow
+    assert figures["num_problems"] == figures["num_identical"] == 2 and figures["agreement"] == 1.0
 
 
 def test_bench_offload_writes_its_figures(tmp_path, capsys):
@@ -185,6 +233,10 @@ def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_
         (["eval", "--few_shot", "reasoner"], "No such file or directory: 'reasoner'"),
         (["eval", "--window", "100"], "window means nothing"),
         (["eval", "--output_dir", "file"], "--output_dir file is a file"),
+        (["tune", "--model", "smollm2", "--chat"], "leave --chat out"),
+        (["tune", "--model", "smollm2", "--widen", "2", "2"], "--widen is for --model reasoner alone"),
+        (["bench", "decode", "--model", "smollm2", "--neuron_factor", "2"], "leave neuron_factor out"),
+        (["bench", "decode", "--model", "any", "--hidden_factor", "2"], "only the reasoner can be widened"),
         (["sweep", "--no_plots", "--densities", "2"], "density must be in (0, 1]"),
         (["sweep", "--no_plots", "--selection", "topk", "--reselect_every", "2"], "options of several methods"),
     ],

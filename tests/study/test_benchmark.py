@@ -29,6 +29,13 @@ def test_factors_below_one_are_refused():
         widen(build_model(), 0, 2)
 
 
+@pytest.mark.parametrize("factor", ["hidden_factor", "neuron_factor"])
+def test_only_the_reasoner_is_widened(factor, monkeypatch):
+    monkeypatch.setattr("hf_sirius.study.benchmark.AutoModelForCausalLM", None)
+    with pytest.raises(ValueError, match=f"only the reasoner can be widened, .* smollm2: leave {factor} out"):
+        bench_decode(SiriusConfig(method="griffin"), "smollm2", **{factor: 1})
+
+
 @pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
 def test_memory_is_not_known_where_its_peak_cannot_be_reset(error, monkeypatch):
     monkeypatch.setattr("builtins.open", mock.Mock(side_effect=error))

@@ -16,6 +16,7 @@ from hf_sirius import SiriusConfig, make_sparse
 from hf_sirius.cli.main import main
 from hf_sirius.study import timing, tuning
 from hf_sirius.study.prediction import Costs, expected_events, match_rates
+from hf_sirius.study.timing import agreement_of
 from hf_sirius.study.tuning import tune
 from hf_sirius.study.tuning_result import Candidate, Measurement, Tuning
 
@@ -205,7 +206,7 @@ def test_agreement_is_with_what_the_call_would_have_chosen(tree_width):
             num_agreed += (chosen == run.output_ids[0, end]).item()
             num_tokens += 1
     assert num_agreed < num_tokens == 48
-    assert tuning._agreement(runs) == pytest.approx(num_agreed / num_tokens)
+    assert agreement_of(runs) == pytest.approx(num_agreed / num_tokens)
 
 
 def test_prompts_that_end_at_once_are_passed_over():
@@ -326,7 +327,7 @@ def test_command_shows_reasons_as_they_are(capsys, monkeypatch):
         (["--output", "nowhere/tuned"], "does not exist: make it first"),
         (["--json", "nowhere/tuned.json"], "does not exist: make it first"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
-        (["--model", "other"], "other needs --prompts"),
+        (["--model", "other"], "other needs --prompts, a file; only reasoner and smollm2"),
         (["--model", "other", "--widen", "2", "2"], "--widen is for --model reasoner alone"),
         (["--quantization", "8bit", "--widen", "2", "2"], "leave --quantization or --widen out"),
         (["--draft_dtype", "int3"], "draft_dtype must be"),

@@ -24,7 +24,7 @@ from hf_sirius.weights.linear import DraftLinear, native_products
 
 
 # Of outputs, relative in norm: of weights with an even share of all sizes, quantized as a whole.
-TOLERANCE = {None: 1e-6, "bfloat16": 0.01, "float16": 0.002, "int8": 0.03, "nf4": 0.2}
+TOLERANCE = {None: 1e-6, "bfloat16": 0.01, "float16": 0.002, "int8": 0.03, "int4": 0.2, "nf4": 0.2}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Products that torch has no fast kernel for."""

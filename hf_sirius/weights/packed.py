@@ -1,0 +1,164 @@
+"""Weights of 4 and 8 bits, in products that take as long as their bytes: the fastest that torch or numba has for a few
+tokens on this device.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..kernels import cpu
+from .gather import Selection, empty, padded
+from .linear import DraftLinear, frozen
+
+
+INT4_GROUP = 32  # inputs that share a scale and a zero point
+ROWS = 64  # outputs that torch's kernels take together
+_INNER_K_TILES = 8  # how its CUDA kernel lays out 4 bits: 128 inputs at a time
+
+
+def _grouped_int8(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return cpu.grouped_product(inputs, weight, scales)
+
+
+def _int8(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._weight_int8pack_mm(inputs, weight, scales)
+
+
+def _int4_on_cpu(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, weight, INT4_GROUP, scales)
+
+
+def _int4_on_cuda(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._weight_int4pack_mm(inputs, weight, INT4_GROUP, scales)
+
+
+class PackedLinear(nn.Module):
+    """A projection whose weight only its product can read.
+
+    Args:
+        product: takes inputs [num_tokens, in_features], the weight and its scales; returns [num_tokens, out_features].
+        weight: int8 [out_features, in_features], or 4 bits as torch packs them.
+        scales: of the groups of inputs; of 4 bits with zero points.
+        bias: [out_features], or `None`.
+        in_features: of the weight, padding included.
+        columns: what the inputs are multiplied with, [in_features], or `None`.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        in_features: int,
+        columns: torch.Tensor | None = None,
+    ):
+        super().__init__()
+        self.product, self.in_features = product, in_features
+        self.weight, self.scales = frozen(weight), frozen(scales)
+        self.bias = None if bias is None else frozen(bias)
+        self.columns = None if columns is None else frozen(columns)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.columns is not None:
+            inputs = inputs * self.columns
+        outputs = self.product(inputs.flatten(0, -2), self.weight, self.scales)
+        if self.bias is not None:
+            outputs += self.bias
+        return outputs.view(*inputs.shape[:-1], -1)
+
+
+def int8_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
+    """Returns some rows and columns of a weight in 8 bits, on a CPU: with a scale for each 64 inputs where numba is
+    there, which then computes in float32, else with one for each output, in bfloat16.
+    """
+    num_rows, num_columns = source.shape
+    is_grouped = cpu.is_available()
+    dtype = torch.float32 if is_grouped else torch.bfloat16
+    shape = int8_shape(num_rows, num_columns)
+    group = cpu.GROUP if is_grouped else shape[1]
+    values = empty(*shape, torch.int8, source.weight.device)
+    scales = torch.zeros(shape[0], shape[1] // group, dtype=dtype)
+    values[num_rows:] = 0
+    for place, piece in source.pieces():
+        groups = _in_groups(piece, shape[1], group)
+        scale = (groups.abs().amax(dim=-1, keepdim=True) / 127).to(dtype)
+        scales[place] = scale.squeeze(-1)
+        # By the scale as it is kept, which is 0 where all are.
+        groups = torch.where(scale > 0, groups / scale.float(), 0.0).round_().clamp_(-127, 127)
+        values[place] = groups.flatten(1).to(torch.int8)
+    bias = None if bias is None else nn.functional.pad(bias.to(dtype), (0, shape[0] - num_rows))
+    product, scales = (_grouped_int8, scales) if is_grouped else (_int8, scales.flatten())
+    return DraftLinear(PackedLinear(product, values, scales, bias, shape[1]), dtype, num_rows)
+
+
+def int8_shape(num_rows: int, num_columns: int) -> tuple[int, int]:
+    """Returns the shape of a weight in 8 bits, padding included."""
+    return num_rows if cpu.is_available() else padded(num_rows, ROWS), padded(num_columns, cpu.GROUP)
+
+
+def int8_bytes(num_rows: int, num_columns: int, has_bias: bool) -> int:
+    """Returns the bytes of an [`int8_linear`]."""
+    num_rows, num_columns = int8_shape(num_rows, num_columns)
+    if cpu.is_available():
+        return num_rows * (num_columns + 4 * (num_columns // cpu.GROUP) + 4 * has_bias)
+    return num_rows * (num_columns + 2 + 2 * has_bias)
+
+
+def int4_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
+    """Returns some rows and columns of a weight in 4 bits, with a scale and a zero point for each 32 inputs.
+
+    Each column is divided by its mean magnitude, and its input multiplied with it, so that no column takes a group's
+    range for itself. (Of the tokens of SmolLM2 .90 are then the full model's, else .82.)
+    """
+    num_rows, num_columns = source.shape
+    device = source.weight.device
+    out_features, in_features = int4_shape(num_rows, num_columns, device)
+    columns = torch.zeros(in_features, device=device)
+    for _, piece in source.pieces():
+        columns[:num_columns] += piece.float().abs().sum(dim=0)
+    columns = (columns / num_rows).to(torch.bfloat16)
+    divisors = columns.float().masked_fill_(columns == 0, 1.0)
+    values = empty(out_features, in_features, torch.uint8, device).zero_()
+    scales = torch.zeros(in_features // INT4_GROUP, out_features, 2, dtype=torch.bfloat16, device=device)
+    for place, piece in source.pieces():
+        groups = (_in_groups(piece, in_features, in_features) / divisors).view(len(piece), -1, INT4_GROUP)
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        scale = ((high - low) / 15).to(torch.bfloat16)
+        zero = (low + 8 * scale).to(torch.bfloat16)
+        # As they are kept, so that what rounding them loses is not lost twice.
+        groups = torch.where(scale > 0, (groups - zero.float()) / scale.float(), 0.0).round_().clamp_(-8, 7)
+        values[place] = (groups + 8).flatten(1).to(torch.uint8)
+        scales[:, place] = torch.cat([scale, zero], dim=-1).transpose(0, 1)
+    pack = _packed_for_cuda if device.type == "cuda" else _packed_for_cpu
+    packed = torch.cat([pack(block) for block in values.split(16 * ROWS)])
+    bias = None if bias is None else nn.functional.pad(bias.to(torch.bfloat16), (0, out_features - num_rows))
+    product = _int4_on_cuda if device.type == "cuda" else _int4_on_cpu
+    return DraftLinear(PackedLinear(product, packed, scales, bias, in_features, columns), torch.bfloat16, num_rows)
+
+
+def _packed_for_cpu(values: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(torch.int32), 1)
+
+
+def _packed_for_cuda(values: torch.Tensor) -> torch.Tensor:
+    pairs = values[:, ::2] << 4 | values[:, 1::2]
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
+
+
+def int4_shape(num_rows: int, num_columns: int, device: torch.device) -> tuple[int, int]:
+    """Returns the shape of a weight in 4 bits, padding included."""
+    return padded(num_rows, ROWS), padded(num_columns, 16 * _INNER_K_TILES if device.type == "cuda" else INT4_GROUP)
+
+
+def int4_bytes(num_rows: int, num_columns: int, has_bias: bool, device: torch.device) -> int:
+    """Returns the bytes of an [`int4_linear`]."""
+    num_rows, num_columns = int4_shape(num_rows, num_columns, device)
+    return num_rows * num_columns // 2 + num_rows * (num_columns // INT4_GROUP * 4 + 2 * has_bias) + 2 * num_columns
+
+
+def _in_groups(piece: torch.Tensor, num_columns: int, group: int) -> torch.Tensor:
+    """Returns rows of a weight in float32, padded with zeros to `num_columns`, [num_rows, num_groups, group]."""
+    piece = nn.functional.pad(piece.float(), (0, num_columns - piece.shape[1]))
+    return piece.view(len(piece), -1, group)
