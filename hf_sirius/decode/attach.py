@@ -72,11 +72,11 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
             f"{type(model).__name__} has parameters on the meta device: load its weights first, with from_pretrained"
         )
     _check_quantization(model, offloaded)
-    if offloaded and config.draft_dtype is None and not method_of(config).gathers:
+    if offloaded and config.density < 1 and config.draft_dtype is None and not method_of(config).gathers:
         raise ValueError(
-            f"{type(model).__name__} is offloaded by accelerate: a draft that gathers no neurons (method="
-            f"{config.method!r}, density={config.density}) has to hold all of it. Use method='griffin' and a density "
-            "below 1, whose neurons stay resident, or a draft_dtype, such as 'int4', in which it all may fit"
+            f"{type(model).__name__} is offloaded by accelerate: a draft of method={config.method!r}, which gathers no "
+            "neurons, has to hold all of it. Use method='griffin', whose neurons alone stay resident, or a "
+            "draft_dtype, such as 'int4', in which all may fit"
         )
     if offloaded:
         check_offload(model)

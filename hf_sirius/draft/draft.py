@@ -75,9 +75,10 @@ class Draft:
             watched.enter_context(self.method.observing(self.model, attention_mask))
             if self.twin.is_offloaded and takes_weights:
                 resident = [module for module in self.twin.resident if module not in self.held]
+                gathered = self.twin.sites if self.method.gathers else []
                 watched.enter_context(
                     capture_weights(
-                        self.twin.sites, resident, self.config.draft_dtype, self.method.choose, self._gather, self._hold
+                        gathered, resident, self.config.draft_dtype, self.method.choose, self._gather, self._hold
                     )
                 )
             yield

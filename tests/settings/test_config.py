@@ -50,7 +50,7 @@ def valid_configs(draw):
     if kind == "cats calibrated":
         fields["calibration"] = make_calibration(num_mlps=draw(st.integers(1, 3)), seed=draw(st.integers(0, 9)))
     fields["draft_dtype"] = draw(st.sampled_from([None, *DRAFT_DTYPES]))
-    fields["draft_scope"] = draw(st.sampled_from(["mlp", "all"])) if fields["draft_dtype"] else "mlp"
+    fields["draft_scope"] = draw(st.sampled_from(["mlp", "all"])) if fields["draft_dtype"] else "all"
     fields["draft_memory"] = draw(st.one_of(st.none(), st.integers(1), st.sampled_from(["6GiB", "500MB"])))
     if kind == "griffin":
         fields["reselect_every"] = draw(st.one_of(st.none(), st.integers(1)))
@@ -133,7 +133,7 @@ def test_a_calibration_must_be_one(value):
         ({"method": "griffin", "draft_memory": -5}, "greater than 0.*got -5"),
         ({"method": "griffin", "draft_memory": "1TiB"}, "KiB, MiB or GiB, got '1TiB'"),
         ({"method": "griffin", "draft_dtype": "float23"}, "one of .*'bfloat16'.*got 'float23'"),
-        ({"method": "griffin", "draft_scope": "all"}, "draft_dtype is None: set it to one of"),
+        ({"method": "griffin", "draft_scope": "mlp"}, "draft_dtype is None: set it to one of"),
         ({"draft_scope": "attention"}, "draft_scope must be one of .*got 'attention'"),
     ],
     ids=[

@@ -1,0 +1,74 @@
+"""The kernels that numba compiles, against the products of the weights that they stand for."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_sirius.kernels import cpu
+
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="numba is not installed")
+
+
+def make(num_tokens: int, out_features: int, num_groups: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(num_tokens, 64 * num_groups, generator=generator)
+    values = torch.randint(-127, 128, (out_features, 64 * num_groups), generator=generator, dtype=torch.int8)
+    scales = torch.rand(out_features, num_groups, generator=generator)
+    return inputs, values, scales
+
+
+def expected(inputs, values, scales):
+    return inputs.double() @ (values.double() * scales.double().repeat_interleave(64, dim=1)).T
+
+
+@settings(deadline=None)
+@given(
+    num_tokens=st.integers(1, 5), out_features=st.integers(1, 40), num_groups=st.integers(1, 4),
+    num_threads=st.integers(1, 3), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_grouped_products(num_tokens, out_features, num_groups, num_threads, seed):
+    given_ = make(num_tokens, out_features, num_groups, seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        outputs = cpu.grouped_product(*given_)
+    finally:
+        torch.set_num_threads(before)
+    right = expected(*given_)
+    assert outputs.dtype == torch.float32 and outputs.shape == right.shape
+    assert (outputs - right).norm() <= 1e-5 * right.norm() + 1e-6
+
+
+def test_inputs_that_lie_otherwise_in_memory():
+    inputs, values, scales = make(3, 8, 2)
+    strided = inputs.T.contiguous().T
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(cpu.grouped_product(strided, values, scales), cpu.grouped_product(inputs, values, scales))
+
+
+def test_what_is_not_finite_stays_so():
+    inputs, values, scales = make(1, 8, 1)
+    values[:] = 1
+    inputs[0, 3] = float("nan")
+    assert cpu.grouped_product(inputs, values, scales).isnan().all()
+
+
+def test_several_threads_at_once():
+    given_ = make(2, 300, 6)
+    right, wrong = expected(*given_), []
+
+    def run():
+        for _ in range(50):
+            if (cpu.grouped_product(*given_) - right).norm() > 1e-5 * right.norm():
+                wrong.append(True)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
