@@ -5,6 +5,7 @@ from typing import Any
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
+from ..draft.choice import CHOSEN, choose_draft
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded
@@ -38,8 +39,10 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
 
     Args:
         model: the dense model, with its weights loaded.
-        config: the settings; `SiriusConfig()` by default.
-        fields: fields of the config, which win over those of `config`.
+        config: the settings. Without them, and without any field that says what a draft is (such as `method`,
+            `density` or `draft_dtype`), a draft is chosen that promises the least time per token on this machine: see
+            `draft/choice.py`, and `twin.sirius_config` for what it is.
+        fields: fields of the config, which win over those of `config` and over what is chosen.
 
     Raises:
         `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value
@@ -61,6 +64,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
             "from_pretrained, or pass fields by name"
         )
     check_field_names(fields)
+    is_chosen = config is not None or any(name in CHOSEN for name in fields)
     config = (config or SiriusConfig()).replace(**fields)
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -72,18 +76,20 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
             f"{type(model).__name__} has parameters on the meta device: load its weights first, with from_pretrained"
         )
     _check_quantization(model, offloaded)
+    if offloaded:
+        check_offload(model)
+    sites = find_mlps(model)
+    if not is_chosen:
+        config = config.replace(**{**choose_draft(model, sites, OFFLOADED_KERNEL_SIZE), **fields})
     if offloaded and config.density < 1 and config.draft_dtype is None and not method_of(config).gathers:
         raise ValueError(
             f"{type(model).__name__} is offloaded by accelerate: a draft of method={config.method!r}, which gathers no "
             "neurons, has to hold all of it. Use method='griffin', whose neurons alone stay resident, or a "
             "draft_dtype, such as 'int4', in which all may fit"
         )
-    if offloaded:
-        check_offload(model)
     if config.kernel_size is None:
         config = config.replace(kernel_size=OFFLOADED_KERNEL_SIZE if offloaded else KERNEL_SIZE)
     check_draft_dtype(config.draft_dtype, execution_device(model))
-    sites = find_mlps(model)
     if config.tree_width > 1:
         check_tree(model)
     if config.calibration is not None:
