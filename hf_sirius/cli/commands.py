@@ -32,6 +32,7 @@ from .options import (
     load_tokenizer,
     read_prompt,
     sirius_config,
+    twin_options,
 )
 from .tables import bench_lines, show_results, show_tuning
 
@@ -50,11 +51,11 @@ def demo(args) -> None:
 
 
 def generate(args) -> None:
-    config = sirius_config(args)  # a wrong value is told before anything is loaded
+    options = twin_options(args)
     model, tokenizer = load_model(args), load_tokenizer(args)
     inputs = read_prompt(args, tokenizer).to(model.device)
     torch.manual_seed(args.seed)
-    with make_sparse(model, config) as twin:
+    with make_sparse(model, **options) as twin:
         output = model.generate(
             **inputs,
             assistant_model=twin,
@@ -69,13 +70,13 @@ def generate(args) -> None:
 
 
 def report(args) -> None:
-    config = sirius_config(args)
+    options = twin_options(args)
     for name in ("output", "json"):
         check_place(f"--{name}", getattr(args, name))
     model, tokenizer = load_model(args), load_tokenizer(args)
     inputs = read_prompt(args, tokenizer)
     torch.manual_seed(args.seed)
-    with make_sparse(model, config) as twin:
+    with make_sparse(model, **options) as twin:
         traced = trace(twin, tokenizer, inputs, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample)
     write_report(traced, args.output)
     if args.json:
@@ -174,14 +175,16 @@ def tune(args) -> None:
 
 
 def bench(args) -> None:
-    choose_method(args)
-    config = sirius_config(args)
+    twin = twin_options(args)
+    if "config" in twin:
+        choose_method(args)
+        twin = {"config": sirius_config(args)}
     check_place("--json", args.json)
     check_device(args.device)
     function = {"decode": benchmark.bench_decode, "offload": benchmark.bench_offload}[args.benchmark]
-    options = {name: getattr(args, name) for name in inspect.signature(function).parameters if name != "config"}
-    given = {name: value for name, value in options.items() if value is not None}
-    figures = function(config, **{**given, "dtype": getattr(torch, args.dtype)})
+    names = [name for name in inspect.signature(function).parameters if name not in ("config", "fields")]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    figures = function(**twin, **{**given, "dtype": getattr(torch, args.dtype)})
     text = json.dumps(figures, indent=2)
     if args.json:
         Path(args.json).write_text(text + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from ..draft.choice import CHOSEN
 from ..settings.calibration import Calibration
 from ..settings.config import SiriusConfig
 from ..settings.methods import METHODS
@@ -15,9 +16,22 @@ from ..study.named_models import model_path
 from ..study.problems import tokenize
 
 
-def sirius_config(args):
+def twin_options(args) -> dict:
+    """Returns what the options give to `make_sparse` beside the model: a config, or where none says what a draft is, the
+    fields that are given alone, as the rest is then chosen for the model.
+    """
+    config = sirius_config(args)  # a wrong value is told before anything is loaded
+    given = _given_fields(args)
+    return {"config": config} if args.config or any(name in CHOSEN for name in given) else given
+
+
+def _given_fields(args) -> dict:
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SiriusConfig)}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def sirius_config(args):
+    fields = _given_fields(args)
     if "calibration" in fields:
         fields["calibration"] = Calibration.from_pretrained(fields["calibration"])
     config = SiriusConfig.from_pretrained(args.config) if args.config else SiriusConfig()

@@ -91,7 +91,7 @@ def _describe(name: str, model: PreTrainedModel, sparse: SparseTwin, device: tor
 
 
 def bench_decode(
-    config: SiriusConfig,
+    config: SiriusConfig | None = None,
     model: str = "reasoner",
     hidden_factor: int | None = None,
     neuron_factor: int | None = None,
@@ -100,6 +100,7 @@ def bench_decode(
     max_new_tokens: int = 120,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    **fields: Any,
 ) -> dict[str, Any]:
     """Times a model, dense and with a twin, in memory.
 
@@ -107,6 +108,7 @@ def bench_decode(
     from the first token on, and so the gathering of the twin's neurons; `whole` counts the prefill as well.
 
     Args:
+        config, fields: as for `make_sparse`, which without them chooses a draft.
         model: `"reasoner"`, which is widened, with its long problems; `"smollm2"` with its own prompts; or any other id
             or path, with the reasoner's.
         hidden_factor, neuron_factor: how far the reasoner is widened, by default 9 and 16 times; for no other model.
@@ -128,7 +130,7 @@ def bench_decode(
         loaded = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=dtype)
     loaded = loaded.to(device)
     memory = _warm_up(loaded, prompts[0].to(device))
-    with make_sparse(loaded, config) as sparse:
+    with make_sparse(loaded, config, **fields) as sparse:
         _warm_up(loaded, prompts[0].to(device), sparse)
         figures = _alternate(loaded, sparse, prompts, num_repeats, max_new_tokens, memory)
         return {**_describe(model, loaded, sparse, loaded.device), **figures}
@@ -140,7 +142,7 @@ def _check_lengths(*lengths: int) -> None:
 
 
 def bench_offload(
-    config: SiriusConfig,
+    config: SiriusConfig | None = None,
     folder: str | os.PathLike | None = None,
     hidden_factor: int = 9,
     neuron_factor: int = 16,
@@ -149,11 +151,12 @@ def bench_offload(
     lengths: Sequence[int] = (40, 100, 300),
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    **fields: Any,
 ) -> dict[str, Any]:
     """Times the widened reasoner under `accelerate.disk_offload`, dense and with a resident draft.
 
     Args:
-        config: the settings; `draft_memory` bounds what stays resident.
+        config, fields: as for `make_sparse`; `draft_memory` bounds what stays resident.
         folder: an empty directory for the weights; by default a temporary one.
         lengths: of the outputs, in tokens; each is measured separately.
 
@@ -175,7 +178,7 @@ def bench_offload(
         model = wide_reasoner(hidden_factor, neuron_factor, dtype)
         offload_to_folder(model, folder, device)
         streamed = StreamedBytes(model)
-        with make_sparse(model, config) as sparse:  # which loads bitsandbytes, if need be
+        with make_sparse(model, config, **fields) as sparse:  # which loads bitsandbytes, if need be
             memory = _warm_up(model, prompts[0].to(device))
             _warm_up(model, prompts[0].to(device), sparse)
             description = _describe("reasoner", model, sparse, torch.device(device))
