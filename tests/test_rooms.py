@@ -11,7 +11,19 @@ import hf_sirius
 PACKAGE = Path(hf_sirius.__file__).parent
 DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
 # A room imports from itself and from those before it.
-ROOMS = ("reasoner", "smollm2", "model", "settings", "kernels", "weights", "sparsity", "draft", "decode", "study", "cli")
+ROOMS = (
+    "reasoner",
+    "smollm2",
+    "model",
+    "settings",
+    "kernels",
+    "weights",
+    "sparsity",
+    "draft",
+    "decode",
+    "study",
+    "cli",
+)
 DOORS = ("__init__", "harness", "report")  # which users import by name, and no room does
 MAX_LINES = 400
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from ..decode.attach import make_sparse
 from ..reasoner import reasoner_path, reasoner_problems
 from ..study import benchmark, tuning
+from ..study.drafts import compare_drafts
 from ..study.demo import demo_modes, show_one_answer
 from ..study.evaluation import default_directory, describe_run, process_state, run_task, standard_modes
 from ..study.named_models import own_prompts
@@ -34,7 +35,7 @@ from .options import (
     sirius_config,
     twin_options,
 )
-from .tables import bench_lines, show_results, show_tuning
+from .tables import bench_lines, show_drafts, show_results, show_tuning
 
 
 def demo(args) -> None:
@@ -171,6 +172,18 @@ def tune(args) -> None:
         print(f"Written: {Path(args.output) / 'sirius_config.json'}")
     if args.json:
         figures = {"machine": machine, "num_parameters": num_parameters, "dtype": dtype, **tuned.as_dict()}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def compare(args) -> None:
+    check_place("--json", args.json)
+    check_device(args.device)
+    options = {
+        name: getattr(args, name) for name in ("model", "num_prompts", "max_new_tokens", "kernel_size", "device")
+    }
+    figures = compare_drafts(**options, dtype=getattr(torch, args.dtype))
+    show_drafts(figures)
+    if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

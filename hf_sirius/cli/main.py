@@ -94,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         _add(parser_, "--device", default="cpu", help="device that computes (default: cpu)")
         _add(parser_, "--json", help="file to write the figures to; by default they go to standard output")
         _add_config_options(parser_, method="griffin")
+    drafts = benchmarks.add_parser("drafts", help="every kind of draft: how often it agrees, and what it takes")
+    drafts.set_defaults(run="compare")
+    model_help = "'reasoner' or 'smollm2', on their own prompts (default: reasoner)"
+    _add(drafts, "--model", choices=("reasoner", "smollm2"), default="reasoner", help=model_help)
+    _add(drafts, "--num_prompts", type=_positive, default=6, help="the first so many (default: 6)")
+    _add(drafts, "--max_new_tokens", type=_over_one, default=64, help="length of the outputs (default: 64)")
+    _add(drafts, "--kernel_size", type=_over_one, default=8, help="tokens per cycle (default: 8)")
+    _add(drafts, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    _add(drafts, "--device", default="cpu", help="device that computes (default: cpu)")
+    _add(drafts, "--json", help="file to write the figures to as well")
     return parser
 
 

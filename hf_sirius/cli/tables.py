@@ -82,6 +82,24 @@ def show_tuning(tuning, title: str) -> None:
     console.print(f"\n{tuning.verdict}", highlight=False)
 
 
+def show_drafts(figures: dict) -> None:
+    heads = ("draft", "draft_dtype", "agreement", "AAL", "bytes", "time")
+    table = Table(box=None, pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i > 1 else "left", no_wrap=True)
+    for row in figures["rows"]:
+        name = f"{row['method']} {row['density']}" if row["density"] < 1 else "nothing dropped"
+        name += ", by column" if "weighting" in row else ", refreshed" if "reselect_every" in row else ""
+        digits = {"agreement": 3, "aal": 2, "bytes": 2, "ratio": 3}
+        table.add_row(name, row.get("draft_dtype"), *(f"{row[key]:.{n}f}" for key, n in digits.items()))
+    console = Console(markup=False, emoji=False)
+    console.print(
+        f"{figures['model']} ({figures['dtype'].removeprefix('torch.')}), kernel_size {figures['kernel_size']}, threshold "
+        f"1.0, {figures['num_prompts']} prompts; bytes of a draft step / of the model in bfloat16, time of Sirius / dense"
+    )
+    console.print(table)
+
+
 def bench_lines(figures: dict) -> list[str]:
     if "lengths" not in figures:
         return [_ratios(figures)]

@@ -35,7 +35,7 @@ class Draft:
         self.twin = twin
         self.model = model
         self.config = twin.config
-        self.method = method_of(twin.config)(twin.config, twin.sites)
+        self.method = method_of(twin.config)(twin.config, twin.method_sites)
         self.held: dict[nn.Module, nn.Module] = {}
         self._memory: dict[nn.Module, torch.Tensor] = {}
         self._undo = contextlib.ExitStack()
@@ -85,9 +85,10 @@ class Draft:
 
     def select(self) -> None:
         """Ends the prefill: chooses what is chosen once per prompt, and gathers it."""
-        for site in self.twin.sites:
+        for site in self.twin.method_sites:
             self.method.choose(site)
-            for part in site.parts if self.method.gathers else ():
+        for site in self.twin.sites if self.method.gathers else ():
+            for part in site.parts:
                 if not part.weight.is_meta:  # else it was gathered while it was loaded
                     self._gather(site, part, part)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..model.accelerate_hooks import is_offloaded, own_forward, streaming_hook
-from ..model.sites import MlpSite
+from ..model.sites import MlpSite, ProjectionSite, find_projections
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
 from ..settings.methods import method_of
@@ -39,6 +39,7 @@ class Twin:
     module: PreTrainedModel  # the root, of the model's class
     config: SiriusConfig  # the settings
     sites: list[MlpSite]  # the MLPs of the dense model
+    method_sites: list[MlpSite] | list[ProjectionSite]  # what the method acts on
     # the dense model's modules of which drafts hold copies, gathered neurons aside, with the `draft_dtype` of each
     resident: dict[nn.Module, str | None]
     kept: Kept  # what stays from call to call
@@ -93,11 +94,16 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     Nothing of the dense model changes. The copies share their dicts of parameters and buffers with the originals.
     """
     method = method_of(config)
-    replacements = {id(site.owner): method.replacements(site) for site in sites}
+    method_sites = sites if method.acts_on == "mlps" else find_projections(model)
+    replacements: dict[int, dict[str, nn.Module]] = {}
+    for site in method_sites:
+        replacements.setdefault(id(site.owner), {}).update(method.replacements(site))
     resident = find_resident(model, sites, config, method.gathers)
     gathered = [(site.owner, name) for site in sites for name in site.part_names] if method.gathers else []
     for owner, name in (*gathered, *((place.owner, place.name) for place in resident)):
-        replacements.setdefault(id(owner), {})[name] = TwinModule(getattr(owner, name))
+        parts = replacements.setdefault(id(owner), {})
+        if not isinstance(parts.get(name), TwinModule):  # one of the method's reads what is held as well
+            parts[name] = TwinModule(getattr(owner, name))
     owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}
     root = _copied(model, replacements, copies)
@@ -111,6 +117,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         module=root,
         config=config,
         sites=sites,
+        method_sites=method_sites,
         resident=held,
         kept=Kept(
             {module: draft_dtype for module, draft_dtype in held.items() if streaming_hook(module) is None},

@@ -3,18 +3,19 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .shared import SharedContext
-from .sites import MlpSite
+from .sites import MlpSite, ProjectionSite
 
 
-# What is watched: "activation" is act(gate_proj x), "neurons" is the input of the down projection.
-Observed = Literal["activation", "neurons"]
+# What is watched: of an MLP, "activation" is act(gate_proj x) and "neurons" the input of the down projection; of a
+# projection its "inputs".
+Observed = Literal["activation", "neurons", "inputs"]
 
 _eagerly = SharedContext(lambda: torch.compiler.set_stance("force_eager"))
 _observer: ContextVar[object | None] = ContextVar("hf_sirius_observer", default=None)
@@ -31,28 +32,28 @@ def is_compiled(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def observing(
     model: nn.Module,
-    sites: list[MlpSite],
+    sites: list[MlpSite] | list[ProjectionSite],
     observed: Observed,
-    observe: Callable[[MlpSite, torch.Tensor], None],
+    observe: Callable[[Any, torch.Tensor], None],
     attention_mask: torch.Tensor | None = None,
 ) -> Iterator[None]:
-    """Within the block, hands what the MLPs compute in this context to `observe(site, values)`. Compiled modules run
+    """Within the block, hands what is computed at the sites in this context to `observe(site, values)`. Compiled modules run
     eagerly meanwhile, as what was compiled before has no place for an observer.
 
     Args:
         model: the dense model.
-        sites: its MLPs.
+        sites: its MLPs, or its projections.
         observed: what to watch.
-        observe: takes values of shape [num_tokens, num_neurons]; padding tokens are left out.
+        observe: takes values of shape [num_tokens, num_neurons or in_features]; padding tokens are left out.
         attention_mask: long [batch_size, num_new_tokens] of the tokens that will be read, or `None` without padding.
 
     Raises:
-        `ValueError` at the end of the block if it saw nothing of some MLP.
+        `ValueError` at the end of the block if it saw nothing of some site.
     """
     me = object()
     num_seen = [0] * len(sites)  # rows of values
 
-    def hand_over(site: MlpSite, values: torch.Tensor) -> None:
+    def hand_over(site: MlpSite | ProjectionSite, values: torch.Tensor) -> None:
         # Another thread's forward passes the same hooks, but not in this context.
         if _observer.get() is not me:
             return
@@ -67,7 +68,9 @@ def observing(
             values = values[token_mask.to(values.device)]
         observe(site, values)
 
-    def watch(site: MlpSite):
+    def watch(site: MlpSite | ProjectionSite):
+        if observed == "inputs":
+            return site.module.register_forward_pre_hook(lambda _, args: hand_over(site, args[0]))
         if observed == "neurons":
             return site.down.register_forward_pre_hook(lambda _, args: hand_over(site, args[0]))
         # The activation may be a plain function or shared by all layers, so the gate projection is watched instead.

@@ -84,6 +84,29 @@ class MlpSite:
         return gate * (1.0 if gate_in_full else share) + share * (up + down_weight) + down_bias
 
 
+@dataclasses.dataclass(frozen=True)
+class ProjectionSite:
+    """One projection of a decoder's attention or MLPs."""
+
+    idx: int  # its place among them, from 0
+    name: str  # its dotted name
+    owner: nn.Module  # the module that has it, in the dense model
+    attribute: str  # its name there
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.owner, self.attribute)
+
+    def num_parameters(self) -> int:
+        """Parameters, the bias included."""
+        return _num_parameters(self.module)
+
+    def num_parameters_read(self, share: float) -> float:
+        """Parameters that a step reads with this share of the inputs."""
+        bias = 0 if self.module.bias is None else self.module.bias.numel()
+        return share * (_num_parameters(self.module) - bias) + bias
+
+
 def projection_shape(projection: nn.Module) -> tuple[int, int]:
     """Returns (out_features, in_features), which the weight of a 4-bit layer does not tell."""
     if isinstance(projection, Conv1D):
@@ -112,6 +135,19 @@ def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.
         for name, child in owner.named_children()
         if child not in in_mlps and (child in decoder or child is head)
     ]
+
+
+def find_projections(model: nn.Module) -> list[ProjectionSite]:
+    """Returns the projections of a model's decoder, in order, but for the head."""
+    decoder = set(model.get_decoder().modules())
+    head = model.get_output_embeddings()
+    places = [
+        (f"{owner_name}.{name}".lstrip("."), owner, name)
+        for owner_name, owner in model.named_modules()
+        for name, child in owner.named_children()
+        if isinstance(child, PROJECTIONS) and child in decoder and child is not head
+    ]
+    return [ProjectionSite(idx, *place) for idx, place in enumerate(places)]
 
 
 def find_mlps(model: nn.Module) -> list[MlpSite]:

@@ -65,10 +65,12 @@ class SiriusConfig(PushToHubMixin):
 
     Args:
         method (`str`, defaults to `"cats"`):
-            How neurons are chosen: `"cats"` per token, by |act(gate_proj x)| (fine-grained; FSparse in the paper),
-            `"griffin"` once per prompt, from the prefill's activations (coarse-grained; CSparse in the paper).
+            What a draft keeps: `"cats"` neurons per token, by |act(gate_proj x)| (fine-grained; FSparse in the paper),
+            `"griffin"` neurons once per prompt, from the prefill's activations (coarse-grained; CSparse in the paper),
+            `"teal"` per token the largest inputs of every projection of attention and MLPs.
         density (`float`, defaults to 0.5):
-            Share of the neurons of each MLP that a draft step keeps, in (0, 1].
+            Share of the neurons of each MLP (of `"teal"` of the inputs of each projection) that a draft step keeps, in
+            (0, 1]. At 1 nothing is dropped, whatever the method: a draft is then its `draft_dtype` alone.
         kernel_size (`int`, *optional*):
             Tokens per cycle, at least 2; by default 16, or 32 for a model that accelerate offloads, where a
             verification costs more. All but one are drafted. The twin's own config tells which default it was.
@@ -83,6 +85,9 @@ class SiriusConfig(PushToHubMixin):
         calibration ([`Calibration`], *optional*):
             The thresholds that `calibrate` measured on a corpus; on the command line their directory. For `"cats"`.
             Saved and loaded with the config.
+        weighting (`str`, defaults to `"magnitude"`):
+            By what inputs are compared: `"magnitude"` their own, `"column"` times the norm of the column of the weight
+            that they are multiplied with (WINA). For `"teal"`.
         draft_dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the weights that a draft reads, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"` or `"nf4"`; by default
             the model's own format. Fewer bytes to read, at a less faithful draft; the verification is the model's own
@@ -120,6 +125,7 @@ class SiriusConfig(PushToHubMixin):
     temperature: float = _field(0.6, float, "greater than 0", lambda value: value > 0)
     selection: str = _field("threshold", str, choices=("threshold", "topk"))
     calibration: Calibration | None = _field(None, str)
+    weighting: str = _field("magnitude", str, choices=("magnitude", "column"))
     draft_dtype: str | torch.dtype | None = _field(None, str, choices=DRAFT_DTYPES)
     draft_scope: str = _field("all", str, choices=("all", "mlp"))
     draft_memory: int | str | None = _field(None, str)

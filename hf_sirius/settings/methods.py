@@ -19,6 +19,7 @@ class MethodRow:
 METHODS = {
     "griffin": MethodRow("hf_sirius.sparsity.griffin:Griffin", fields=("reselect_every",), saves_time=True),
     "cats": MethodRow("hf_sirius.sparsity.cats:Cats", fields=("selection", "calibration")),
+    "teal": MethodRow("hf_sirius.sparsity.teal:Teal", fields=("weighting",)),
 }
 _WHOLE = "hf_sirius.sparsity.whole:Whole"
 

@@ -9,15 +9,16 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.observation import Observed, observing
-from ..model.sites import MlpSite
+from ..model.sites import MlpSite, ProjectionSite
 from ..settings.config import SiriusConfig
+from ..weights.draft_modules import TwinModule
 from ..weights.formats import num_elements
 
 
@@ -29,40 +30,44 @@ class SparsityMethod(ABC):
 
     Args:
         config: the settings of the twin.
-        sites: the MLPs of the dense model.
+        sites: the MLPs of the dense model, or its projections: what the method acts on.
 
     Attributes:
+        acts_on: which of the two.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
         neuron_indices: of a method that gathers, long [num_kept] for each MLP, ascending; `None` before the choice.
     """
 
+    acts_on: ClassVar[Literal["mlps", "projections"]] = "mlps"
     observed: ClassVar[Observed]
     gathers: ClassVar[bool] = False
 
-    def __init__(self, config: SiriusConfig, sites: list[MlpSite]):
+    def __init__(self, config: SiriusConfig, sites: list[MlpSite] | list[ProjectionSite]):
         self.config = config
         self.sites = sites
         self.neuron_indices: list[torch.Tensor | None] = [None] * len(sites)
 
     @classmethod
     def replacements(cls, site: MlpSite) -> dict[str, nn.Module]:
-        """Returns the attributes of the MLP that the twin replaces, and by what. They are shared by all calls.
+        """Returns the attributes of the site's owner that the twin replaces, and by what. They are shared by all calls.
 
-        Raises `ValueError` for an MLP in which this method cannot act.
+        Raises `ValueError` for a site at which this method cannot act.
         """
         return {}
 
     @abstractmethod
     def observe(self, site: MlpSite, values: torch.Tensor) -> None:
-        """Takes in some of the prefill's values of one MLP, [num_tokens, num_neurons], without padding."""
+        """Takes in some of the prefill's values of one site, without padding: [num_tokens, num_neurons] of an MLP,
+        [num_tokens, in_features] of a projection.
+        """
 
     @abstractmethod
     def choose(self, site: MlpSite) -> None:
-        """Chooses what is chosen of one MLP once per prompt, from what was observed so far."""
+        """Chooses what is chosen of one site once per prompt, from what was observed so far."""
 
     def num_parameters_read(self, site: MlpSite) -> float | None:
-        """Returns how many of this MLP's parameters a draft step reads, on average so far; `None` before it is known.
+        """Returns how many of this site's parameters a draft step reads, on average so far; `None` before it is known.
         Here those of the gathered neurons.
         """
         neuron_indices = self.neuron_indices[site.idx]
@@ -76,8 +81,8 @@ class SparsityMethod(ABC):
         Of an embedding one row is read, unless the head is tied to it: the head is read whole. What no draft step
         passes, such as a vision tower, does not count.
         """
-        mlps_read = [self.num_parameters_read(site) for site in self.sites]
-        if None in mlps_read:
+        read = [self.num_parameters_read(site) for site in self.sites]
+        if None in read:
             return None
         head, decoder = model.get_output_embeddings(), model.get_decoder()
         head_parameters = {id(p): num_elements(p) for p in head.parameters()} if head is not None else {}
@@ -93,8 +98,8 @@ class SparsityMethod(ABC):
             # Offloaded, they are two parameters of one and the same weight.
             unread -= embedding.weight.numel() - embedding.weight.shape[-1]
             num_parameters -= head.weight.numel()
-        mlps = sum(site.num_parameters() for site in self.sites)
-        return (num_parameters - unread - mlps + sum(mlps_read)) / num_parameters
+        at_sites = sum(site.num_parameters() for site in self.sites)
+        return (num_parameters - unread - at_sites + sum(read)) / num_parameters
 
     def needs_prefill(self) -> bool:
         """Whether `observe` must be fed during the prefill."""
@@ -103,7 +108,7 @@ class SparsityMethod(ABC):
     def observing(
         self, model: nn.Module, attention_mask: torch.Tensor | None
     ) -> contextlib.AbstractContextManager[None]:
-        """Within the block, what the dense model's MLPs compute in this context goes to `observe`, if it is needed.
+        """Within the block, what the dense model computes at the sites in this context goes to `observe`, if it is needed.
 
         Args:
             model: the dense model.
@@ -121,6 +126,18 @@ class SparsityMethod(ABC):
             yield
         finally:
             _drafting.reset(token)
+
+
+class TwinInput(TwinModule):
+    """Stands in for a projection in the twin: the drafting method zeroes the inputs that it drops."""
+
+    def __init__(self, dense: nn.Module, site_idx: int):
+        super().__init__(dense)
+        self.site_idx = site_idx
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        method = _drafting.get()
+        return super().forward(inputs if method is None else method.drop(self.site_idx, inputs))
 
 
 class TwinActivation(nn.Module):

@@ -27,9 +27,7 @@ class Resident(NamedTuple):
         return getattr(self.owner, self.name)
 
 
-def find_resident(
-    model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig, gathers: bool
-) -> list[Resident]:
+def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig, gathers: bool) -> list[Resident]:
     """Returns the modules of which drafts hold copies, gathered neurons aside.
 
     These are the projections that `draft_dtype` casts within `draft_scope`, and of an offloaded model all else that a
@@ -66,9 +64,7 @@ def find_resident(
     streamed = [place for place in places if streaming_hook(place.module) is not None]
     first = first_owner(model)
     resident = [
-        place
-        for place in places
-        if changes(place.module, place.draft_dtype) and streaming_hook(place.module) is None
+        place for place in places if changes(place.module, place.draft_dtype) and streaming_hook(place.module) is None
     ]
     needed = sum(num_bytes(place.module, place.draft_dtype) for place in resident)
     if gathers:

@@ -26,7 +26,9 @@ def test_the_choice_is_made_once_and_told():
         assert torch.equal(model.generate(make_prompt(), assistant_model=other, max_new_tokens=12), expected)
 
 
-@pytest.mark.parametrize("fields", [{"method": "griffin"}, {"density": 0.5}, {"draft_dtype": "int8"}, {"tree_width": 2}])
+@pytest.mark.parametrize(
+    "fields", [{"method": "griffin"}, {"density": 0.5}, {"draft_dtype": "int8"}, {"tree_width": 2}]
+)
 def test_whoever_says_what_a_draft_is_has_chosen(fields, monkeypatch):
     monkeypatch.setattr("hf_sirius.decode.attach.choose_draft", None)
     model = build_model(dtype=torch.float32)
@@ -54,9 +56,13 @@ def test_the_least_time_per_token_wins(monkeypatch):
     assert chosen(0.0, int8=0.15, int4=0.1)["draft_dtype"] == "int8"
     long = chosen(0.0, int8=0.01, int4=0.01)["kernel_size"]
     short = chosen(0.2, int8=0.3, int4=0.3)["kernel_size"]
-    assert long > short == min(
-        choice.KERNEL_SIZES,
-        key=lambda k: ((k - 1) * 0.3 + 1 + 0.2 * (k - 1)) / sum(0.98**i for i in range(k)),
+    assert (
+        long
+        > short
+        == min(
+            choice.KERNEL_SIZES,
+            key=lambda k: ((k - 1) * 0.3 + 1 + 0.2 * (k - 1)) / sum(0.98**i for i in range(k)),
+        )
     )
 
 

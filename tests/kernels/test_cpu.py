@@ -47,7 +47,9 @@ def test_inputs_that_lie_otherwise_in_memory():
     inputs, values, scales = make(3, 8, 2)
     strided = inputs.T.contiguous().T
     assert not strided.is_contiguous()
-    torch.testing.assert_close(cpu.grouped_product(strided, values, scales), cpu.grouped_product(inputs, values, scales))
+    torch.testing.assert_close(
+        cpu.grouped_product(strided, values, scales), cpu.grouped_product(inputs, values, scales)
+    )
 
 
 def test_what_is_not_finite_stays_so():

@@ -87,8 +87,8 @@ BAD_VALUES = [
     ("reselect_every", 1.5, TypeError, "int"),
     *(("draft_confidence", value, ValueError, r"in [0, 1)") for value in [-0.1, 1.0, math.nan]),
     *(("selection", value, ValueError, "['threshold', 'topk']") for value in ["top-k", "", None, 3]),
-    *(("method", value, ValueError, "['griffin', 'cats']") for value in ["grifin", ""]),
-    *(("method", value, TypeError, "['griffin', 'cats']") for value in [None, 3, ["cats"]]),
+    *(("method", value, ValueError, "['griffin', 'cats', 'teal']") for value in ["grifin", ""]),
+    *(("method", value, TypeError, "['griffin', 'cats', 'teal']") for value in [None, 3, ["cats"]]),
 ]
 
 

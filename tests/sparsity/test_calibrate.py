@@ -123,7 +123,7 @@ def test_nothing_has_no_quantile(histogram):
 # Measuring
 
 
-@pytest.mark.parametrize("density", [0.05, 0.2, 0.333, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.333, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_thresholds_keep_the_asked_share_of_the_corpus(dtype, density):
     model = build_model(dtype=dtype)

@@ -106,7 +106,8 @@ def test_the_head_of_an_int4_draft_has_8_bits():
 
 def test_another_twin_of_the_same_settings_adds_nothing():
     model = build_model()
-    with make_sparse(model, density=1.0, draft_dtype="int4") as twin, make_sparse(
-        model, density=1.0, draft_dtype="int4", kernel_size=3
-    ) as other:
+    with (
+        make_sparse(model, density=1.0, draft_dtype="int4") as twin,
+        make_sparse(model, density=1.0, draft_dtype="int4", kernel_size=3) as other,
+    ):
         assert twin._twin.kept.casts() == other._twin.kept.casts()

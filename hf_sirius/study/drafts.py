@@ -1,0 +1,129 @@
+"""Compares drafts of one model: how often they agree, how many bytes a step reads, and what a generation takes."""
+
+import statistics
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..decode.attach import make_sparse
+from ..decode.sparse_twin import SparseTwin
+from ..draft.draft import Draft
+from ..model.sites import PROJECTIONS, MlpSite, find_other_modules
+from ..weights.formats import num_bytes
+from .named_models import model_path, own_prompts
+from .problems import tokenize
+from .timing import describe_machine, timed_run
+
+
+DTYPES = (None, "int8", "int4")
+SETTINGS = (
+    *({"density": 1.0, "draft_dtype": dtype} for dtype in DTYPES[1:]),
+    *(
+        {"method": method, "density": density, "draft_dtype": dtype}
+        for method, densities in (("griffin", (0.5, 0.8)), ("cats", (0.3, 0.7)), ("teal", (0.5, 0.7)))
+        for density in densities
+        for dtype in DTYPES
+    ),
+    {"method": "griffin", "density": 0.5, "draft_dtype": "int8", "reselect_every": 1},
+    *({"method": "teal", "density": density, "weighting": "column"} for density in (0.5, 0.7)),
+)
+
+
+def compare_drafts(
+    model: str = "reasoner",
+    num_prompts: int = 6,
+    max_new_tokens: int = 64,
+    kernel_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Runs every kind of draft on a model's own prompts, greedy and at threshold 1.0, in turn with the dense model.
+
+    Args:
+        model: `"reasoner"` or `"smollm2"`.
+
+    Returns:
+        dict: `machine`, `model`, `kernel_size`; `rows`, one for each draft, with its fields, `agreement` (the share of
+        the dense output's tokens that are the draft's argmax behind the tokens before them), `aal`, `bytes` (what the
+        weights that a step reads take, as a share of the model's in bfloat16), `ratio` (the median over prompts of the
+        time of a whole generation, over the dense one's), and `num_identical` outputs.
+    """
+    path = model_path(model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    prompts = [tokenize(text, tokenizer, chat).to(device) for text, chat in own_prompts(model)[:num_prompts]]
+    rows = []
+    for fields in tqdm(SETTINGS, desc="drafts"):
+        with make_sparse(loaded, threshold=1.0, kernel_size=kernel_size, **fields) as twin:
+            for each in (None, twin):  # what is loaded lazily is not timed
+                timed_run(loaded, each, prompts[0], max_new_tokens=8)
+            twin.stats.reset()
+            agrees, num_bytes_read, ratios, num_identical = [], [], [], 0
+            for prompt in prompts:
+                dense, sirius = (
+                    timed_run(loaded, each, prompt, max_new_tokens=max_new_tokens) for each in (None, twin)
+                )
+                ratios.append(sirius.seconds / dense.seconds)
+                num_identical += torch.equal(sirius.output_ids, dense.output_ids)
+                found, read = read_along(loaded, twin, dense.output_ids, prompt["input_ids"].shape[1])
+                agrees.append(found)
+                num_bytes_read.append(read)
+            rows.append(
+                {
+                    **fields,
+                    "agreement": torch.cat(agrees).double().mean().item(),
+                    "aal": twin.stats.total.aal,
+                    "bytes": statistics.fmean(num_bytes_read),
+                    "ratio": statistics.median(ratios),
+                    "num_identical": num_identical,
+                }
+            )
+    return {
+        "machine": describe_machine(device),
+        "model": model,
+        "dtype": str(dtype),
+        "num_prompts": len(prompts),
+        "max_new_tokens": max_new_tokens,
+        "kernel_size": kernel_size,
+        "rows": rows,
+    }
+
+
+@torch.no_grad()
+def read_along(
+    model: PreTrainedModel, twin: SparseTwin, output_ids: torch.LongTensor, num_prompt: int
+) -> tuple[torch.Tensor, float]:
+    """Has a draft read an output of the dense model's.
+
+    Args:
+        output_ids: long [1, length], greedy, which begins with the prompt.
+        num_prompt: the length of the prompt.
+
+    Returns:
+        whether each token is the draft's argmax behind those before it, bool [num_tokens - 1] (the first one is the dense
+        model's in any case); and the bytes of the projections that a step reads, over those of the model in bfloat16.
+    """
+    with twin.new_call() as call:
+        with call.draft.observing(None):
+            outputs = model(output_ids[:, :num_prompt], use_cache=True, return_dict=True)
+        call.draft.select()
+        with call.draft.drafting():
+            read = output_ids[:, num_prompt:-1]
+            logits = twin(read, past_key_values=outputs.past_key_values, return_dict=True).logits[0]
+        return logits.argmax(dim=-1) == output_ids[0, num_prompt + 1 :], _bytes_read(model, call.draft)
+
+
+def _bytes_read(model: PreTrainedModel, draft: Draft) -> float:
+    sites, config = draft.twin.sites, draft.config
+    others = [getattr(*place) for place in find_other_modules(model, sites)]
+    dtypes = dict.fromkeys((module for module in others if isinstance(module, PROJECTIONS)))
+    dtypes |= {part: config.draft_dtype for site in sites for part in site.parts}
+    dtypes |= {module: dtype for module, dtype in draft.twin.resident.items() if module in dtypes}
+    shares = dict.fromkeys(dtypes, 1.0)
+    for site in draft.twin.method_sites:
+        share = draft.method.num_parameters_read(site) / site.num_parameters()
+        shares |= dict.fromkeys(site.parts if isinstance(site, MlpSite) else [site.module], share)
+    read = sum(num_bytes(module, dtype) * shares[module] for module, dtype in dtypes.items())
+    return read / sum(2 * module.weight.numel() for module in dtypes)
