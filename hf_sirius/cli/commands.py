@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 from ..decode.attach import make_sparse
 from ..reasoner import reasoner_path, reasoner_problems
 from ..study import benchmark, tuning
-from ..study.drafts import compare_drafts
 from ..study.demo import demo_modes, show_one_answer
+from ..study.drafts import compare_drafts
 from ..study.evaluation import default_directory, describe_run, process_state, run_task, standard_modes
 from ..study.named_models import own_prompts
 from ..study.problems import read_prompts, tokenize

@@ -17,8 +17,8 @@ from ..study.problems import tokenize
 
 
 def twin_options(args) -> dict:
-    """Returns what the options give to `make_sparse` beside the model: a config, or where none says what a draft is, the
-    fields that are given alone, as the rest is then chosen for the model.
+    """Returns what the options give to `make_sparse` beside the model: a config, or where none says what a draft is
+    the fields that are given alone, as the rest is then chosen for the model.
     """
     config = sirius_config(args)  # a wrong value is told before anything is loaded
     given = _given_fields(args)

@@ -94,8 +94,9 @@ def show_drafts(figures: dict) -> None:
         table.add_row(name, row.get("draft_dtype"), *(f"{row[key]:.{n}f}" for key, n in digits.items()))
     console = Console(markup=False, emoji=False)
     console.print(
-        f"{figures['model']} ({figures['dtype'].removeprefix('torch.')}), kernel_size {figures['kernel_size']}, threshold "
-        f"1.0, {figures['num_prompts']} prompts; bytes of a draft step / of the model in bfloat16, time of Sirius / dense"
+        f"{figures['model']} ({figures['dtype'].removeprefix('torch.')}), kernel_size {figures['kernel_size']}, "
+        f"threshold 1.0, {figures['num_prompts']} prompts; bytes of a draft step / of the model in bfloat16, time of "
+        "Sirius / dense"
     )
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""The draft of a user who sets nothing: the one that promises the least time per token, of this model on this machine."""
+"""The draft of a user who sets nothing: the one that promises the least time per token on this machine."""
 
 import functools
 import itertools

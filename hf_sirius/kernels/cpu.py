@@ -1,5 +1,5 @@
-"""Products of a few tokens with a weight on a CPU, as fast as its bytes can be read. numba compiles them, and torch's own
-threads run them: threads of another pool would wait for the same cores.
+"""Products of a few tokens with a weight on a CPU, as fast as its bytes can be read. numba compiles them, and torch's
+own threads run them: threads of another pool would wait for the same cores.
 """
 
 import ctypes

@@ -37,8 +37,8 @@ def observing(
     observe: Callable[[Any, torch.Tensor], None],
     attention_mask: torch.Tensor | None = None,
 ) -> Iterator[None]:
-    """Within the block, hands what is computed at the sites in this context to `observe(site, values)`. Compiled modules run
-    eagerly meanwhile, as what was compiled before has no place for an observer.
+    """Within the block, hands what is computed at the sites in this context to `observe(site, values)`. Compiled
+    modules run eagerly meanwhile, as what was compiled before has no place for an observer.
 
     Args:
         model: the dense model.

@@ -108,7 +108,7 @@ class SparsityMethod(ABC):
     def observing(
         self, model: nn.Module, attention_mask: torch.Tensor | None
     ) -> contextlib.AbstractContextManager[None]:
-        """Within the block, what the dense model computes at the sites in this context goes to `observe`, if it is needed.
+        """Within the block, what the dense model computes at the sites in this context goes to `observe`, if needed.
 
         Args:
             model: the dense model.

@@ -1,4 +1,4 @@
-"""TEAL (arXiv 2408.14690): per token, the inputs of every projection that are large. WINA (arXiv 2505.19427) weighs them."""
+"""TEAL (arXiv 2408.14690): per token, the large inputs of every projection. WINA (arXiv 2505.19427) weighs them."""
 
 import torch
 

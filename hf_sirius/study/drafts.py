@@ -102,8 +102,9 @@ def read_along(
         num_prompt: the length of the prompt.
 
     Returns:
-        whether each token is the draft's argmax behind those before it, bool [num_tokens - 1] (the first one is the dense
-        model's in any case); and the bytes of the projections that a step reads, over those of the model in bfloat16.
+        whether each token is the draft's argmax behind those before it, bool [num_tokens - 1] (the first one is the
+        dense model's in any case); and the bytes of the projections that a step reads, over those of the model in
+        bfloat16.
     """
     with twin.new_call() as call:
         with call.draft.observing(None):
@@ -118,7 +119,7 @@ def read_along(
 def _bytes_read(model: PreTrainedModel, draft: Draft) -> float:
     sites, config = draft.twin.sites, draft.config
     others = [getattr(*place) for place in find_other_modules(model, sites)]
-    dtypes = dict.fromkeys((module for module in others if isinstance(module, PROJECTIONS)))
+    dtypes = dict.fromkeys(module for module in others if isinstance(module, PROJECTIONS))
     dtypes |= {part: config.draft_dtype for site in sites for part in site.parts}
     dtypes |= {module: dtype for module, dtype in draft.twin.resident.items() if module in dtypes}
     shares = dict.fromkeys(dtypes, 1.0)

@@ -126,13 +126,15 @@ def test_an_offloaded_model_has_no_columns_to_read(tmp_path):
     cpu_offload(model)
     with make_sparse(model, **FIELDS, draft_dtype="int8") as twin:
         assert torch.equal(model.generate(make_prompt(), assistant_model=twin, max_new_tokens=12), expected)
-    with make_sparse(model, **FIELDS, draft_dtype="int8", weighting="column") as twin:
-        with pytest.raises(ValueError, match="offloaded: use weighting='magnitude'"):
-            model.generate(make_prompt(), assistant_model=twin, max_new_tokens=12)
+    with (
+        make_sparse(model, **FIELDS, draft_dtype="int8", weighting="column") as twin,
+        pytest.raises(ValueError, match="offloaded: use weighting='magnitude'"),
+    ):
+        model.generate(make_prompt(), assistant_model=twin, max_new_tokens=12)
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="weighting must be one of .*'magnitude', 'column'.*got 'rows'"):
+    with pytest.raises(ValueError, match=r"weighting must be one of .*'magnitude', 'column'.*got 'rows'"):
         SiriusConfig(method="teal", weighting="rows")
     with pytest.raises(ValueError, match="weighting belongs to method='teal'"):
         SiriusConfig(method="cats", weighting="column")
