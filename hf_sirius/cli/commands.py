@@ -156,6 +156,8 @@ def tune(args) -> None:
         raise ValueError(f"{args.model} needs --prompts, a file; only reasoner and smollm2 come with their own")
     names = ("methods", "densities", "kernel_sizes", "agreement", "thresholds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.draft_dtypes:
+        given["draft_dtypes"] = [None if name == "none" else name for name in args.draft_dtypes]
     tuning.candidate_grid(config, **given)  # a wrong value is told before anything is loaded
     given |= {name: getattr(args, name) for name in ("max_new_tokens", "num_measured", "num_repeats")}
     model, tokenizer = load_model(args), load_tokenizer(args)

@@ -159,8 +159,10 @@ def _add_tune_options(parser) -> None:
     widen_help = "make the reasoner's hidden size and neurons so many times larger, with the same outputs"
     _add(parser, "--widen", type=_positive, nargs=2, metavar=factors, help=widen_help)
     grid = parser.add_argument_group("candidates (every combination is predicted)")
-    _add(grid, "--methods", nargs="+", help="default: griffin cats")
-    _add(grid, "--densities", type=float, nargs="+", help="default: 0.5 0.3")
+    _add(grid, "--methods", nargs="+", help="default: those that save time")
+    _add(grid, "--densities", type=float, nargs="+", help="default: 1.0 0.5")
+    dtypes_help = "'none' for the model's own (default: --draft_dtype, or else none int8 int4)"
+    _add(grid, "--draft_dtypes", nargs="+", help=dtypes_help)
     _add(grid, "--kernel_sizes", type=int, nargs="+", help="default: 4 8 16 24 32")
     agreement_help = "share of the output's tokens, such as 0.98, that must be the full model's argmax (default: all, "
     agreement_help += "with threshold 1.0)"

@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
+from ..study.tuning_result import draft_name
+
 
 _NUM_SHOWN = 20  # candidates of hf-sirius tune, at most
 
@@ -44,9 +46,9 @@ def show_tuning(tuning, title: str) -> None:
     costs = tuning.costs
     sizes = sorted({candidate.config.kernel_size for candidate in tuning.candidates})
     parts = {"a dense step": costs.dense_step}
-    parts |= {f"a draft step, {m} {d}": seconds for (m, d), seconds in costs.draft_steps.items()}
+    parts |= {f"a draft step, {draft_name(*key)}": seconds for key, seconds in costs.draft_steps.items()}
     parts |= {f"a verification of {n} tokens": costs.verification(n) for n in sizes}
-    parts |= {f"choosing neurons, {m} {d}": seconds for (m, d), seconds in costs.selections.items()}
+    parts |= {f"choosing neurons, {draft_name(*key)}": seconds for key, seconds in costs.selections.items()}
     shown = table("\nCosts (medians)", "", "ms", "dense steps")
     for name, seconds in parts.items():
         shown.add_row(name, f"{1000 * seconds:.2f}", f"{seconds / costs.dense_step:.2f}")
@@ -54,23 +56,24 @@ def show_tuning(tuning, title: str) -> None:
 
     depths = sorted({1, *(n - 1 for n in sizes)})
     shown = table("\nDrafts accepted as far as token", "", *map(str, depths))
-    for (method, density, threshold), shares in tuning.survivals.items():
+    for (*draft, threshold), shares in tuning.survivals.items():
         # Behind a token that no draft got past, none is accepted; else nothing is known.
         rest = "0.00" if shares and shares[-1] == 0 else ""
         known = [f"{shares[depth - 1]:.2f}" if depth <= len(shares) else rest for depth in depths]
-        shown.add_row(f"{method} {density}, threshold {threshold}", *known)
+        shown.add_row(f"{draft_name(*draft)}, threshold {threshold}", *known)
     console.print(shown)
 
     lossless = all(candidate.config.threshold == 1.0 for candidate in tuning.candidates)
     heads = ("draft", "kernel\nsize", *(() if lossless else ("thres-\nhold", "agree-\nment")), "tokens\na cycle")
     heads += ("predicted\ndecode", "\nwhole", "measured\ndecode", "\nwhole")
     shown = table("\nTime per token, Sirius / dense", *heads)
+    shown.padding = (0, 1, 0, 0)  # in 80 columns
     for candidate in tuning.candidates[:_NUM_SHOWN]:
         config, measured = candidate.config, candidate.measured
         ratios = [candidate.predicted_decode, candidate.predicted_whole]
         if measured is not None:
             ratios += [measured.ratio_decode, measured.ratio_whole]
-        row = [f"{config.method} {config.density}", str(config.kernel_size)]
+        row = [draft_name(config.method, config.density, config.draft_dtype), str(config.kernel_size)]
         row += [] if lossless else [str(config.threshold), f"{candidate.agreement:.3f}"]
         shown.add_row(*row, f"{candidate.advance_length:.2f}", *(f"{ratio:.3f}" for ratio in ratios))
     console.print(shown)
@@ -88,7 +91,7 @@ def show_drafts(figures: dict) -> None:
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i > 1 else "left", no_wrap=True)
     for row in figures["rows"]:
-        name = f"{row['method']} {row['density']}" if row["density"] < 1 else "nothing dropped"
+        name = draft_name(row.get("method", ""), row["density"], None)
         name += ", by column" if "weighting" in row else ", refreshed" if "reselect_every" in row else ""
         digits = {"agreement": 3, "aal": 2, "bytes": 2, "ratio": 3}
         table.add_row(name, row.get("draft_dtype"), *(f"{row[key]:.{n}f}" for key, n in digits.items()))

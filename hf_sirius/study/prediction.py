@@ -82,9 +82,10 @@ class Costs:
     dense_step: float  # one token of the dense model
     # by number of tokens, a forward of the dense model over them and the work up to the next draft
     verifications: dict[int, float]
-    draft_steps: dict[tuple[str, float], float]  # one drafted token, by method and density
-    # choosing and gathering the neurons after the prefill, by method and density
-    selections: dict[tuple[str, float], float]
+    # one drafted token, by method, density and dtype
+    draft_steps: dict[tuple[str, float, str | None], float]
+    # choosing and gathering the neurons after the prefill, likewise
+    selections: dict[tuple[str, float, str | None], float]
 
     def verification(self, num_tokens: int) -> float:
         """Returns the seconds of a verification; sizes that were not timed are interpolated."""
@@ -93,6 +94,6 @@ class Costs:
 
     def decode_seconds(self, config: SiriusConfig, num_steps: float, verifications: Mapping[int, float]) -> float:
         """Returns the seconds of an output behind its first token, from the counts of `expected_events`."""
-        setting = config.method, config.density
+        setting = config.method, config.density, config.draft_dtype
         verifying = sum(number * self.verification(size) for size, number in verifications.items())
         return self.selections[setting] + num_steps * self.draft_steps[setting] + verifying

@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -15,14 +15,16 @@ from transformers import PreTrainedModel
 from ..decode.attach import make_sparse
 from ..decode.sparse_twin import SparseTwin
 from ..model.accelerate_hooks import execution_device
+from ..settings import methods as method_table
 from ..settings.config import SiriusConfig
-from ..settings.methods import METHODS
 from .prediction import Costs, expected_events, match_rates, survival
 from .timing import TimedRun, agreement_of, timed_run
-from .tuning_result import Candidate, Measurement, Tuning
+from .tuning_result import Candidate, Measurement, Tuning, draft_name
 
 
-DENSITIES = (0.5, 0.3)
+METHODS = tuple(name for name, row in method_table.METHODS.items() if row.saves_time)
+DENSITIES = (1.0, 0.5)
+DRAFT_DTYPES = (None, "int8", "int4")
 KERNEL_SIZES = (4, 8, 16, 24, 32)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.9)
 _DEFAULTS = SiriusConfig()
@@ -30,8 +32,18 @@ _DEFAULTS = SiriusConfig()
 _NOT_PREDICTED = ("draft_confidence", "reselect_every", "tree_width")
 _DENSE, _SIZED = "dense", "sized"
 _NUM_PACE_STEPS = 10
-# method, density, threshold
-Setting = tuple[str, float, float]
+
+
+class Setting(NamedTuple):
+    """What a draft is, and how it is verified."""
+
+    method: str
+    density: float
+    draft_dtype: str | None
+    threshold: float
+
+    def __str__(self) -> str:
+        return f"{draft_name(*self[:-1])}, threshold {self.threshold}"
 
 
 def _measure(
@@ -76,13 +88,14 @@ def _checked_prompts(prompts: Sequence[Mapping], device: torch.device) -> list[d
 
 def candidate_grid(
     config: SiriusConfig | None = None,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = METHODS,
     densities: Sequence[float] = DENSITIES,
     kernel_sizes: Sequence[int] = KERNEL_SIZES,
     agreement: float | None = None,
     thresholds: Sequence[float] | None = None,
+    draft_dtypes: Sequence[str | None] | None = None,
 ) -> list[list[SiriusConfig]]:
-    """Returns the candidates of [`tune`] by method, density and threshold, each by kernel size.
+    """Returns the candidates of [`tune`] by method, density, dtype and threshold, each by kernel size.
 
     The arguments are as for [`tune`]. Making the candidates needs no model, so that a wrong value is refused, by a
     `ValueError`, before one is loaded.
@@ -104,22 +117,33 @@ def candidate_grid(
             "thresholds below 1.0 are candidates where not all tokens have to agree: pass an agreement, such as 0.98, "
             "or leave thresholds out"
         )
-    settings = itertools.product(methods, densities, sorted({1.0, *thresholds}))
+    if draft_dtypes is None:
+        draft_dtypes = DRAFT_DTYPES if config.draft_dtype is None else (config.draft_dtype,)
+    # At a density of 1 all methods are one, and without a dtype of its own the draft would be the model.
+    drafts = dict.fromkeys(
+        (method if density < 1 else methods[0], density, dtype)
+        for method, density, dtype in itertools.product(methods, densities, draft_dtypes)
+        if density < 1 or dtype is not None or len(draft_dtypes) == 1
+    )
     grid = [
-        [config.with_method(method, density=d, threshold=threshold, kernel_size=n) for n in sorted(set(kernel_sizes))]
-        for method, d, threshold in dict.fromkeys(settings)
+        [_candidate(config, *draft, threshold, kernel_size) for kernel_size in sorted(set(kernel_sizes))]
+        for draft in drafts
+        for threshold in sorted({1.0, *thresholds})
     ]
     if not any(grid):
         raise ValueError("methods, densities and kernel_sizes must each name one candidate at least")
     return grid
 
 
+def _candidate(config: SiriusConfig, method, density, draft_dtype, threshold, kernel_size) -> SiriusConfig:
+    scope = {} if draft_dtype is not None else {"draft_scope": _DEFAULTS.draft_scope}
+    return config.with_method(
+        method, density=density, draft_dtype=draft_dtype, threshold=threshold, kernel_size=kernel_size, **scope
+    )
+
+
 def _key(config: SiriusConfig) -> Setting:
-    return config.method, config.density, config.threshold
-
-
-def _name(method: str, density: float, threshold: float) -> str:
-    return f"{method} {density}, threshold {threshold}"
+    return Setting(config.method, config.density, config.draft_dtype, config.threshold)
 
 
 def _costs(dense_runs: list[TimedRun], runs: dict[Setting, list[TimedRun]], sized_runs: list[TimedRun]) -> Costs:
@@ -128,16 +152,16 @@ def _costs(dense_runs: list[TimedRun], runs: dict[Setting, list[TimedRun]], size
     for run in itertools.chain(*runs.values(), sized_runs):
         for cycle, seconds in zip(run.cycles, run.verifications, strict=True):
             verifications[len(cycle.drafted_ids) + 1].append(seconds)
-    for (method, density, _), of_setting in runs.items():
+    for (*draft, _), of_setting in runs.items():
         for run in of_setting:
-            draft_steps[method, density] += run.draft_steps
-            selections[method, density].append(run.selection)
+            draft_steps[tuple(draft)] += run.draft_steps
+            selections[tuple(draft)].append(run.selection)
 
     def medians(times: dict[Any, list[float]]) -> dict[Any, float]:
         # Without a time, no output was long enough for a draft, and the prediction counts none.
-        return {key: statistics.median(values or [dense_step]) for key, values in sorted(times.items())}
+        return {key: statistics.median(values or [dense_step]) for key, values in times.items()}
 
-    return Costs(dense_step, medians(verifications), medians(draft_steps), medians(selections))
+    return Costs(dense_step, dict(sorted(medians(verifications).items())), medians(draft_steps), medians(selections))
 
 
 def _predict(
@@ -164,11 +188,12 @@ def tune(
     prompts: Sequence[Mapping],
     config: SiriusConfig | None = None,
     *,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = METHODS,
     densities: Sequence[float] = DENSITIES,
     kernel_sizes: Sequence[int] = KERNEL_SIZES,
     agreement: float | None = None,
     thresholds: Sequence[float] | None = None,
+    draft_dtypes: Sequence[str | None] | None = None,
     max_new_tokens: int = 100,
     num_measured: int = 1,
     num_repeats: int = 2,
@@ -176,7 +201,7 @@ def tune(
 ) -> Tuning:
     """Finds the config with the least time per token for this model, these prompts and this machine.
 
-    Each method, density and threshold writes every prompt's output once, with the largest kernel size: that gives the
+    Each method, density, dtype and threshold writes every prompt's output once, with the largest kernel size: it gives the
     time of a draft step, and the tokens that are accepted. Short outputs with each other kernel size give the time of
     a verification. The time of every combination is predicted from these, and the best are measured in alternation
     with the dense model.
@@ -184,10 +209,12 @@ def tune(
     Args:
         prompts: what the tokenizer makes of each, with `input_ids`, long [1, prompt_length].
         config: what does not vary; each method takes the fields that it knows.
-        methods, densities, kernel_sizes: every combination is a candidate.
+        methods, densities, kernel_sizes: every combination is a candidate; the methods are those that save time by
+            default. At a density of 1 nothing is dropped, whatever the method.
         agreement: in (0, 1), the least share of the outputs' tokens that must be the dense model's argmax, given the
             output before them. By default `threshold` is 1.0, so that all are.
         thresholds: candidates beside 1.0 where an agreement is given, [`THRESHOLDS`] by default.
+        draft_dtypes: go with every combination; by default that of the config, or if it has none [`DRAFT_DTYPES`].
         max_new_tokens: of the outputs, which are greedy; at least 2.
         num_measured: how many candidates are measured, those with the best prediction first; at least 1.
         num_repeats: how often each output is measured, at least 1.
@@ -202,7 +229,7 @@ def tune(
     for name, (value, minimum) in minima.items():
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    grid = candidate_grid(config, methods, densities, kernel_sizes, agreement, thresholds)
+    grid = candidate_grid(config, methods, densities, kernel_sizes, agreement, thresholds, draft_dtypes)
     with tqdm(disable=not show_progress, unit="run", desc="tune") as progress:
         dense_runs, runs, sized_runs, left_out = _run_all(model, prompts, grid, max_new_tokens, progress)
         writes = [dense.num_decoded > 0 for dense in dense_runs]
@@ -217,7 +244,7 @@ def tune(
                 continue
             agreed = agreement_of(runs[key])
             if agreement is not None and agreed < agreement:
-                left_out[_name(*key)] = f"only {agreed:.3f} of the tokens agree"
+                left_out[str(key)] = f"only {agreed:.3f} of the tokens agree"
                 continue
             candidates += [_predict(config, costs, dense_runs, runs[key], max_new_tokens) for config in configs]
         candidates.sort(key=lambda candidate: candidate.predicted_decode)
@@ -231,7 +258,7 @@ def tune(
             if agreement is None or measurement.agreement >= agreement:
                 measured.append(dataclasses.replace(candidate, measured=measurement))
             else:
-                name = f"{_name(*_key(candidate.config))}, kernel_size {candidate.config.kernel_size}"
+                name = f"{_key(candidate.config)}, kernel_size {candidate.config.kernel_size}"
                 left_out[name] = f"only {measurement.agreement:.3f} of the measured outputs' tokens agree"
     return Tuning(
         best=min(measured, key=lambda candidate: candidate.measured.ratio_decode),
@@ -261,7 +288,7 @@ def _run_all(
                 timed_run(model, twin, prompts[0], max_new_tokens=8)
                 twins[_key(config)] = twin
             except (ValueError, ImportError) as error:
-                left_out[_name(*_key(config))] = str(error)
+                left_out[str(_key(config))] = str(error)
         if not twins:
             raise ValueError(f"no candidate works with this {type(model).__name__}: {next(iter(left_out.values()))}")
         # What a verification takes does not depend on the draft.

@@ -8,6 +8,12 @@ from ..settings.config import SiriusConfig
 from .prediction import Costs
 
 
+def draft_name(method: str, density: float, draft_dtype: str | None) -> str:
+    """Returns what a draft is, in words."""
+    kept = f"{method} {density}" if density < 1 else "whole"
+    return kept if draft_dtype is None else f"{kept} {draft_dtype}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """Dense and corrected generations in alternation."""
@@ -61,14 +67,14 @@ class Tuning:
         best: the measured candidate with the least time per token behind the first one.
         candidates: the measured ones, then all others that were allowed, each with the best prediction first.
         costs: what the predictions follow from.
-        survivals: how far drafts were accepted, as in [`survival`], by method, density and threshold.
+        survivals: how far drafts were accepted, as in [`survival`], by method, density, dtype and threshold.
         left_out: settings that were not candidates, and why.
     """
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     costs: Costs
-    survivals: dict[tuple[str, float, float], list[float]]
+    survivals: dict[tuple[str, float, str | None, float], list[float]]
     left_out: dict[str, str]
 
     @property
@@ -94,13 +100,13 @@ class Tuning:
     def verdict(self) -> str:
         """Says whether Sirius helps, and why."""
         config, costs, measured = self.config, self.costs, self.best.measured
-        setting = f"{config.method} at density {config.density}, kernel_size {config.kernel_size}"
+        setting = f"{draft_name(config.method, config.density, config.draft_dtype)}, kernel_size {config.kernel_size}"
         setting += f", threshold {config.threshold}"
         takes = (
             f"takes {measured.ratio_decode:.2f} of the dense time per token ({measured.ratio_whole:.2f} with the "
             f"prefill), faster in {measured.num_faster} of {len(measured.decode)} pairs of generations"
         )
-        draft = costs.draft_steps[config.method, config.density] / costs.dense_step
+        draft = costs.draft_steps[config.method, config.density, config.draft_dtype] / costs.dense_step
         verification = costs.verification(config.kernel_size) / costs.dense_step
         why = (
             f"A draft step costs {draft:.2f} of a dense step, a verification of {config.kernel_size} tokens "

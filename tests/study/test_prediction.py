@@ -110,7 +110,7 @@ def test_survival_counts_drafts_cut_short_as_far_as_they_went():
 
 
 def test_the_predicted_time_is_the_sum_of_its_parts():
-    costs = Costs(2.0, {4: 5.0, 8: 9.0}, {("griffin", 0.5): 0.5}, {("griffin", 0.5): 7.0})
+    costs = Costs(2.0, {4: 5.0, 8: 9.0}, {("griffin", 0.5, None): 0.5}, {("griffin", 0.5, None): 7.0})
     config = SiriusConfig(method="griffin", density=0.5)
     assert [costs.verification(n) for n in (1, 2, 4, 6, 8, 9)] == [2.0, 3.0, 5.0, 7.0, 9.0, 9.0]
     assert costs.decode_seconds(config, 10, {4: 3.0, 6: 1.5}) == 7.0 + 10 * 0.5 + 3 * 5.0 + 1.5 * 7.0

@@ -92,7 +92,7 @@ def measurement(*decode: float, whole: float | None = None) -> Measurement:
 
 def tuning_of(measured: Measurement) -> Tuning:
     config = SiriusConfig(method="griffin", kernel_size=16, threshold=1.0)
-    costs = Costs(2.0, {16: 10.0}, {("griffin", 0.5): 1.8}, {("griffin", 0.5): 7.0})
+    costs = Costs(2.0, {16: 10.0}, {("griffin", 0.5, None): 1.8}, {("griffin", 0.5, None): 7.0})
     best = Candidate(config, 3.14, 1.2, 1.1, measured=measured)
     return Tuning(best, (best,), costs, {}, {})
 
@@ -100,7 +100,7 @@ def tuning_of(measured: Measurement) -> Tuning:
 def test_a_verdict_says_plainly_that_sirius_does_not_help_and_why():
     result = tuning_of(measurement(1.2, 1.23, 1.3))
     assert not result.helps and result.measured_ratio == 1.23 and result.predicted_ratio == 1.2
-    assert result.verdict.startswith("Sirius does not help on this machine: the best setting (griffin at density 0.5, ")
+    assert result.verdict.startswith("Sirius does not help on this machine: the best setting (griffin 0.5, kernel")
     for part in ("takes 1.23 of the dense time", "A draft step costs 0.90 of a dense step", "3.1 tokens"):
         assert part in result.verdict
     assert "a verification of 16 tokens 5.00 dense steps" in result.verdict and "noise" not in result.verdict
@@ -124,16 +124,19 @@ def test_what_is_within_noise_does_not_help(measured, helps, is_noise):
 
 def test_tune_picks_from_the_candidates():
     model = shared_model()
-    result = tune(model, prompts(), densities=(0.5, 0.25), num_measured=3, **SHORT)
+    methods = ("griffin", "cats")
+    result = tune(
+        model, prompts(), methods=methods, densities=(0.5, 0.25), num_measured=3, draft_dtypes=[None], **SHORT
+    )
     settings = {(c.config.method, c.config.density, c.config.kernel_size) for c in result.candidates}
-    assert settings == set(itertools.product(("griffin", "cats"), (0.5, 0.25), (3, 6)))
+    assert settings == set(itertools.product(methods, (0.5, 0.25), (3, 6)))
     assert all(c.config.threshold == 1.0 and c.agreement == 1.0 for c in result.candidates)
     predicted = [c.predicted_decode for c in result.candidates]
     assert predicted == sorted(predicted)
     assert [c.measured is not None for c in result.candidates] == [True] * 3 + [False] * 5
     assert result.measured_ratio == min(c.measured.ratio_decode for c in result.candidates[:3])
     assert result.config == result.best.config and len(result.best.measured.decode) == 2
-    assert set(result.costs.draft_steps) == set(itertools.product(("griffin", "cats"), (0.5, 0.25)))
+    assert set(result.costs.draft_steps) == set(itertools.product(methods, (0.5, 0.25), (None,)))
     assert {3, 6} <= set(result.costs.verifications) and not result.left_out
     assert json.loads(json.dumps(result.as_dict()))["config"] == result.config.to_dict()
     assert "_get_candidate_generator" not in model.__dict__  # every twin is detached
@@ -148,10 +151,10 @@ def test_the_best_measured_candidate_is_chosen_whatever_was_predicted(monkeypatc
 
 def test_predictions_come_from_costs_and_matches(monkeypatch):
     """With costs that say so, the setting whose drafts are free and all accepted is predicted as it must be."""
-    costs = Costs(1.0, {3: 2.0, 6: 2.0}, {("griffin", 1.0): 0.25}, {("griffin", 1.0): 3.0})
+    costs = Costs(1.0, {3: 2.0, 6: 2.0}, {("griffin", 1.0, None): 0.25}, {("griffin", 1.0, None): 3.0})
     monkeypatch.setattr(tuning, "_costs", lambda *args: costs)
     monkeypatch.setattr(tuning, "_measure", lambda *args: measurement(1.0))
-    result = tune(shared_model(), prompts(1), methods=["griffin"], densities=[1.0], **SHORT)
+    result = tune(shared_model(), prompts(1), methods=["griffin"], densities=[1.0], draft_dtypes=[None], **SHORT)
     # Of 12 tokens 11 are decoded: 6 + 5 with kernel_size 6, 3 + 3 + 3 + 2 with 3 (whose last verification is shorter).
     last = costs.verification(5), costs.verification(2)
     expected = {6: (3.0 + 9 * 0.25 + 2.0 + last[0]) / 11, 3: (3.0 + 7 * 0.25 + 3 * 2.0 + last[1]) / 11}
@@ -161,7 +164,8 @@ def test_predictions_come_from_costs_and_matches(monkeypatch):
 
 def test_fields_of_the_config_go_to_the_methods_that_know_them():
     config = SiriusConfig(method="cats", selection="topk", draft_dtype="bfloat16", temperature=0.5)
-    result = tune(build_model(dtype=torch.float32), prompts(1), config, densities=[0.5], **SHORT)
+    model = build_model(dtype=torch.float32)
+    result = tune(model, prompts(1), config, methods=["griffin", "cats"], densities=[0.5], **SHORT)
     found = {(c.config.method, c.config.draft_dtype, c.config.selection) for c in result.candidates}
     assert found == {("griffin", "bfloat16", "threshold"), ("cats", "bfloat16", "topk")}
     assert {c.config.temperature for c in result.candidates} == {0.5}
@@ -220,9 +224,17 @@ def test_prompts_that_end_at_once_are_passed_over():
         tune(model, prompts(1), methods=["cats"], **SHORT)
 
 
+def test_without_settings_formats_are_candidates():
+    result = tune(build_model(dtype=torch.float32), prompts(1), **SHORT)
+    found = {(c.config.density, c.config.draft_dtype) for c in result.candidates}
+    assert found == {(1.0, "int8"), (1.0, "int4"), (0.5, None), (0.5, "int8"), (0.5, "int4")}
+    assert {c.config.method for c in result.candidates} == {"griffin"}
+
+
 def test_what_make_sparse_refuses_is_left_out_with_the_reason():
     model = tiny_model("bitnet")
-    result = tune(model, prompts(1), densities=[0.5], **SHORT)
+    both = {"methods": ["griffin", "cats"], "densities": [0.5], "draft_dtypes": [None]}
+    result = tune(model, prompts(1), **both, **SHORT)
     assert {c.config.method for c in result.candidates} == {"cats"}
     assert "cannot be gathered" in result.left_out["griffin 0.5, threshold 1.0"]
     with pytest.raises(ValueError, match=r"no candidate works with this BitNetForCausalLM: .* cannot be gathered"):
@@ -234,7 +246,8 @@ def test_offloaded_models_take_griffin(tmp_path):
 
     model = build_model(dtype=torch.float32)
     disk_offload(model, str(tmp_path))
-    result = tune(model, prompts(1), densities=[0.5], **SHORT)
+    both = {"methods": ["griffin", "cats"], "densities": [0.5], "draft_dtypes": [None]}
+    result = tune(model, prompts(1), **both, **SHORT)
     assert {c.config.method for c in result.candidates} == {"griffin"}
     assert "offloaded by accelerate" in result.left_out["cats 0.5, threshold 1.0"]
 
@@ -283,7 +296,19 @@ def test_command_writes_a_config_and_figures_and_says_that_a_small_model_gains_n
     lost = measurement(1.4, 1.5, 1.6)  # the machine's own speed is no matter of tests
     monkeypatch.setattr(tuning, "_measure", lambda *args: lost)
     output, file = tmp_path / "tuned", tmp_path / "tuned.json"
-    options = ["--densities", "0.5", "--draft_dtype", "bfloat16", "--output", str(output), "--json", str(file)]
+    options = [
+        "--methods",
+        "griffin",
+        "cats",
+        "--densities",
+        "0.5",
+        "--draft_dtype",
+        "bfloat16",
+        "--output",
+        str(output),
+        "--json",
+        str(file),
+    ]
     assert main([*COMMAND, *options]) == 0
     printed = capsys.readouterr().out
     assert "Sirius does not help on this machine: the best setting" in printed.replace("\n", " ")
@@ -300,6 +325,7 @@ def test_command_measures_a_prompt_file_with_an_agreement(tmp_path, capsys, monk
     file = tmp_path / "prompts.txt"
     file.write_text("Question: Ann has 17 apples .\nAnswer:\n")
     options = ["--methods", "cats", "--densities", "0.3", "--agreement", "0.5", "--thresholds", "0.1"]
+    options += ["--draft_dtypes", "none", "int8"]
     assert main([*COMMAND, "--prompts", str(file), *options, "--widen", "2", "1"]) == 0
     printed = capsys.readouterr().out
     assert "cats 0.3, threshold 0.1" in printed and "agree-" in printed and "…" not in printed
@@ -316,7 +342,8 @@ def test_command_shows_reasons_as_they_are(capsys, monkeypatch):
         return make_sparse(model, config)
 
     monkeypatch.setattr(tuning, "make_sparse", without_bitsandbytes)
-    assert main([*COMMAND, "--densities", "0.5", "--kernel_sizes", "4"]) == 0
+    options = ["--methods", "griffin", "cats", "--densities", "0.5", "--kernel_sizes", "4"]
+    assert main([*COMMAND, *options]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "needs bitsandbytes: pip install hf_sirius[bnb]" in printed and "cats 0.5" in printed
 
