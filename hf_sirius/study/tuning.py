@@ -201,10 +201,10 @@ def tune(
 ) -> Tuning:
     """Finds the config with the least time per token for this model, these prompts and this machine.
 
-    Each method, density, dtype and threshold writes every prompt's output once, with the largest kernel size: it gives the
-    time of a draft step, and the tokens that are accepted. Short outputs with each other kernel size give the time of
-    a verification. The time of every combination is predicted from these, and the best are measured in alternation
-    with the dense model.
+    Each method, density, dtype and threshold writes every prompt's output once, with the largest kernel size: that
+    gives the time of a draft step, and the tokens that are accepted. Short outputs with each other kernel size give the
+    time of a verification. The time of every combination is predicted from these, and the best are measured in
+    alternation with the dense model.
 
     Args:
         prompts: what the tokenizer makes of each, with `input_ids`, long [1, prompt_length].
