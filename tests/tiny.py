@@ -12,6 +12,8 @@ METHODS = {
     "cats-threshold": {"method": "cats"},
     "cats-topk": {"method": "cats", "selection": "topk"},
     "griffin": {"method": "griffin"},
+    "teal": {"method": "teal"},
+    "teal-column": {"method": "teal", "weighting": "column"},
 }
 _LLAMA_LIKE = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 _GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}

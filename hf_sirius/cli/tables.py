@@ -96,6 +96,10 @@ def show_drafts(figures: dict) -> None:
         digits = {"agreement": 3, "aal": 2, "bytes": 2, "ratio": 3}
         table.add_row(name, row.get("draft_dtype"), *(f"{row[key]:.{n}f}" for key, n in digits.items()))
     console = Console(markup=False, emoji=False)
+    for row in figures["left_out"]:
+        console.print(
+            f"Left out: {draft_name(row.get('method', ''), row['density'], row['draft_dtype'])}: {row['reason']}"
+        )
     console.print(
         f"{figures['model']} ({figures['dtype'].removeprefix('torch.')}), kernel_size {figures['kernel_size']}, "
         f"threshold 1.0, {figures['num_prompts']} prompts; bytes of a draft step / of the model in bfloat16, time of "

@@ -107,11 +107,11 @@ def _check_quantization(model: PreTrainedModel, offloaded: bool) -> None:
     if method != QuantizationMethod.BITS_AND_BYTES:
         raise ValueError(
             f"{type(model).__name__} is quantized by {getattr(method, 'value', method)}, of which hf_sirius cannot "
-            "take neurons: load it with BitsAndBytesConfig (8 or 4 bits), or without quantization and with a "
-            "draft_dtype of griffin's"
+            "take weights: load it with BitsAndBytesConfig (8 or 4 bits), or without quantization and with a "
+            "draft_dtype"
         )
     if offloaded:
         raise ValueError(
             f"{type(model).__name__} is quantized by bitsandbytes and offloaded as well, which is not supported: "
-            "offload the unquantized model, with draft_dtype='int8' or 'nf4' for a small draft"
+            "offload the unquantized model, with a draft_dtype of 8 or 4 bits for a small draft"
         )

@@ -102,7 +102,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     gathered = [(site.owner, name) for site in sites for name in site.part_names] if method.gathers else []
     for owner, name in (*gathered, *((place.owner, place.name) for place in resident)):
         parts = replacements.setdefault(id(owner), {})
-        if not isinstance(parts.get(name), TwinModule):  # one of the method's reads what is held as well
+        if name not in parts:  # the method's own comes first, be it an activation with parameters
             parts[name] = TwinModule(getattr(owner, name))
     owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}

@@ -4,7 +4,7 @@ own threads run them: threads of another pool would wait for the same cores.
 
 import ctypes
 import functools
-import importlib.util
+import os
 import threading
 from pathlib import Path
 
@@ -17,8 +17,14 @@ _lock = threading.Lock()
 
 @functools.cache
 def is_available() -> bool:
-    """Whether numba is installed, and torch brings the OpenMP library that runs its threads (on Linux)."""
-    return importlib.util.find_spec("numba") is not None and _openmp() is not None
+    """Whether numba compiles the kernels, and torch brings the OpenMP library that runs its threads (on Linux)."""
+    if _openmp() is None:
+        return False
+    try:
+        _kernels()
+    except Exception:  # numba is missing, or a version that does not go with this Python or numpy
+        return False
+    return True
 
 
 def grouped_product(inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -39,7 +45,8 @@ def grouped_product(inputs: torch.Tensor, values: torch.Tensor, scales: torch.Te
 
 def _run(name: str, inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, outputs: torch.Tensor) -> None:
     """Runs a kernel in torch's threads, each of which takes its share of the outputs."""
-    inputs = inputs.contiguous()
+    if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (inputs, values, scales, outputs)):
+        raise RuntimeError("a kernel for CPUs wants tensors there, whose memory lies in rows")
     arguments = _Arguments(
         *(tensor.data_ptr() for tensor in (inputs, values, scales, outputs)), len(inputs), *values.shape
     )
@@ -54,9 +61,11 @@ _Arguments = ctypes.c_int64 * 7
 def _openmp() -> ctypes.CDLL | None:
     """Returns the OpenMP library that torch has loaded already, or `None` where it is another one."""
     files = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    if not files:
+    try:
+        # A second one would have threads of its own, which wait for the same cores.
+        library = ctypes.CDLL(str(files[0]), mode=os.RTLD_NOLOAD | ctypes.DEFAULT_MODE)
+    except (IndexError, OSError, AttributeError):  # there is none, or another one was loaded before torch
         return None
-    library = ctypes.CDLL(str(files[0]))
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
     return library

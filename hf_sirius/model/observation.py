@@ -17,7 +17,7 @@ from .sites import MlpSite, ProjectionSite
 # projection its "inputs".
 Observed = Literal["activation", "neurons", "inputs"]
 
-_eagerly = SharedContext(lambda: torch.compiler.set_stance("force_eager"))
+eagerly = SharedContext(lambda: torch.compiler.set_stance("force_eager"))
 _observer: ContextVar[object | None] = ContextVar("hf_sirius_observer", default=None)
 
 
@@ -83,7 +83,7 @@ def observing(
         undo.callback(_observer.reset, _observer.set(me))
         for site in sites:
             undo.callback(watch(site).remove)
-        with _eagerly() if is_compiled(model) else contextlib.nullcontext():
+        with eagerly() if is_compiled(model) else contextlib.nullcontext():
             yield
         if not all(num_seen):
             raise ValueError(

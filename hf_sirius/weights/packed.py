@@ -63,7 +63,7 @@ class PackedLinear(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.columns is not None:
             inputs = inputs * self.columns
-        outputs = self.product(inputs.flatten(0, -2), self.weight, self.scales)
+        outputs = self.product(inputs.flatten(0, -2).contiguous(), self.weight, self.scales)
         if self.bias is not None:
             outputs += self.bias
         return outputs.view(*inputs.shape[:-1], -1)
@@ -79,7 +79,7 @@ def int8_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
     shape = int8_shape(num_rows, num_columns)
     group = cpu.GROUP if is_grouped else shape[1]
     values = empty(*shape, torch.int8, source.weight.device)
-    scales = torch.zeros(shape[0], shape[1] // group, dtype=dtype)
+    scales = torch.zeros(shape[0], shape[1] // group, dtype=dtype, device=source.weight.device)
     values[num_rows:] = 0
     for place, piece in source.pieces():
         groups = _in_groups(piece, shape[1], group)

@@ -1,8 +1,11 @@
 """What a twin is when the user sets nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 from accelerate import cpu_offload
+from families import tiny_model
 from tiny import build_model, make_prompt
 
 from hf_sirius import SiriusConfig, make_sparse
@@ -50,7 +53,7 @@ def test_the_least_time_per_token_wins(monkeypatch):
         monkeypatch.setattr(choice, "_seconds", lambda run, device: next(seconds))
         sizes = [p.numel() for site in sites for part in site.parts for p in part.parameters()]
         # All that is timed stands for all, so that the seconds are those of the whole model.
-        return choice._fastest(model, sites, sum(sizes), list(draft), torch.device("cpu"))
+        return choice._fastest(model, sites, sum(sizes), 0, list(draft), torch.device("cpu"))
 
     assert chosen(0.0, int8=0.5, int4=0.1)["draft_dtype"] == "int4"
     assert chosen(0.0, int8=0.15, int4=0.1)["draft_dtype"] == "int8"
@@ -67,9 +70,29 @@ def test_the_least_time_per_token_wins(monkeypatch):
 
 
 def test_without_room_for_a_copy_griffin_drafts(monkeypatch):
-    monkeypatch.setattr(choice, "get_max_memory", lambda: {"cpu": 1000})
+    monkeypatch.setattr(choice, "_free_memory", lambda device: 1000)
     with make_sparse(build_model(dtype=torch.float32)) as twin:
         assert twin.sirius_config.method == "griffin" and twin.sirius_config.draft_dtype is None
+
+
+def test_where_neurons_cannot_be_gathered_cats_drafts(monkeypatch):
+    monkeypatch.setattr(choice, "_free_memory", lambda device: 1000)
+    with make_sparse(tiny_model("bitnet")) as twin:
+        assert twin.sirius_config.method == "cats"
+
+
+def test_what_is_kept_since_changes_no_answer(monkeypatch):
+    model = build_model(dtype=torch.float32)
+    with make_sparse(model) as twin:
+        chosen = twin.sirius_config
+    monkeypatch.setattr(choice, "_free_memory", lambda device: 1000)
+    with make_sparse(model) as twin:
+        assert twin.sirius_config == chosen
+
+
+def test_every_field_is_known_to_say_what_a_draft_is_or_not():
+    names = {field.name for field in dataclasses.fields(SiriusConfig)}
+    assert names == {*choice.CHOSEN, "kernel_size", "threshold", "temperature", "draft_confidence"}
 
 
 def test_the_draft_of_an_offloaded_model_is_held_whole():

@@ -1,6 +1,7 @@
 """The kernels that numba compiles, against the products of the weights that they stand for."""
 
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -43,13 +44,21 @@ def test_grouped_products(num_tokens, out_features, num_groups, num_threads, see
     assert (outputs - right).norm() <= 1e-5 * right.norm() + 1e-6
 
 
-def test_inputs_that_lie_otherwise_in_memory():
+def test_memory_that_a_kernel_cannot_read_is_refused():
     inputs, values, scales = make(3, 8, 2)
-    strided = inputs.T.contiguous().T
-    assert not strided.is_contiguous()
-    torch.testing.assert_close(
-        cpu.grouped_product(strided, values, scales), cpu.grouped_product(inputs, values, scales)
-    )
+    for wrong in (inputs.T.contiguous().T, inputs.to("meta")):
+        with pytest.raises(RuntimeError, match="wants tensors there"):
+            cpu.grouped_product(wrong, values, scales)
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, SystemError])
+def test_a_numba_that_does_not_work_is_none(error, monkeypatch):
+    monkeypatch.setattr(cpu, "_kernels", mock.Mock(side_effect=error("no")))
+    cpu.is_available.cache_clear()
+    try:
+        assert not cpu.is_available()
+    finally:
+        cpu.is_available.cache_clear()
 
 
 def test_what_is_not_finite_stays_so():

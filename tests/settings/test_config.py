@@ -44,7 +44,7 @@ def valid_configs(draw):
         "threshold": draw(st.one_of(st.floats(0, 1), st.sampled_from([0, 1]))),
         "temperature": draw(st.floats(0, 1e300, exclude_min=True)),
     }
-    kind = draw(st.sampled_from(["griffin", "cats", "cats topk", "cats calibrated"]))
+    kind = draw(st.sampled_from(["griffin", "cats", "cats topk", "cats calibrated", "teal"]))
     if kind == "cats topk":
         fields["selection"] = "topk"
     if kind == "cats calibrated":
@@ -52,6 +52,8 @@ def valid_configs(draw):
     fields["draft_dtype"] = draw(st.sampled_from([None, *DRAFT_DTYPES]))
     fields["draft_scope"] = draw(st.sampled_from(["mlp", "all"])) if fields["draft_dtype"] else "all"
     fields["draft_memory"] = draw(st.one_of(st.none(), st.integers(1), st.sampled_from(["6GiB", "500MB"])))
+    if kind == "teal":
+        fields["weighting"] = draw(st.sampled_from(["magnitude", "column"]))
     if kind == "griffin":
         fields["reselect_every"] = draw(st.one_of(st.none(), st.integers(1)))
     return SiriusConfig(method=kind.split()[0], **fields)

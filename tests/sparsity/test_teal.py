@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_model, make_prompt, shared_model
@@ -12,6 +14,7 @@ from hf_sirius.weights.formats import dense_weight
 
 
 FIELDS = {"method": "teal", "threshold": 1.0, "kernel_size": 5}
+BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
 def inputs_of(model, projection, input_ids) -> torch.Tensor:
@@ -62,6 +65,107 @@ def test_it_keeps_the_largest_inputs_of_each_projection(family, weighting):
             scores = scores_of(site.module, inputs, weighting)
             assert scores[kept].min() >= 0.99 * scores[~kept].max(), "bins are as fine as bfloat16"
             assert kept.double().mean().item() == pytest.approx(0.4, abs=0.03)
+
+
+def masked_logits(model, tokens, cutoffs, weighting):
+    """Returns the logits of the dense model whose projections see the inputs with scores of at least their cutoff, and
+    what each of them saw, bool [num_tokens, in_features].
+    """
+    kept = {}
+
+    def watch(site):
+        def zero(_, args):
+            mask = scores_of(site.module, args[0], weighting) >= cutoffs[site.idx]
+            kept[site.idx] = mask.flatten(0, -2)
+            return (args[0] * mask,)
+
+        return site.module.register_forward_pre_hook(zero)
+
+    hooks = [watch(site) for site in find_projections(model)]
+    with torch.no_grad():
+        logits = model(tokens).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, kept
+
+
+def drafted(model, prompt, tokens, **fields):
+    """Returns the logits of a draft's forward over tokens, and its method, for which a prompt gave the cutoffs."""
+    with torch.no_grad(), make_sparse(model, **FIELDS, **fields) as twin, twin.new_call() as call:
+        with call.draft.observing(None):
+            model(prompt)
+        call.draft.select()
+        with call.draft.drafting():
+            logits = twin(tokens).logits
+        return logits, call.draft.method
+
+
+@pytest.mark.parametrize("weighting", ["magnitude", "column"])
+@pytest.mark.parametrize("family, fields", [("llama", {}), ("llama", BIASES), ("phi3", {}), ("gpt2", {}), ("opt", {})])
+def test_a_draft_is_a_masked_dense_forward(family, fields, weighting):
+    model, tokens = build_model(family, **fields), make_prompt(7, seed=1)
+    logits, method = drafted(model, make_prompt(20), tokens, density=0.4, weighting=weighting)
+    expected, _ = masked_logits(model, tokens, method._cutoffs, weighting)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert (logits - model(tokens).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("draft_scope", ["all", "mlp"])
+def test_a_cast_projection_drops_as_well(draft_scope):
+    model, tokens = build_model(), make_prompt(7, seed=1)
+    casts = {"draft_dtype": "bfloat16", "draft_scope": draft_scope}
+    logits = {
+        (density, bool(cast)): drafted(model, make_prompt(20), tokens, density=density, **cast)[0]
+        for density in (0.6, 1.0)
+        for cast in ({}, casts)
+    }
+    errors = {key: (value - logits[key[0], False]).norm() / value.norm() for key, value in logits.items()}
+    assert 0 < errors[1.0, True] < 0.05 and 0 < errors[0.6, True] < 0.2
+    assert (logits[0.6, True] - logits[1.0, True]).norm() / logits[1.0, True].norm() > 0.2
+
+
+@pytest.mark.parametrize(("num_tokens", "tree_width"), [(1, 1), (5, 1), (5, 3)])
+def test_a_step_reads_what_any_leaf_keeps(num_tokens, tree_width):
+    """And of a text that is read at once, each token is a step."""
+    model, tokens = build_model("llama", **BIASES), make_prompt(num_tokens, seed=1)
+    _, method = drafted(model, make_prompt(20), tokens, density=0.3, tree_width=tree_width)
+    _, kept = masked_logits(model, tokens, method._cutoffs, "magnitude")
+    dropped = 0
+    for site in find_projections(model):
+        steps = kept[site.idx].any(dim=0, keepdim=True) if tree_width > 1 else kept[site.idx]
+        dropped += site.module.weight.shape[0] * (~steps).double().mean(dim=0).sum().item()
+    embedding = model.get_input_embeddings().weight
+    read = model.num_parameters() - (len(embedding) - 1) * embedding.shape[1] - dropped
+    assert dropped and method.draft_density(model) == pytest.approx(read / model.num_parameters())
+
+
+def test_weights_that_change_between_calls_have_other_columns():
+    model, other = build_model(), build_model(seed=1)
+    prompt, tokens = make_prompt(20), make_prompt(5, seed=1)
+
+    def logits_of(twin):
+        with torch.no_grad(), twin.new_call() as call:
+            with call.draft.observing(None):
+                twin.dense_model(prompt)
+            call.draft.select()
+            with call.draft.drafting():
+                return twin(tokens).logits
+
+    with make_sparse(model, **FIELDS, weighting="column") as twin:
+        before = logits_of(twin)
+        model.load_state_dict(other.state_dict())
+        after = logits_of(twin)
+    with make_sparse(other, **FIELDS, weighting="column") as twin:
+        assert torch.equal(after, logits_of(twin)) and not torch.equal(after, before)
+
+
+def test_an_activation_with_parameters_is_thresholded_of_an_offloaded_model_too():
+    """Drafts hold a copy of it, which is not to take the place of the method's own stand-in."""
+    model = cpu_offload(tiny_model("apertus", torch.float32))
+    with make_sparse(model, method="cats", draft_dtype="bfloat16", threshold=1.0) as twin:
+        model.generate(make_prompt(), assistant_model=twin, max_new_tokens=12)
+        assert 0 < twin.stats.draft_density < 1
 
 
 def test_the_columns_of_a_weight_count():
@@ -118,19 +222,20 @@ def test_padding_is_not_counted():
     torch.testing.assert_close(*cutoffs, rtol=0.02, atol=0)
 
 
-def test_an_offloaded_model_has_no_columns_to_read(tmp_path):
-    from accelerate import cpu_offload
-
-    model = build_model(dtype=torch.float32)
-    expected = model.generate(make_prompt(), max_new_tokens=12)
-    cpu_offload(model)
-    with make_sparse(model, **FIELDS, draft_dtype="int8") as twin:
-        assert torch.equal(model.generate(make_prompt(), assistant_model=twin, max_new_tokens=12), expected)
-    with (
-        make_sparse(model, **FIELDS, draft_dtype="int8", weighting="column") as twin,
-        pytest.raises(ValueError, match="offloaded: use weighting='magnitude'"),
-    ):
-        model.generate(make_prompt(), assistant_model=twin, max_new_tokens=12)
+@pytest.mark.parametrize("weighting", ["magnitude", "column"])
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_offloaded_model_drafts_as_a_loaded_one(family, where, weighting, tmp_path):
+    model = build_model(family, dtype=torch.float32)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    fields = {**FIELDS, "draft_dtype": "bfloat16", "weighting": weighting}
+    expected = model.generate(make_prompt(), **options)
+    with make_sparse(model, **fields) as twin:
+        alone = twin.generate(make_prompt(), **options)
+    cpu_offload(model) if where == "memory" else disk_offload(model, str(tmp_path))
+    with make_sparse(model, **fields) as twin:
+        assert torch.equal(model.generate(make_prompt(), assistant_model=twin, **options), expected)
+        assert torch.equal(twin.generate(make_prompt(), **options), alone)
 
 
 def test_what_is_refused():
