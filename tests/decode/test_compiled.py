@@ -129,7 +129,7 @@ def test_a_whole_graph_stays_whole(way):
 def test_prefills_of_several_threads_leave_the_process_as_it_was():
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
         for stack in (first, second):
-            stack.enter_context(observation._eagerly())
+            stack.enter_context(observation.eagerly())
         first.close()
         assert stance() == "force_eager"
         second.close()

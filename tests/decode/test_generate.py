@@ -87,7 +87,9 @@ def test_output_is_the_dense_model_s(family, method):
 
 def test_drafts_of_these_tests_are_accepted_as_well_as_rejected():
     for method in METHODS.values():
-        with make_twin(shared_model(), method) as sparse:
+        # A random model loses more where attention is sparse as well.
+        density = {"density": 0.7} if method["method"] == "teal" else {}
+        with make_twin(shared_model(), method, **density) as sparse:
             generate(shared_model(), assistant_model=sparse, max_new_tokens=60)
             assert sparse.stats.num_accepted >= 10
             assert sparse.stats.num_rolled_back >= 10
