@@ -102,7 +102,7 @@ def test_the_draft_of_an_offloaded_model_is_held_whole():
     with make_sparse(model, threshold=1.0) as twin:
         assert (twin.sirius_config.draft_dtype, twin.sirius_config.kernel_size) == ("int8", 32)
         assert torch.equal(model.generate(make_prompt(), assistant_model=twin, max_new_tokens=12), expected)
-        assert twin.stats.acceptance_rate > 0.5
+        assert twin.stats.num_accepted >= 5
 
 
 def test_the_users_random_numbers_are_left_alone():
