@@ -59,6 +59,7 @@ def test_offload_by_a_device_map():
         run("examples/offload.py", *model, "--cpu_memory", "1GiB")
 
 
+@pytest.mark.slow
 def test_tree_memory():
     sizes = ("--context_length", "300", "--max_new_tokens", "40", "--density", "0.1")
     printed = run("examples/tree_memory.py", *sizes, "--tree_widths", "1", "4")
@@ -91,6 +92,7 @@ def test_live_bytes_are_those_of_tensors_that_are_alive(monkeypatch):
         assert live.restart() == 5000 and live.num_bytes == 1000
 
 
+@pytest.mark.slow
 def test_reasoner_training_goes_on_from_its_checkpoint(tmp_path):
     options = ("--output_dir", str(tmp_path), "--batch_size", "4", "--save_every", "2", "--num_eval_problems", "2")
     run("examples/reasoner/train.py", *options, "--num_steps", "2")
