@@ -1,5 +1,6 @@
 """The kernels that numba compiles, against the products of the weights that they stand for."""
 
+import importlib.util
 import threading
 from unittest import mock
 
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from hf_sirius.kernels import cpu
 
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="numba is not installed")
+# A kernel that does not compile is to fail here, though drafts do without it.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 
 
 def make(num_tokens: int, out_features: int, num_groups: int, seed: int = 0):
