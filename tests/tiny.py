@@ -69,3 +69,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+def sparse_logits(twin, prompt, tokens):
+    """Returns the logits of a draft over `tokens` with the neurons that `prompt` chose."""
+    with torch.no_grad(), twin.new_call() as call:
+        with call.draft.observing(None):
+            twin.dense_model(prompt)
+        call.draft.select()
+        with call.draft.drafting():
+            return twin(tokens).logits

@@ -190,16 +190,16 @@ def compare(args) -> None:
 
 
 def bench(args) -> None:
-    twin = twin_options(args)
-    if "config" in twin:
+    of_twin = twin_options(args)
+    if "config" in of_twin:
         choose_method(args)
-        twin = {"config": sirius_config(args)}
+        of_twin = {"config": sirius_config(args)}
     check_place("--json", args.json)
     check_device(args.device)
     function = {"decode": benchmark.bench_decode, "offload": benchmark.bench_offload}[args.benchmark]
     names = [name for name in inspect.signature(function).parameters if name not in ("config", "fields")]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    figures = function(**twin, **{**given, "dtype": getattr(torch, args.dtype)})
+    figures = function(**of_twin, **{**given, "dtype": getattr(torch, args.dtype)})
     text = json.dumps(figures, indent=2)
     if args.json:
         Path(args.json).write_text(text + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from tiny import METHODS, build_model, make_prompt
+from tiny import METHODS, build_model, make_prompt, sparse_logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_sirius import make_sparse
@@ -48,16 +48,6 @@ def snapshot(model) -> dict:
                [id(child) for child in module.children()], list(module._forward_hooks), list(module._forward_pre_hooks))
         for name, module in model.named_modules()
     }  # fmt: skip
-
-
-def sparse_logits(twin, prompt, tokens):
-    """Returns the logits of a draft over `tokens` with the neurons that `prompt` chose."""
-    with torch.no_grad(), twin.new_call() as call:
-        with call.draft.observing(None):
-            twin.dense_model(prompt)
-        call.draft.select()
-        with call.draft.drafting():
-            return twin(tokens).logits
 
 
 # What it is

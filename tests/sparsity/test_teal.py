@@ -6,7 +6,7 @@ from accelerate import cpu_offload, disk_offload
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import build_model, make_prompt, shared_model
+from tiny import build_model, make_prompt, shared_model, sparse_logits
 
 from hf_sirius import SiriusConfig, make_sparse
 from hf_sirius.model.sites import find_projections
@@ -144,20 +144,12 @@ def test_weights_that_change_between_calls_have_other_columns():
     model, other = build_model(), build_model(seed=1)
     prompt, tokens = make_prompt(20), make_prompt(5, seed=1)
 
-    def logits_of(twin):
-        with torch.no_grad(), twin.new_call() as call:
-            with call.draft.observing(None):
-                twin.dense_model(prompt)
-            call.draft.select()
-            with call.draft.drafting():
-                return twin(tokens).logits
-
     with make_sparse(model, **FIELDS, weighting="column") as twin:
-        before = logits_of(twin)
+        before = sparse_logits(twin, prompt, tokens)
         model.load_state_dict(other.state_dict())
-        after = logits_of(twin)
+        after = sparse_logits(twin, prompt, tokens)
     with make_sparse(other, **FIELDS, weighting="column") as twin:
-        assert torch.equal(after, logits_of(twin)) and not torch.equal(after, before)
+        assert torch.equal(after, sparse_logits(twin, prompt, tokens)) and not torch.equal(after, before)
 
 
 def test_an_activation_with_parameters_is_thresholded_of_an_offloaded_model_too():

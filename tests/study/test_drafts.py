@@ -1,0 +1,46 @@
+"""The comparison of drafts: what it measures of each, and what it shows."""
+
+import json
+
+import pytest
+
+from hf_sirius.cli import main as cli
+from hf_sirius.study import drafts
+
+
+@pytest.fixture(autouse=True)
+def a_few(monkeypatch):
+    settings = (
+        {"density": 1.0, "draft_dtype": "int8"},
+        {"method": "griffin", "density": 0.5, "draft_dtype": None},
+        {"method": "teal", "density": 0.5, "weighting": "column"},
+        {"method": "griffin", "density": 0.5, "draft_dtype": "nf4"},
+    )
+    monkeypatch.setattr(drafts, "SETTINGS", settings)
+    make_sparse = drafts.make_sparse
+
+    def without_nf4(model, **fields):
+        if fields.get("draft_dtype") == "nf4":
+            raise ImportError("needs bitsandbytes: pip install hf_sirius[bnb]")
+        return make_sparse(model, **fields)
+
+    monkeypatch.setattr(drafts, "make_sparse", without_nf4)
+
+
+def test_each_draft_has_its_figures_and_what_does_not_run_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    file = tmp_path / "drafts.json"
+    options = ["--num_prompts", "1", "--max_new_tokens", "24", "--kernel_size", "4", "--json", str(file)]
+    assert cli.main(["bench", "drafts", *options]) == 0
+    printed, figures = capsys.readouterr().out, json.loads(file.read_text())
+    whole, griffin, teal = figures["rows"]
+    assert (
+        whole["agreement"] > 0.9 and whole["aal"] == 4.0 and all(row["num_identical"] == 1 for row in figures["rows"])
+    )
+    # A byte and a sixteenth of scales each; float32 halved in the MLPs alone; half of all but the head.
+    assert whole["bytes"] == pytest.approx(0.53, abs=0.01)
+    assert 1.0 < griffin["bytes"] < 2.0 and 1.0 <= teal["bytes"] < griffin["bytes"]
+    assert [row["draft_dtype"] for row in figures["left_out"]] == ["nf4"]
+    told = " ".join(printed.split())
+    assert "whole int8" in told and "griffin 0.5" in told and "teal 0.5, by column" in told and "…" not in printed
+    assert "Left out: griffin 0.5 nf4: needs bitsandbytes: pip install hf_sirius[bnb]" in told
