@@ -9,7 +9,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -18,11 +18,16 @@ from transformers import PreTrainedModel
 from ..model.observation import Observed, observing
 from ..model.sites import MlpSite, ProjectionSite
 from ..settings.config import SiriusConfig
-from ..weights.draft_modules import TwinModule
+from ..weights.draft_modules import TwinProjection
 from ..weights.formats import num_elements
 
 
 _drafting: ContextVar["SparsityMethod | None"] = ContextVar("hf_sirius_drafting", default=None)
+
+
+def drafting_method() -> Any:
+    """Returns the method that drafts in this context, or `None` outside of drafts."""
+    return _drafting.get()
 
 
 class SparsityMethod(ABC):
@@ -36,12 +41,14 @@ class SparsityMethod(ABC):
         acts_on: which of the two.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
+        is_masking: whether its draft steps computed what they dropped as well, and saved no time by it.
         neuron_indices: of a method that gathers, long [num_kept] for each MLP, ascending; `None` before the choice.
     """
 
     acts_on: ClassVar[Literal["mlps", "projections"]] = "mlps"
     observed: ClassVar[Observed]
     gathers: ClassVar[bool] = False
+    is_masking: bool = False
 
     def __init__(self, config: SiriusConfig, sites: list[MlpSite] | list[ProjectionSite]):
         self.config = config
@@ -128,7 +135,7 @@ class SparsityMethod(ABC):
             _drafting.reset(token)
 
 
-class TwinInput(TwinModule):
+class TwinInput(TwinProjection):
     """Stands in for a projection in the twin: the drafting method zeroes the inputs that it drops."""
 
     def __init__(self, dense: nn.Module, site_idx: int):
@@ -136,7 +143,7 @@ class TwinInput(TwinModule):
         self.site_idx = site_idx
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        method = _drafting.get()
+        method = drafting_method()
         return super().forward(inputs if method is None else method.drop(self.site_idx, inputs))
 
 
@@ -150,5 +157,5 @@ class TwinActivation(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         activations = self.dense(values)
-        method = _drafting.get()
+        method = drafting_method()
         return activations if method is None else method.drop(self.site_idx, activations)

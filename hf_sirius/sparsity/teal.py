@@ -21,6 +21,7 @@ class Teal(SparsityMethod):
 
     acts_on = "projections"
     observed = "inputs"
+    is_masking = True  # a dropped column lies in the same cache lines as kept ones
 
     def __init__(self, config, sites):
         super().__init__(config, sites)
