@@ -9,6 +9,7 @@ from ..draft.choice import CHOSEN, choose_draft
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded
+from ..model.projections import is_opaque, is_projection
 from ..model.sites import find_mlps
 from ..settings.config import SiriusConfig, check_field_names
 from ..settings.methods import method_of
@@ -101,17 +102,14 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
 
 
 def _check_quantization(model: PreTrainedModel, offloaded: bool) -> None:
-    if not getattr(model, "is_quantized", False):
-        return
     method = getattr(model, "quantization_method", None)
-    if method != QuantizationMethod.BITS_AND_BYTES:
+    # A GGUF file may have been dequantized as it was loaded, and torchao may have been laid over a loaded model.
+    is_packed = method == QuantizationMethod.BITS_AND_BYTES or any(
+        is_projection(module) and is_opaque(module) for module in model.modules()
+    )
+    if offloaded and is_packed:
+        library = "a library" if method is None else getattr(method, "value", method)
         raise ValueError(
-            f"{type(model).__name__} is quantized by {getattr(method, 'value', method)}, of which hf_sirius cannot "
-            "take weights: load it with BitsAndBytesConfig (8 or 4 bits), or without quantization and with a "
-            "draft_dtype"
-        )
-    if offloaded:
-        raise ValueError(
-            f"{type(model).__name__} is quantized by bitsandbytes and offloaded as well, which is not supported: "
+            f"{type(model).__name__} is quantized by {library} and offloaded as well, which is not supported: "
             "offload the unquantized model, with a draft_dtype of 8 or 4 bits for a small draft"
         )
