@@ -1,5 +1,5 @@
-"""What a projection is, torch's own or quantized by whatever library, and how the weight of one whose weight does not lie
-open is read: out of its own product.
+"""What a projection is, torch's own or quantized by whatever library, and how a weight that does not lie open is read:
+out of the layer's own product.
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ def product_without_bias(projection: nn.Module, inputs: torch.Tensor) -> torch.T
     if (bias := projection_bias(projection)) is not None:
         # Not taken off the outputs, where the sum of both has been rounded.
         places = (copy._parameters, copy._buffers, copy.__dict__)
-        next(place for place in places if "bias" in place)["bias"] = torch.zeros_like(bias)
+        next((place for place in places if "bias" in place), copy.__dict__)["bias"] = torch.zeros_like(bias)
     try:
         outputs = copy.forward(inputs.to(device_of(projection), compute_dtype(projection)))
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:

@@ -150,7 +150,9 @@ def gather_neurons(
     else:
         num_fused = projection_shape(part)[0] // site.num_neurons
         rows = torch.cat([neuron_indices + i * site.num_neurons for i in range(num_fused)])
-    return draft_linear(loaded, draft_dtype, rows, columns, compute_dtype=projections.compute_dtype(part), memory=memory)
+    return draft_linear(
+        loaded, draft_dtype, rows, columns, compute_dtype=projections.compute_dtype(part), memory=memory
+    )
 
 
 def gathered_shapes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module, tuple[int, int]]:
