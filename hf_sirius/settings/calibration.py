@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..model.projections import is_opaque, products_of_columns
 from ..model.sites import MlpSite, neuron_weight
 
 
@@ -109,4 +110,9 @@ class Calibration:
 
 def probe_weights(sites: list[MlpSite]) -> torch.Tensor:
     """Returns the first weights of each gate projection, float32 [num_mlps, 16], by which to know a model again."""
-    return torch.stack([neuron_weight(site.gate)[0].detach().float().cpu()[:_NUM_PROBES] for site in sites])
+    return torch.stack([_first_weights(site.gate) for site in sites])
+
+
+def _first_weights(gate: nn.Module) -> torch.Tensor:
+    weights = products_of_columns(gate, 0, _NUM_PROBES)[:, 0] if is_opaque(gate) else neuron_weight(gate)[0]
+    return weights.detach().float().cpu()[:_NUM_PROBES]

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.observation import Observed, observing
-from ..model.sites import MlpSite, ProjectionSite
+from ..model.projections import is_opaque, is_projection
+from ..model.sites import MlpSite, ProjectionSite, num_parameters
 from ..settings.config import SiriusConfig
 from ..weights.draft_modules import TwinProjection
 from ..weights.formats import num_elements
@@ -92,21 +93,21 @@ class SparsityMethod(ABC):
         if None in read:
             return None
         head, decoder = model.get_output_embeddings(), model.get_decoder()
-        head_parameters = {id(p): num_elements(p) for p in head.parameters()} if head is not None else {}
+        head_parameters = _num_parameters_of(head) if head is not None else {}
         unread = sum(
             module.weight.numel() - module.weight.shape[-1]
             for module in decoder.modules()
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
-        num_parameters = sum(({id(p): num_elements(p) for p in decoder.parameters()} | head_parameters).values())
+        num_all = sum((_num_parameters_of(decoder) | head_parameters).values())
         embedding = model.get_input_embeddings()
         is_tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-        if is_tied and head.weight.is_meta and id(embedding.weight) not in head_parameters:
+        if is_tied and not is_opaque(head) and head.weight.is_meta and id(embedding.weight) not in head_parameters:
             # Offloaded, they are two parameters of one and the same weight.
             unread -= embedding.weight.numel() - embedding.weight.shape[-1]
-            num_parameters -= head.weight.numel()
+            num_all -= head.weight.numel()
         at_sites = sum(site.num_parameters() for site in self.sites)
-        return (num_parameters - unread - at_sites + sum(read)) / num_parameters
+        return (num_all - unread - at_sites + sum(read)) / num_all
 
     def needs_prefill(self) -> bool:
         """Whether `observe` must be fed during the prefill."""
@@ -133,6 +134,17 @@ class SparsityMethod(ABC):
             yield
         finally:
             _drafting.reset(token)
+
+
+def _num_parameters_of(root: nn.Module) -> dict[int, int]:
+    """Returns how many numbers the parameters in a module stand for, by the id of what may be tied."""
+    counts = {}
+    for module in root.modules():
+        if is_projection(module) and is_opaque(module):  # whose tensors do not tell
+            counts[id(module._parameters.get("weight", module))] = num_parameters(module)
+        else:
+            counts |= {id(p): num_elements(p) for p in module.parameters(recurse=False)}
+    return counts
 
 
 class TwinInput(TwinProjection):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..kernels import cpu
+from ..model.projections import is_opaque
 from ..model.shared import SharedContext
 
 
@@ -32,10 +33,11 @@ def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor | None
 
 def has_kernel(module: nn.Module) -> bool:
     """Whether a kernel reads the weight of a layer as it is."""
-    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or is_opaque(module):
+        return False
+    weight = module.weight
     return (
-        isinstance(module, nn.Linear)
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        weight.dtype in (torch.float32, torch.bfloat16)
         and weight.device.type == "cpu"
         and weight.is_contiguous()
         and cpu.is_available()

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import execution_device
 from ..model.observation import eagerly, evaluating, is_compiled
+from ..model.projections import is_opaque
 from .gather import Selection, padded
 from .linear import DraftLinear, frozen, plain_linear, read_rows
 from .packed import int8_bytes, int8_linear
@@ -111,7 +112,7 @@ def num_read(head: nn.Linear) -> int:
 def check_head(model: PreTrainedModel) -> None:
     """Raises `ValueError` for a model without a head whose rows can be read."""
     head = model.get_output_embeddings()
-    if not type(head) is nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
+    if type(head) is not nn.Linear or is_opaque(head) or head.weight.is_meta:
         what = "no head" if head is None else f"a head of type {type(head).__name__}, or one that is offloaded"
         raise ValueError(
             f"draft_head='shortlist' reads rows of the head's weight in memory, but {type(model).__name__} has {what}: "
