@@ -18,6 +18,7 @@ from ..settings.config import SiriusConfig, check_field_names
 from ..settings.methods import method_of
 from ..weights.formats import check_draft_dtype
 from ..weights.offload import check_offload
+from ..weights.shortlist import SHORTLIST, check_head
 from .bond import bind
 from .sparse_twin import SparseTwin, sparse_twin
 
@@ -94,6 +95,8 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     if config.kernel_size is None:
         config = config.replace(kernel_size=OFFLOADED_KERNEL_SIZE if offloaded else KERNEL_SIZE)
     check_draft_dtype(config.draft_dtype, execution_device(model))
+    if config.draft_head == SHORTLIST:
+        check_head(model)
     if config.tree_width > 1:
         check_tree(model)
     if config.calibration is not None:

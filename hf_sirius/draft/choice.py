@@ -19,14 +19,17 @@ from ..model.projections import device_of, is_projection, plain_tensors, project
 from ..model.sites import MlpSite, find_other_modules
 from ..settings.methods import method_class
 from ..weights.formats import changes, check_draft_dtype, draft_linear, num_bytes
+from ..weights.shortlist import SHORTLIST, has_shortlist, likeliest, num_read
 
 
 # Fields of the config that say what a draft is: who gives any of them has chosen.
-CHOSEN = ("method", "density", "selection", "calibration", "draft_dtype", "draft_scope", "draft_memory",
+CHOSEN = ("method", "density", "selection", "calibration", "draft_dtype", "draft_scope", "draft_head", "draft_memory",
           "reselect_every", "weighting", "tree_width", "branch_cutoff")  # fmt: skip
 # The share of tokens at which a draft of this dtype, nothing dropped, is the full model's argmax: of SmolLM2 off its
 # 4-bit grid, by `hf-sirius bench drafts`.
 AGREEMENT = {"int8": 0.98, "int4": 0.91}
+_SHORTLIST_AGREEMENT = 0.994  # the same of a whole draft in the model's own dtype whose head has a shortlist
+_LARGE_HEAD = 0.1  # the share of all weights from which a head may have one
 KERNEL_SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 _NUM_WEIGHTS = 2**25  # that are timed: in 8 bits more than most caches hold, and read in milliseconds
 _NUM_TOKENS = 16  # of which products are timed as well, for verifications
@@ -75,8 +78,7 @@ def choose_draft(model: PreTrainedModel, sites: list[MlpSite], offloaded_kernel_
         draft_dtype = max(dtypes, key=AGREEMENT.__getitem__)
         _chosen[key] = {"density": 1.0, "draft_dtype": draft_dtype, "kernel_size": offloaded_kernel_size}
     else:
-        num_head = 0 if head is None else math.prod(projection_shape(head))
-        _chosen[key] = _fastest(model, sites, sum(map(math.prod, shapes)), num_head, dtypes, device)
+        _chosen[key] = _fastest(model, sites, sum(map(math.prod, shapes)), head, dtypes, device)
     return _chosen[key]
 
 
@@ -105,11 +107,11 @@ def _fastest(
     model: PreTrainedModel,
     sites: list[MlpSite],
     num_weights: int,
-    num_head: int,
+    head: nn.Module | None,
     dtypes: list[str],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Returns the fields of the fastest draft of a model with so many weights, some of them the head's."""
+    """Returns the fields of the fastest draft of a model with so many weights, those of its head included."""
     parts, num_timed = [], 0
     for part in itertools.chain.from_iterable(site.parts for site in sites):
         if num_timed >= _NUM_WEIGHTS:
@@ -138,17 +140,26 @@ def _fastest(
     for draft_dtype in dtypes:
         casts = [draft_linear(part, draft_dtype, compute_dtype=model.dtype) for part in parts]
         of_dtype[draft_dtype] = product(casts, 1)
+    num_head = 0 if head is None else math.prod(projection_shape(head))
+    # The weights that each kind of head reads, what else it takes, and the share of tokens that it gets right.
+    heads = {"full": (num_head, 0.0, 1.0)}
+    if num_head > _LARGE_HEAD * num_weights and has_shortlist(head):
+        logits = torch.randn(1, head.out_features, generator=torch.Generator().manual_seed(0)).to(device)
+        seconds = _seconds(lambda: list(likeliest(logits)), device)
+        heads[SHORTLIST] = (num_read(head), seconds, _SHORTLIST_AGREEMENT)
+    more = num_weights * max(own_many - own, 0.0) / (_NUM_TOKENS - 1)
     seconds_per_token = {}
-    for draft_dtype, kernel_size in itertools.product(dtypes, KERNEL_SIZES):
-        of_head = of_dtype.get("int8", of_dtype[draft_dtype])
-        products = (num_weights - num_head) * of_dtype[draft_dtype] + num_head * of_head
+    for draft_dtype, draft_head, kernel_size in itertools.product(dtypes, heads, KERNEL_SIZES):
+        num_read_of_head, seconds_of_head, agreement = heads[draft_head]
+        products = (num_weights - num_head) * of_dtype[draft_dtype]
+        products += num_read_of_head * of_dtype.get("int8", of_dtype[draft_dtype]) + seconds_of_head
         draft_step = max(step - num_weights * own, 0.0) + products
-        more = num_weights * max(own_many - own, 0.0) / (_NUM_TOKENS - 1)
-        advance = sum(AGREEMENT[draft_dtype] ** i for i in range(kernel_size))
+        advance = sum((agreement * AGREEMENT[draft_dtype]) ** i for i in range(kernel_size))
         seconds = ((kernel_size - 1) * (draft_step + more) + step) / advance
-        seconds_per_token[draft_dtype, kernel_size] = seconds
-    draft_dtype, kernel_size = min(seconds_per_token, key=seconds_per_token.__getitem__)
-    return {"density": 1.0, "draft_dtype": draft_dtype, "kernel_size": kernel_size}
+        seconds_per_token[draft_dtype, draft_head, kernel_size] = seconds
+    fields = ("draft_dtype", "draft_head", "kernel_size")
+    best = min(seconds_per_token, key=seconds_per_token.__getitem__)
+    return {"density": 1.0, **dict(zip(fields, best, strict=True))}
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -26,6 +26,7 @@ from ..weights.formats import reusable_bytes
 from ..weights.kept import Kept
 from ..weights.linear import has_kernel
 from ..weights.residency import find_resident
+from ..weights.shortlist import head_inputs
 
 
 _CAPTURED = ("output_attentions", "output_hidden_states")
@@ -128,6 +129,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         kept=Kept(
             {module: draft_dtype for module, draft_dtype in held.items() if streaming_hook(module) is None},
             reusable_bytes(sites, config) if method.gathers else {},
+            functools.partial(head_inputs, model),
         ),
         is_offloaded=is_offloaded(model),
         copies=pairs,

@@ -100,6 +100,10 @@ class SiriusConfig(PushToHubMixin):
             What `draft_dtype` casts: `"all"` every projection of the draft, `"mlp"` the MLPs alone (of `"griffin"` the
             gathered neurons). Of what is not gathered the twin keeps copies, which are made anew when the weights
             change.
+        draft_head (`str`, defaults to `"full"`):
+            How a draft scores the vocabulary: `"full"` by the whole head, `"shortlist"` by a sketch of a quarter of its
+            columns, and the likeliest fiftieth of the tokens by the model's own head. For large vocabularies; a sampled
+            draft draws from these scores, so the output's distribution stays.
         draft_memory (`int` or `str`, *optional*):
             The most bytes that a draft's own weights may take, such as `6 * 2**30` or `"6GiB"`. Of an
             offloaded model, modules outside the MLPs stay resident as far as this allows; by default all do.
@@ -130,6 +134,7 @@ class SiriusConfig(PushToHubMixin):
     weighting: str = _field("magnitude", str, choices=("magnitude", "column"))
     draft_dtype: str | torch.dtype | None = _field(None, str, choices=DRAFT_DTYPES)
     draft_scope: str = _field("all", str, choices=("all", "mlp"))
+    draft_head: str = _field("full", str, choices=("full", "shortlist"))
     draft_memory: int | str | None = _field(None, str)
     draft_confidence: float = _field(0.0, float, "in [0, 1), a likelihood", lambda value: 0 <= value < 1)
     reselect_every: int | None = _field(

@@ -21,6 +21,7 @@ from ..model.sites import MlpSite, ProjectionSite, num_parameters
 from ..settings.config import SiriusConfig
 from ..weights.draft_modules import TwinProjection
 from ..weights.formats import num_elements
+from ..weights.shortlist import SHORTLIST, num_read
 
 
 _drafting: ContextVar["SparsityMethod | None"] = ContextVar("hf_sirius_drafting", default=None)
@@ -106,6 +107,8 @@ class SparsityMethod(ABC):
             # Offloaded, they are two parameters of one and the same weight.
             unread -= embedding.weight.numel() - embedding.weight.shape[-1]
             num_all -= head.weight.numel()
+        if self.config.draft_head == SHORTLIST:
+            unread += head.weight.numel() - num_read(head)
         at_sites = sum(site.num_parameters() for site in self.sites)
         return (num_all - unread - at_sites + sum(read)) / num_all
 

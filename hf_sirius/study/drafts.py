@@ -14,6 +14,7 @@ from ..draft.draft import Draft
 from ..model.projections import is_projection, projection_shape
 from ..model.sites import MlpSite, find_other_modules
 from ..weights.formats import num_bytes
+from ..weights.shortlist import SHORTLIST, num_exact_bytes
 from .named_models import model_path, own_prompts
 from .problems import tokenize
 from .timing import describe_machine, timed_run
@@ -137,4 +138,6 @@ def _bytes_read(model: PreTrainedModel, draft: Draft) -> float:
         share = draft.method.num_parameters_read(site) / site.num_parameters()
         shares |= dict.fromkeys(site.parts if isinstance(site, MlpSite) else [site.module], share)
     read = sum(num_bytes(module, dtype) * shares[module] for module, dtype in dtypes.items())
+    if config.draft_head == SHORTLIST:
+        read += num_exact_bytes(model.get_output_embeddings())
     return read / sum(2 * math.prod(projection_shape(module)) for module in dtypes)

@@ -14,7 +14,7 @@ from ..model.accelerate_hooks import streaming_hook
 from ..model.projections import device_of, is_opaque, projection_bias, projection_shape
 from ..model.sites import MlpSite, neuron_weight
 from ..settings.config import SiriusConfig
-from . import bnb, packed
+from . import bnb, packed, shortlist
 from .gather import OWN_MEMORY, Selection, empty, padded
 from .linear import DraftLinear, plain_linear
 
@@ -88,7 +88,11 @@ def changes(projection: nn.Module, draft_dtype: str | None) -> bool:
 def num_bytes(
     projection: nn.Module, draft_dtype: str | None, num_rows: int | None = None, num_columns: int | None = None
 ) -> int:
-    """Returns the bytes of a `draft_linear` with so many rows and columns, all by default."""
+    """Returns the bytes of a `draft_linear` with so many rows and columns, all by default; of a head with a shortlist
+    those that are its own.
+    """
+    if draft_dtype == shortlist.SHORTLIST:
+        return shortlist.num_bytes(projection)
     out_features, in_features = projection_shape(projection)
     out_features = out_features if num_rows is None else num_rows
     in_features = in_features if num_columns is None else num_columns

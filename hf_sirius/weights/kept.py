@@ -3,16 +3,16 @@
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
 
-from ..model.projections import compute_dtype, plain_tensors, projection_shape
+from ..model.projections import compute_dtype, device_of, plain_tensors, projection_shape
 from .formats import changes, draft_linear
 from .gather import own_memory
-from .linear import DraftLinear
+from .shortlist import SHORTLIST, ShortlistHead
 
 
 # projection -> draft_dtype or number of bytes -> what is kept of it, as long as any twin has it
@@ -23,12 +23,15 @@ _lock = threading.Lock()
 class _Cast:
     """A projection as it was when it was cast, and what drafts have in its place."""
 
-    def __init__(self, projection: nn.Module, draft_dtype: str):
+    def __init__(self, projection: nn.Module, draft_dtype: str, head_inputs: Callable[[], torch.Tensor]):
         self._marks, self._samples = _marks(projection), [samples.clone() for samples in _samples(projection)]
-        self.linear = draft_linear(projection, draft_dtype, compute_dtype=compute_dtype(projection))
+        if draft_dtype == SHORTLIST:
+            self.linear: nn.Module = ShortlistHead(projection, head_inputs())
+        else:
+            self.linear = draft_linear(projection, draft_dtype, compute_dtype=compute_dtype(projection))
         # bitsandbytes' layers settle in their first forward, which is not made for several threads.
-        device = self.linear.linear.weight.device
-        self.linear(torch.ones(1, projection_shape(projection)[1], dtype=self.linear.input_dtype, device=device))
+        inputs = torch.ones(1, projection_shape(projection)[1], dtype=self.linear.input_dtype)
+        self.linear(inputs.to(device_of(projection)))
 
     def is_of(self, projection: nn.Module) -> bool:
         """Whether the projection is still what it was: not moved, cast, loaded or written to.
@@ -67,10 +70,16 @@ class Kept:
     Args:
         dtypes: projection -> the `draft_dtype` of its cast.
         num_bytes: projection -> how much memory its neurons take.
+        head_inputs: returns hidden states such as the head reads, for a shortlist.
     """
 
-    def __init__(self, dtypes: Mapping[nn.Module, str], num_bytes: Mapping[nn.Module, int]):
-        self._dtypes = dict(dtypes)
+    def __init__(
+        self,
+        dtypes: Mapping[nn.Module, str],
+        num_bytes: Mapping[nn.Module, int],
+        head_inputs: Callable[[], torch.Tensor],
+    ):
+        self._dtypes, self._head_inputs = dict(dtypes), head_inputs
         self.bag: list[_Cast | _Buffer] = []
         self._is_cleared = False
         self._buffers: dict[nn.Module, _Buffer] = {}
@@ -81,10 +90,10 @@ class Kept:
         self.casts()  # now, and not in the first call
 
     def __deepcopy__(self, memo: dict) -> "Kept":
-        return Kept(copy.deepcopy(self._dtypes, memo), {})
+        return Kept(copy.deepcopy(self._dtypes, memo), {}, copy.deepcopy(self._head_inputs, memo))
 
     @torch.no_grad()
-    def casts(self) -> dict[nn.Module, DraftLinear]:
+    def casts(self) -> dict[nn.Module, nn.Module]:
         """Returns the cast of each projection that is to have one, made anew where its weights are others by now."""
         casts = {}
         with _lock:
@@ -94,7 +103,7 @@ class Kept:
                 of_projection = _shared.setdefault(projection, WeakValueDictionary())
                 cast = of_projection.get(draft_dtype)
                 if cast is None or not cast.is_of(projection):
-                    cast = of_projection[draft_dtype] = _Cast(projection, draft_dtype)
+                    cast = of_projection[draft_dtype] = _Cast(projection, draft_dtype, self._head_inputs)
                 casts[projection] = cast
             self.bag[:] = [] if self._is_cleared else [*casts.values(), *self._buffers.values()]
         return {projection: cast.linear for projection, cast in casts.items()}

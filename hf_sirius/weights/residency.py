@@ -11,6 +11,7 @@ from ..model.projections import is_projection
 from ..model.sites import MlpSite, find_other_modules
 from ..settings.config import SiriusConfig, memory_bytes
 from .formats import changes, gathered_shapes, num_bytes
+from .shortlist import SHORTLIST
 
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ class Resident(NamedTuple):
 
     owner: nn.Module
     name: str  # the owner's attribute
-    draft_dtype: str | None  # of the copy; `None` where it is as the module
+    draft_dtype: str | None  # of the copy; `None` where it is as the module; of a head also "shortlist"
 
     @property
     def module(self) -> nn.Module:
@@ -52,7 +53,10 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
     def other(owner: nn.Module, name: str) -> Resident:
         is_cast = is_projection(getattr(owner, name)) and config.draft_scope == "all"
         # A head in 4 bits costs a small model more tokens than it saves bytes.
-        draft_dtype = "int8" if getattr(owner, name) is head and config.draft_dtype == "int4" else config.draft_dtype
+        is_head = getattr(owner, name) is head
+        if is_head and config.draft_head == SHORTLIST:
+            return Resident(owner, name, SHORTLIST)
+        draft_dtype = "int8" if is_head and config.draft_dtype == "int4" else config.draft_dtype
         return Resident(owner, name, draft_dtype if is_cast else None)
 
     others = [other(*place) for place in find_other_modules(model, sites)]

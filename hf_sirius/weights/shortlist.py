@@ -1,6 +1,7 @@
 """A head for drafts: a sketch of few columns scores all tokens, and the model's own rows score the likeliest again."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from ..model.accelerate_hooks import execution_device
 from ..model.observation import eagerly, evaluating, is_compiled
 from ..model.projections import is_opaque
 from .gather import Selection, padded
-from .linear import DraftLinear, frozen, plain_linear, read_rows
+from .linear import DraftLinear, frozen, plain_linear
 from .packed import int8_bytes, int8_linear
 
 
@@ -37,10 +38,11 @@ class ShortlistHead(nn.Module):
 
     def __init__(self, head: nn.Linear, inputs: torch.Tensor):
         super().__init__()
-        self.__dict__["head"] = head  # not a submodule: it is the model's
-        rank, self.num_exact = _sizes(*head.weight.shape)
-        self.stride = max(1, self.num_exact // 64)
+        bias = None if head.bias is None else head.bias.detach()
+        self.__dict__["rows"] = plain_linear(head.weight.detach(), bias)  # not a submodule: they are the model's
+        rank, _ = _sizes(*head.weight.shape)
         inputs = inputs.to(head.weight.device, torch.float32)
+        inputs = inputs[inputs.isfinite().all(dim=-1)]  # in float16 some may not be
         left, right = _factors(head.weight.detach(), inputs, rank)
         self.right = frozen(right)
         self.sketch = _sketch(head, left)
@@ -49,32 +51,42 @@ class ShortlistHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inputs = hidden_states.flatten(0, -2)
         logits = self.sketch(inputs.float() @ self.right)
-        # The largest of some tokens tell about how large those of all are, in a fifth of the time.
-        some = logits[:, :: self.stride]
-        cutoffs = some.topk(min(self.num_exact // self.stride, some.shape[1]), dim=-1).values[:, -1:]
-        for i, is_likely in enumerate(logits >= cutoffs):
-            token_ids = is_likely.nonzero().flatten()
+        for i, token_ids in enumerate(likeliest(logits)):
             logits[i, token_ids] = self._exact(inputs[i : i + 1], token_ids).to(logits.dtype)
         return logits.view(*hidden_states.shape[:-1], -1).to(hidden_states.dtype)
 
     def _exact(self, inputs: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Returns the head's logits of some tokens, [num_tokens]."""
-        if (logits := read_rows(self.head, inputs, token_ids)) is not None:
-            return logits[0, token_ids]
-        bias = None if self.head.bias is None else self.head.bias[token_ids]
-        return nn.functional.linear(inputs, self.head.weight[token_ids], bias)[0]
+        if self.rows.reads_rows:
+            return self.rows(inputs, token_ids)[0, token_ids]
+        bias = None if self.rows.bias is None else self.rows.bias[token_ids]
+        return nn.functional.linear(inputs, self.rows.weight[token_ids], bias)[0]
+
+
+def likeliest(logits: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields for each row of logits [num_tokens, vocab_size] the ids of about a fiftieth, those with the largest."""
+    num_exact = _num_exact(logits.shape[1])
+    # The largest of some tokens tell how large those of all are, in a fifth of the time.
+    stride = max(1, num_exact // 64)
+    cutoffs = logits[:, ::stride].topk(num_exact // stride, dim=-1).values[:, -1:]
+    for is_likely in logits >= cutoffs:
+        yield is_likely.nonzero().flatten()
+
+
+def _num_exact(vocab_size: int) -> int:
+    return min(max(vocab_size // 48, 64), vocab_size)
 
 
 def _sizes(vocab_size: int, hidden_size: int) -> tuple[int, int]:
     """Returns the rank of a head's sketch, and how many tokens are scored again."""
-    return min(padded(hidden_size // 4, 64), hidden_size), min(max(vocab_size // 48, 64), vocab_size)
+    return min(padded(hidden_size // 4, 64), hidden_size), _num_exact(vocab_size)
 
 
 def _factors(weight: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns L P and (P^T L^-1)^T, float32 [hidden_size, rank] each."""
-    moments = inputs.T @ inputs / len(inputs)
+    moments = inputs.T @ inputs / max(len(inputs), 1)
     # A ridge, as there may be more directions than inputs.
-    moments.diagonal().add_(_RIDGE * moments.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    moments.diagonal().add_(_RIDGE * moments.diagonal().mean().clamp_min(1e-6))
     root = torch.linalg.cholesky(moments)
     some_rows = weight[:: max(1, len(weight) // _NUM_ROWS)].float() @ root
     generator = torch.Generator().manual_seed(0)
@@ -102,6 +114,11 @@ def num_bytes(head: nn.Linear) -> int:
     return sketch + 4 * hidden_size * rank
 
 
+def num_exact_bytes(head: nn.Linear) -> int:
+    """Returns the bytes of the head's own rows that a draft step of a [`ShortlistHead`] reads."""
+    return _num_exact(head.out_features) * head.weight.shape[1] * head.weight.itemsize
+
+
 def num_read(head: nn.Linear) -> int:
     """Returns how many numbers a draft step reads of a [`ShortlistHead`], the head's own rows included."""
     vocab_size, hidden_size = head.weight.shape
@@ -109,10 +126,15 @@ def num_read(head: nn.Linear) -> int:
     return (vocab_size + hidden_size) * rank + num_exact * hidden_size
 
 
+def has_shortlist(head: nn.Module | None) -> bool:
+    """Whether rows of a model's head can be read, in memory."""
+    return type(head) is nn.Linear and not is_opaque(head) and not head.weight.is_meta
+
+
 def check_head(model: PreTrainedModel) -> None:
-    """Raises `ValueError` for a model without a head whose rows can be read."""
+    """Raises `ValueError` for a model without a head of which a [`ShortlistHead`] can be made."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or is_opaque(head) or head.weight.is_meta:
+    if not has_shortlist(head):
         what = "no head" if head is None else f"a head of type {type(head).__name__}, or one that is offloaded"
         raise ValueError(
             f"draft_head='shortlist' reads rows of the head's weight in memory, but {type(model).__name__} has {what}: "

@@ -236,6 +236,19 @@ def test_sampling_at_threshold_one_keeps_the_dense_distribution(kwargs):
     assert p_value(counts, exact_probabilities(model, **kwargs)) > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("draft_head", ["full", "shortlist"])
+@pytest.mark.parametrize("draft_dtype", [None, "int8", "int4"])
+@pytest.mark.parametrize("method", ["griffin", "cats", "teal"])
+def test_no_kind_of_draft_changes_the_distribution(method, draft_dtype, draft_head):
+    model = sampled_model()
+    fields = {"method": method, "draft_dtype": draft_dtype, "draft_head": draft_head}
+    with make_sparse(model, density=1 / 8, kernel_size=KERNEL_SIZE, threshold=1.0, **fields) as sparse:
+        counts = sample(model, 400, assistant_model=sparse, top_k=0)
+        assert 0.1 < sparse.stats.total.acceptance_rate < 1
+    assert p_value(counts, exact_probabilities(model)) > 1e-3
+
+
 def test_ending_drafts_in_doubt_keeps_the_dense_distribution():
     model = sampled_model()
     with make_sampling_twin(model, draft_confidence=0.4) as sparse:

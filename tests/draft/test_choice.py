@@ -53,7 +53,7 @@ def test_the_least_time_per_token_wins(monkeypatch):
         monkeypatch.setattr(choice, "_seconds", lambda run, device: next(seconds))
         sizes = [p.numel() for site in sites for part in site.parts for p in part.parameters()]
         # All that is timed stands for all, so that the seconds are those of the whole model.
-        return choice._fastest(model, sites, sum(sizes), 0, list(draft), torch.device("cpu"))
+        return choice._fastest(model, sites, sum(sizes), None, list(draft), torch.device("cpu"))
 
     assert chosen(0.0, int8=0.5, int4=0.1)["draft_dtype"] == "int4"
     assert chosen(0.0, int8=0.15, int4=0.1)["draft_dtype"] == "int8"

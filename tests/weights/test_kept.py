@@ -120,7 +120,7 @@ def last_rows(weight):
 @pytest.mark.parametrize("write", [some_rows, one_column_less, last_rows])
 def test_writing_behind_autograds_back_shows(write, width):
     projection = torch.nn.Linear(width, 2 * width)
-    kept = Kept({projection: "bfloat16"}, {})
+    kept = Kept({projection: "bfloat16"}, {}, lambda: None)
     before = kept.casts()[projection]
     assert kept.casts()[projection] is before
     write(projection.weight.data)
