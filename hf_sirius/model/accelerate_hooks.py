@@ -18,7 +18,7 @@ def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
 
 
 def streamed_weight(projection: nn.Module) -> torch.Tensor:
-    """Returns the weight of a projection that accelerate streams, from where it lies, as [out_features, in_features]."""
+    """Returns the weight of a projection that accelerate streams, as [out_features, in_features]."""
     weight = streaming_hook(projection).weights_map["weight"]
     return weight.T if isinstance(projection, Conv1D) else weight
 

@@ -27,15 +27,16 @@ class Calibration:
     Args:
         table: float32 [num_sites, 100]; column i holds the thresholds at density (i + 1) / 100.
         probe: float32 [num_sites, 16]; the first weights of each projection, of an MLP those of its gate projection.
-        metadata: plain values: what they are for (`method` and `weighting`, without which it is cats), and for people the
-            model's class, the number of tokens, and so on.
+        metadata: plain values: what they are for (`method` and `weighting`, without which it is cats), and for people
+            the model's class, the number of tokens, and so on.
         budgets: float32 [num_sites, 100]; column i holds the density of each projection where that of its block is
             (i + 1) / 100. `None` without `budget="greedy"`.
     """
 
     def __init__(self, table: torch.Tensor, probe: torch.Tensor, metadata: dict, budgets: torch.Tensor | None = None):
         is_table = table.ndim == 2 and table.shape[1] == len(CALIBRATED_DENSITIES)
-        if not is_table or probe.shape[:1] != table.shape[:1] or budgets is not None and budgets.shape != table.shape:
+        has_budgets = budgets is None or budgets.shape == table.shape
+        if not is_table or not has_budgets or probe.shape[:1] != table.shape[:1]:
             shapes = [list(tensor.shape) for tensor in (table, probe, budgets) if tensor is not None]
             raise ValueError(
                 f"a calibration has a table [num_sites, {len(CALIBRATED_DENSITIES)}], a probe [num_sites, "
@@ -138,7 +139,8 @@ class Calibration:
                     raise ValueError(
                         f"{str(file)!r} is not a calibration of hf_sirius (format {metadata.get('format')!r})"
                     )
-                budgets = stored.get_tensor("budgets") if "budgets" in stored.keys() else None
+                names = list(stored.keys())
+                budgets = stored.get_tensor("budgets") if "budgets" in names else None
                 table, probe = stored.get_tensor("table"), stored.get_tensor("probe")
                 return cls(table, probe, json.loads(metadata["metadata"]), budgets)
         except SafetensorError as error:

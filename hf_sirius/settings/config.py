@@ -89,8 +89,8 @@ class SiriusConfig(PushToHubMixin):
             By what inputs are compared: `"magnitude"` their own, `"column"` times the norm of the column of the weight
             that they are multiplied with (WINA). For `"teal"`.
         budget (`str`, defaults to `"uniform"`):
-            How many inputs each projection keeps: `"uniform"` all the same share, `"greedy"` more of those that a block's
-            output needs most, by a `calibration` that measured it. For `"teal"`.
+            How inputs are shared out: `"uniform"` keeps the same share for each projection, `"greedy"` a larger one where
+            a block's output needs it most, by a `calibration` that measured it. For `"teal"`.
         draft_dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the weights that a draft reads, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"` or `"nf4"`; by
             default the model's own format. Fewer bytes to read, at a less faithful draft; the verification is the
@@ -179,9 +179,9 @@ class SiriusConfig(PushToHubMixin):
         if self.calibration is None:
             if self.budget != "uniform":
                 raise ValueError(
-                    f"budget={self.budget!r} needs a calibration that measured it: pass calibration=hf_sirius.calibrate("
-                    f"..., method={self.method!r}, weighting={self.weighting!r}, budget={self.budget!r}), or use "
-                    "budget='uniform'"
+                    f"budget={self.budget!r} needs a calibration that measured it, got none: pass "
+                    f"calibration=hf_sirius.calibrate(..., method={self.method!r}, weighting={self.weighting!r}, "
+                    f"budget={self.budget!r}), or use budget='uniform'"
                 )
             return
         measured = (self.calibration.method, self.calibration.weighting)

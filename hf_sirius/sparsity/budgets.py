@@ -1,5 +1,5 @@
-"""TEAL's greedy budgets (arXiv 2408.14690, section 4.3 and algorithm 1): how many inputs each projection of a block keeps,
-so that the block's output changes least.
+"""TEAL's greedy budgets (arXiv 2408.14690, section 4.3 and algorithm 1): how many inputs each projection of a block
+keeps, so that the block's output changes least.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def greedy_budgets(
     Args:
         model: the dense model, in evaluation.
         sites: its projections.
-        texts: token ids, long [1, length] each, of at most `MAX_TOKENS` in all; blocks run again on what the dense model
-            gives them.
+        texts: token ids, long [1, length] each, of at most `MAX_TOKENS` in all; blocks run again on what the dense
+            model gives them.
         table: float32 [num_sites, 100], the cutoffs of each projection at these densities.
         scores: what is compared with them.
         progress: whether to show a progress bar.

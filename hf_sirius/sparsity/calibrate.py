@@ -122,8 +122,8 @@ def calibrate(
             if input_ids.shape[1]:
                 with observing(model, sites, observed, count):
                     model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
-                if num_tokens < MAX_TOKENS:
-                    sample.append(input_ids[:, : MAX_TOKENS - num_tokens])
+                if budget == "greedy" and num_tokens < MAX_TOKENS:
+                    sample.append(input_ids[:, : MAX_TOKENS - num_tokens].clone())  # the text itself is let go
                 num_texts += 1
                 num_tokens += input_ids.shape[1]
                 bar.update(input_ids.shape[1])
@@ -155,9 +155,7 @@ def _check_options(method: str, weighting: str, budget: str) -> None:
     SiriusConfig(method=method, weighting=weighting)
     rules()["budget"].check("budget", budget)
     if budget != "uniform" and method not in (allowed := owners_of("budget")):
-        raise ValueError(
-            f"budget belongs to one of {allowed}, got method={method!r}: leave it out, or change the method"
-        )
+        raise ValueError(f"budget belongs to one of {allowed}, got method={method!r}: leave it out, or use one of them")
 
 
 def _input_ids(text, tokenizer) -> torch.Tensor:

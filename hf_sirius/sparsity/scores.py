@@ -1,4 +1,4 @@
-"""How much each input of a projection counts: what teal compares while it drafts, and what `calibrate` measures for it."""
+"""How much each input of a projection counts: what teal compares while it drafts, and `calibrate` measures for it."""
 
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ from ..weights.formats import dense_weight
 class InputScores:
     """Scores inputs of projections while their weights stay as they are.
 
-    The score of input j is |x_j| (TEAL, arXiv 2408.14690, section 4), or with `weighting="column"` |x_j| * ||W[:, j]||_2
-    (WINA, arXiv 2505.19427, section 3.2): how much it can add to the outputs.
+    The score of input j is |x_j| (TEAL, arXiv 2408.14690, section 4), or with `weighting="column"`
+    |x_j| * ||W[:, j]||_2 (WINA, arXiv 2505.19427, section 3.2): how much it can add to the outputs.
     """
 
     def __init__(self, sites: list[ProjectionSite], weighting: str):

@@ -12,8 +12,8 @@ class Teal(SparsityMethod):
     """Keeps of each projection of attention and MLPs the inputs whose score reaches the projection's cutoff.
 
     The cutoff is the (1 - density) quantile of the scores (`InputScores`): on the calibration corpus, where with
-    `budget="greedy"` each projection has a density of its own, or else over the prompt. Each leaf of a tree keeps inputs
-    of its own, and its step reads what any of them keeps.
+    `budget="greedy"` each projection has a density of its own, or else over the prompt. Each leaf of a tree keeps
+    inputs of its own, and its step reads what any of them keeps.
     """
 
     acts_on = "projections"
