@@ -89,8 +89,8 @@ class SiriusConfig(PushToHubMixin):
             By what inputs are compared: `"magnitude"` their own, `"column"` times the norm of the column of the weight
             that they are multiplied with (WINA). For `"teal"`.
         budget (`str`, defaults to `"uniform"`):
-            How inputs are shared out: `"uniform"` keeps the same share for each projection, `"greedy"` a larger one where
-            a block's output needs it most, by a `calibration` that measured it. For `"teal"`.
+            How inputs are shared out: `"uniform"` keeps the same share for each projection, `"greedy"` a larger one
+            where a block's output needs it most, by a `calibration` that measured it. For `"teal"`.
         draft_dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the weights that a draft reads, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"` or `"nf4"`; by
             default the model's own format. Fewer bytes to read, at a less faithful draft; the verification is the

@@ -46,7 +46,7 @@ def greedy_budgets(
         progress: whether to show a progress bar.
 
     Raises:
-        `ValueError` if a block gives another output when it runs again, or no text has two tokens.
+        `ValueError` if a block does not run by itself, or no text has two tokens.
     """
     if all(text.shape[1] < 2 for text in texts):
         raise ValueError("budget='greedy' compares what follows the first token: pass a text of at least 2 tokens")
@@ -107,7 +107,13 @@ def _error_of(
             outputs = [block(*args, **kwargs) for args, kwargs in calls]
         return [output if isinstance(output, torch.Tensor) else output[0] for output in outputs]
 
-    dense = run()
+    try:
+        dense = run()
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"{name} of this {type(model).__name__} does not run by itself ({error}), as budget='greedy' needs: "
+            "calibrate with budget='uniform'"
+        ) from error
 
     def error_of(tried: list[int]) -> float:
         levels[:] = tried
