@@ -15,7 +15,7 @@ from ..settings.calibration import CALIBRATED_DENSITIES
 from .scores import InputScores
 
 
-STEP = 10  # hundredths that a projection gives up at a time
+STEP = 5  # hundredths that a projection gives up at a time
 MAX_TOKENS = 128  # of the corpus, that a block is run on
 
 
@@ -30,7 +30,7 @@ def greedy_budgets(
 ) -> torch.Tensor:
     """Returns the density of each projection when that of its block is (i + 1) / 100, float32 [num_sites, 100].
 
-    A block starts with all inputs. Again and again the projection gives up .1 of its inputs for which the squared L2
+    A block starts with all inputs. Again and again the projection gives up .05 of its inputs for which the squared L2
     distance of the block's output from the dense one grows least per parameter that is left unread. (The paper's steps
     are an equal share of the block's parameters; a small projection has no such share to give.) How much it grows is
     measured anew for the best candidate alone, until the best one is up to date. The first token of a text, which no
