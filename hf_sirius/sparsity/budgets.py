@@ -30,11 +30,13 @@ def greedy_budgets(
 ) -> torch.Tensor:
     """Returns the density of each projection when that of its block is (i + 1) / 100, float32 [num_sites, 100].
 
-    A block starts with all inputs. Again and again the projection gives up .05 of its inputs for which the squared L2
-    distance of the block's output from the dense one grows least per parameter that is left unread. (The paper's steps
-    are an equal share of the block's parameters; a small projection has no such share to give.) How much it grows is
-    measured anew for the best candidate alone, until the best one is up to date. The first token of a text, which no
-    draft reads, keeps all. A projection outside of any block has the uniform density.
+    A block starts with all inputs. Again and again the projection gives up .05 of its inputs for which the error of the
+    block's output grows least per parameter that is left unread. (The paper's steps are an equal share of the block's
+    parameters; a small projection has no such share to give.) The error is the squared L2 distance from the dense
+    output over that output's square, summed over tokens: the paper's, but for a few tokens with large states, which
+    would else decide alone. How much it grows is measured anew for the best candidate alone, until the best one is up
+    to date. The first token of a text, which no draft reads, keeps all. A projection outside of any block has the
+    uniform density.
 
     Args:
         model: the dense model, in evaluation.
@@ -88,9 +90,7 @@ def _error_of(
     table: torch.Tensor,
     scores: InputScores,
 ) -> Callable[[list[int]], float]:
-    """Returns what tells the squared distance of a block's output from the dense one, at the densities of its
-    projections in hundredths.
-    """
+    """Returns what tells the error of a block's output, at the densities of its projections in hundredths."""
     block = model.get_submodule(name)
     levels = [100] * len(sites)
 
@@ -115,19 +115,26 @@ def _error_of(
             "calibrate with budget='uniform'"
         ) from error
 
+    squares = [_squares(output).clamp(min=torch.finfo(torch.float32).tiny) for output in dense]
+
     def error_of(tried: list[int]) -> float:
         levels[:] = tried
-        pairs = zip(run(), dense, strict=True)
-        return sum((found - expected).float().square().sum().item() for found, expected in pairs)
+        triples = zip(run(), dense, squares, strict=True)
+        return sum((_squares(found - expected) / square).sum().item() for found, expected, square in triples)
 
     return error_of
+
+
+def _squares(states: torch.Tensor) -> torch.Tensor:
+    """Returns the squared norm of each token's states, [..., num_tokens]."""
+    return states.float().square().sum(dim=-1)
 
 
 def _descend(error_of: Callable[[list[int]], float], sizes: list[float]) -> list[list[int]]:
     """Returns the densities of a block's projections from step to step, in hundredths, from 100 down to 1.
 
     Args:
-        error_of: tells the squared error at such densities.
+        error_of: tells the error at such densities.
         sizes: the parameters of each projection.
     """
     levels, error = [100] * len(sizes), 0.0
