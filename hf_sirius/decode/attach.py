@@ -1,7 +1,9 @@
 """`make_sparse`: what it takes, and what it refuses."""
 
+import contextlib
 from typing import Any
 
+import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -9,6 +11,8 @@ from ..draft.choice import CHOSEN, choose_draft
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded
+from ..model.observation import eagerly, evaluating, is_compiled
+from ..model.projections import is_opaque, is_projection
 from ..model.sites import find_mlps, find_projections
 from ..settings.config import SiriusConfig, check_field_names
 from ..settings.methods import method_class, method_of
@@ -46,10 +50,10 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
 
     Raises:
         `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value
-        that is not allowed, a model without an MLP of a known kind, one without its weights, one quantized other than
-        by bitsandbytes, a twin, a calibration of another model, a `draft_memory` too small, or a `draft_dtype` that
-        the device cannot run; `ImportError` for a package that a `draft_dtype` needs; `FileNotFoundError` if offloaded
-        weights are gone.
+        that is not allowed, a model without an MLP of a known kind, one without its weights, one that is quantized
+        and offloaded as well, quantized weights that cannot be read, a twin, a calibration of another model, a
+        `draft_memory` too small, or a `draft_dtype` that the device cannot run; `ImportError` for a package that a
+        `draft_dtype` needs; `FileNotFoundError` if offloaded weights are gone.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
@@ -75,7 +79,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         raise ValueError(
             f"{type(model).__name__} has parameters on the meta device: load its weights first, with from_pretrained"
         )
-    _check_quantization(model, offloaded)
+    _prepare_quantized(model, offloaded)
     if offloaded:
         check_offload(model)
     sites = find_mlps(model)
@@ -101,18 +105,18 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     return user
 
 
-def _check_quantization(model: PreTrainedModel, offloaded: bool) -> None:
-    if not getattr(model, "is_quantized", False):
-        return
+def _prepare_quantized(model: PreTrainedModel, offloaded: bool) -> None:
     method = getattr(model, "quantization_method", None)
-    if method != QuantizationMethod.BITS_AND_BYTES:
+    # A GGUF file may have been dequantized as it was loaded, and torchao may have been laid over a loaded model.
+    is_packed = any(is_projection(module) and is_opaque(module) for module in model.modules())
+    if offloaded and (is_packed or method == QuantizationMethod.BITS_AND_BYTES):
+        library = "a library" if method is None else getattr(method, "value", method)
         raise ValueError(
-            f"{type(model).__name__} is quantized by {getattr(method, 'value', method)}, of which hf_sirius cannot "
-            "take weights: load it with BitsAndBytesConfig (8 or 4 bits), or without quantization and with a "
-            "draft_dtype"
-        )
-    if offloaded:
-        raise ValueError(
-            f"{type(model).__name__} is quantized by bitsandbytes and offloaded as well, which is not supported: "
+            f"{type(model).__name__} is quantized by {library} and offloaded as well, which is not supported: "
             "offload the unquantized model, with a draft_dtype of 8 or 4 bits for a small draft"
         )
+    if is_packed:
+        # Libraries may unpack or move what their layers hold in the first forward, which the twin is to see.
+        token_id = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        with torch.no_grad(), evaluating(model), eagerly() if is_compiled(model) else contextlib.nullcontext():
+            model(token_id, use_cache=False)

@@ -57,7 +57,7 @@ class Call(contextlib.AbstractContextManager):
         finally:
             self.undo.close()
         if (draft_density := self.draft.method.draft_density(self.model)) is not None:
-            self.stats.record_draft_density(draft_density)
+            self.stats.record_draft_density(draft_density, self.draft.method.is_masking)
 
 
 def check_batch_size(input_ids: torch.LongTensor) -> None:

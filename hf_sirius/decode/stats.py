@@ -7,7 +7,8 @@ from typing import Any
 
 _COUNTS = (
     "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified",
-    "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum", "selection_seconds",
+    "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum", "_num_masking",
+    "selection_seconds",
 )  # fmt: skip
 _lock = threading.Lock()  # calls in several threads add to one total
 
@@ -147,9 +148,11 @@ class GenerationStats:
         }
         self._record(counts)
 
-    def record_draft_density(self, draft_density: float) -> None:
-        """Notes the share of all parameters that the call's draft steps read, on average."""
-        self._record({"num_densities": 1, "density_sum": draft_density})
+    def record_draft_density(self, draft_density: float, is_masking: bool) -> None:
+        """Notes the share of all parameters that the call's draft steps needed, on average, and whether they read the
+        rest as well.
+        """
+        self._record({"num_densities": 1, "density_sum": draft_density, "num_masking": is_masking})
 
     def _record(self, counts: dict[str, float]) -> None:
         for stats in filter(None, (self, self.total)):
@@ -183,6 +186,13 @@ class GenerationStats:
         return self._density_sum / self._num_densities if self._num_densities else None
 
     @property
+    def is_masking(self) -> bool | None:
+        """Whether draft steps computed what they dropped as well, so that dropping saved no time: always of teal, and
+        of cats where no kernel skips. Of the total, in any call; `None` before the end of a first one.
+        """
+        return bool(self._num_masking) if self._num_densities else None
+
+    @property
     def effective_density(self) -> float | None:
         """Parameters read per token / all parameters: ((n - 1) * draft_density + 1) / AAL (paper, section 4), with the
         mean of what was drafted for n - 1 where `draft_confidence` ends drafts early.
@@ -196,7 +206,7 @@ class GenerationStats:
         """Returns the counts and measures as plain numbers; a measure without data is `None`."""
         counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back",
                   "num_nodes_drafted", "num_nodes_verified")  # fmt: skip
-        measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "effective_density")
+        measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
         return {name: getattr(self, name) for name in (*counts, *measures)}
 
     def __repr__(self) -> str:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import execution_device, is_offloaded
 from ..model.observation import eagerly, evaluating, is_compiled
-from ..model.sites import PROJECTIONS, MlpSite, find_other_modules, projection_shape
+from ..model.projections import device_of, is_projection, plain_tensors, projection_shape
+from ..model.sites import MlpSite, find_other_modules
 from ..settings.methods import method_class
 from ..weights.formats import changes, check_draft_dtype, draft_linear, num_bytes
 
@@ -51,11 +52,12 @@ def choose_draft(model: PreTrainedModel, sites: list[MlpSite], offloaded_kernel_
     """
     device, offloaded = execution_device(model), is_offloaded(model)
     others = [getattr(*place) for place in find_other_modules(model, sites)]
-    projections = [module for module in others if isinstance(module, PROJECTIONS)]
+    projections = [module for module in others if is_projection(module)]
     projections += [part for site in sites for part in site.parts]
     shapes = tuple(map(projection_shape, projections))
     # What was free the first time says enough: the casts that are kept since are not to change the answer.
-    key = (device, model.dtype, type(sites[0].gate), shapes, torch.get_num_threads(), offloaded)
+    gate = tuple((tensor.dtype, tensor.shape) for tensor in plain_tensors(sites[0].gate))
+    key = (device, model.dtype, type(sites[0].gate), gate, shapes, torch.get_num_threads(), offloaded)
     if key in _chosen:
         return _chosen[key]
     head = model.get_output_embeddings()
@@ -118,7 +120,7 @@ def _fastest(
     def product(linears: list[nn.Module], num_tokens: int) -> float:
         """Returns the seconds of the products, per weight."""
         inputs = [
-            torch.ones(num_tokens, projection_shape(part)[1], dtype=model.dtype, device=part.weight.device)
+            torch.ones(num_tokens, projection_shape(part)[1], dtype=model.dtype, device=device_of(part))
             for part in parts
         ]
 

@@ -89,7 +89,7 @@ class Draft:
             self.method.choose(site)
         for site in self.twin.sites if self.method.gathers else ():
             for part in site.parts:
-                if not part.weight.is_meta:  # else it was gathered while it was loaded
+                if not any(p.is_meta for p in part.parameters()):  # else it was gathered while it was loaded
                     self._gather(site, part, part)
 
     @torch.no_grad()

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..model.accelerate_hooks import is_offloaded, own_forward, streaming_hook
-from ..model.sites import MlpSite, ProjectionSite, find_projections
+from ..model.sites import MlpSite, ProjectionSite, find_other_modules, find_projections
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
 from ..settings.methods import method_of
-from ..weights.draft_modules import TwinModule
+from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.formats import reusable_bytes
 from ..weights.kept import Kept
+from ..weights.linear import has_kernel
 from ..weights.residency import find_resident
 
 
@@ -99,11 +100,16 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     for site in method_sites:
         replacements.setdefault(id(site.owner), {}).update(method.replacements(site))
     resident = find_resident(model, sites, config, method.gathers)
-    gathered = [(site.owner, name) for site in sites for name in site.part_names] if method.gathers else []
-    for owner, name in (*gathered, *((place.owner, place.name) for place in resident)):
+    in_mlps = [(site.owner, name) for site in sites for name in site.part_names]
+    for owner, name in (*(in_mlps if method.gathers else ()), *((place.owner, place.name) for place in resident)):
         parts = replacements.setdefault(id(owner), {})
         if name not in parts:  # the method's own comes first, be it an activation with parameters
             parts[name] = TwinModule(getattr(owner, name))
+    for owner, name in (*find_other_modules(model, sites), *in_mlps):
+        parts = replacements.setdefault(id(owner), {})
+        if has_kernel(getattr(owner, name)):
+            parts.setdefault(name, TwinProjection(getattr(owner, name)))
+    replacements = {owner_id: parts for owner_id, parts in replacements.items() if parts}
     owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}
     root = _copied(model, replacements, copies)

@@ -7,6 +7,7 @@ import functools
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,40 +22,61 @@ def is_available() -> bool:
     if _openmp() is None:
         return False
     try:
-        _kernels()
+        _kernel("grouped")
     except Exception:  # numba is missing, or a version that does not go with this Python or numpy
         return False
     return True
 
 
-def grouped_product(inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Returns inputs @ weight.T, where weight[i, j] = values[i, j] * scales[i, j // 64].
+def product(inputs: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns inputs @ weight.T, of which `rows` alone are read and computed; the other outputs are 0.
+
+    Args:
+        inputs: float32 [num_tokens, in_features].
+        weight: float32 or bfloat16 [out_features, in_features].
+        rows: long [num_rows], the outputs that are needed, all by default.
+
+    Returns:
+        float32 [num_tokens, out_features].
+    """
+    name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[weight.dtype]
+    return _run(name, inputs, weight, inputs.new_empty(0), rows)
+
+
+def grouped_product(
+    inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns inputs @ weight.T, where weight[i, j] = values[i, j] * scales[i, j // 64], as [`product`] does.
 
     Args:
         inputs: float32 [num_tokens, in_features].
         values: int8 [out_features, in_features]; in_features is a multiple of 64.
         scales: float32 [out_features, in_features / 64].
+        rows: long [num_rows], the outputs that are needed, all by default.
 
     Returns:
         float32 [num_tokens, out_features].
     """
-    outputs = inputs.new_empty(inputs.shape[0], values.shape[0])
-    _run("grouped", inputs, values, scales, outputs)
+    return _run("grouped", inputs, values, scales, rows)
+
+
+def _run(
+    name: str, inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None
+) -> torch.Tensor:
+    """Runs a kernel in torch's threads, each of which takes its share of the rows."""
+    outputs = (inputs.new_empty if rows is None else inputs.new_zeros)(len(inputs), len(weight))
+    tensors = (inputs, weight, scales, inputs.new_empty(0) if rows is None else rows, outputs)
+    if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
+        raise RuntimeError("a kernel for CPUs wants tensors there, whose memory lies in rows")
+    num_rows = _ALL if rows is None else len(rows)
+    arguments = _Arguments(*(tensor.data_ptr() for tensor in tensors), len(inputs), *weight.shape, num_rows)
+    # As what `#pragma omp parallel` is compiled to; the interpreter runs on meanwhile.
+    _openmp().GOMP_parallel(_kernel(name).address, ctypes.addressof(arguments), torch.get_num_threads(), 0)
     return outputs
 
 
-def _run(name: str, inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, outputs: torch.Tensor) -> None:
-    """Runs a kernel in torch's threads, each of which takes its share of the outputs."""
-    if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (inputs, values, scales, outputs)):
-        raise RuntimeError("a kernel for CPUs wants tensors there, whose memory lies in rows")
-    arguments = _Arguments(
-        *(tensor.data_ptr() for tensor in (inputs, values, scales, outputs)), len(inputs), *values.shape
-    )
-    # As what `#pragma omp parallel` is compiled to; the interpreter runs on meanwhile.
-    _openmp().GOMP_parallel(_kernels()[name].address, ctypes.addressof(arguments), torch.get_num_threads(), 0)
-
-
-_Arguments = ctypes.c_int64 * 7
+_ALL = -1  # in place of a number of rows
+_Arguments = ctypes.c_int64 * 9
 
 
 @functools.cache
@@ -71,16 +93,17 @@ def _openmp() -> ctypes.CDLL | None:
     return library
 
 
-def _kernels() -> dict:
+def _kernel(name: str) -> Any:
     with _lock:  # the first call compiles
-        return _compiled()
+        return _compiled(name)
 
 
 @functools.cache
-def _compiled() -> dict:
-    """Returns the compiled kernels by name."""
+def _compiled(name: str) -> Any:
+    """Returns a compiled kernel, which has an `address`."""
     import llvmlite.binding
     import numpy as np
+    from llvmlite import ir
     from numba import carray, cfunc, njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic
@@ -98,35 +121,74 @@ def _compiled() -> dict:
 
         return types.voidptr(types.int64), generate
 
+    @intrinsic
+    def float_of_bits(typing_context, bits):
+        def generate(context, builder, signature, arguments):
+            return builder.bitcast(arguments[0], ir.FloatType())
+
+        return types.float32(types.int32), generate
+
     compiled = njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
     @compiled
-    def rows(inputs, values, scales, outputs, start, end):
+    def as_it_is(weight):
+        return weight
+
+    @compiled
+    def from_bfloat16(weight):  # whose bits are the upper half of a float32's
+        return float_of_bits(np.int32(weight) << np.int32(16))
+
+    def plain_rows(widened):
+        @compiled
+        def dots(inputs, weight, scales, rows, outputs, start, end):
+            for i in range(start, end):
+                row = rows[i] if len(rows) else i
+                for token in range(inputs.shape[0]):
+                    total = np.float32(0)
+                    weights, states = weight[row], inputs[token]
+                    for j in range(weight.shape[1]):
+                        total += widened(weights[j]) * states[j]
+                    outputs[token, row] = total
+
+        return dots
+
+    @compiled
+    def grouped_rows(inputs, values, scales, rows, outputs, start, end):
         # The constant length of the inner loop is what has it vectorized.
-        for row in range(start, end):
+        for i in range(start, end):
+            row = rows[i] if len(rows) else i
             for token in range(inputs.shape[0]):
                 total = np.float32(0)
                 for group in range(scales.shape[1]):
                     first = group * GROUP
                     part = np.float32(0)
                     weights, states = values[row, first : first + GROUP], inputs[token, first : first + GROUP]
-                    for i in range(GROUP):
-                        part += np.float32(weights[i]) * states[i]
+                    for j in range(GROUP):
+                        part += np.float32(weights[j]) * states[j]
                     total += part * scales[row, group]
                 outputs[token, row] = total
 
-    @cfunc(types.void(types.CPointer(types.int64)), nopython=True)
-    def grouped(arguments):
-        given = carray(arguments, 7)
-        num_tokens, out_features, in_features = given[4], given[5], given[6]
-        thread, threads = thread_num(), num_threads()
-        rows(
-            carray(pointer(given[0]), (num_tokens, in_features), np.float32),
-            carray(pointer(given[1]), (out_features, in_features), np.int8),
-            carray(pointer(given[2]), (out_features, in_features // GROUP), np.float32),
-            carray(pointer(given[3]), (num_tokens, out_features), np.float32),
-            out_features * thread // threads,
-            out_features * (thread + 1) // threads,
-        )
+    def kernel(dots, dtype):
+        @cfunc(types.void(types.CPointer(types.int64)), nopython=True)
+        def run(arguments):
+            given = carray(arguments, 9)
+            num_tokens, out_features, in_features, num_rows = given[5], given[6], given[7], given[8]
+            thread, threads = thread_num(), num_threads()
+            num_read = out_features if num_rows == _ALL else num_rows
+            dots(
+                carray(pointer(given[0]), (num_tokens, in_features), np.float32),
+                carray(pointer(given[1]), (out_features, in_features), dtype),
+                carray(pointer(given[2]), (out_features, in_features // GROUP), np.float32),
+                carray(pointer(given[3]), (max(num_rows, 0),), np.int64),
+                carray(pointer(given[4]), (num_tokens, out_features), np.float32),
+                num_read * thread // threads,
+                num_read * (thread + 1) // threads,
+            )
 
-    return {"grouped": grouped}
+        return run
+
+    if name == "grouped":
+        return kernel(grouped_rows, np.int8)
+    if name == "bfloat16":
+        return kernel(plain_rows(from_bfloat16), np.uint16)
+    return kernel(plain_rows(as_it_is), np.float32)

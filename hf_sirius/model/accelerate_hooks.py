@@ -1,5 +1,6 @@
 """What accelerate has laid over a module whose weights it streams from CPU memory or disk."""
 
+import types
 from collections.abc import Callable, Iterator
 
 import torch
@@ -49,6 +50,18 @@ def own_forward(module: nn.Module) -> Callable | None:
             "model.compile()"
         )
     return None if forward.__func__ is type(module).forward else forward.__func__
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """Returns the same module over its present tensors, without the hooks by which accelerate takes them away."""
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    for name in ("_hf_hook", "forward", "_old_forward"):
+        copy.__dict__.pop(name, None)
+    if (forward := own_forward(module)) is not None:
+        copy.__dict__["forward"] = types.MethodType(forward, copy)
+    copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+    return copy
 
 
 def is_offloaded(model: nn.Module) -> bool:

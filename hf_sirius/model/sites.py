@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from .projections import is_projection, projection_bias, projection_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,6 @@ MLP_KINDS = (
     MlpKind(gate="dense_h_to_4h", down="dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
 )
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
-PROJECTIONS = (nn.Linear, Conv1D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +73,16 @@ class MlpSite:
 
     def num_parameters(self) -> int:
         """Parameters of the projections, biases included."""
-        return sum(_num_parameters(part) for part in self.parts)
+        return sum(num_parameters(part) for part in self.parts)
 
     def num_parameters_read(self, share: float, gate_in_full: bool) -> float:
         """Parameters that a step reads with this share of the neurons; to find them it may need the whole gate."""
-        gate = _num_parameters(self.gate)
-        up = _num_parameters(self.up) if self.up is not None else 0
+        gate = num_parameters(self.gate)
+        up = num_parameters(self.up) if self.up is not None else 0
         if self.kind.num_fused == 2:
             gate, up = gate / 2, gate / 2
-        down_bias = self.down.bias.numel() if self.down.bias is not None else 0
-        down_weight = _num_parameters(self.down) - down_bias
+        down_bias = _num_biases(self.down)
+        down_weight = num_parameters(self.down) - down_bias
         return gate * (1.0 if gate_in_full else share) + share * (up + down_weight) + down_bias
 
 
@@ -99,24 +101,22 @@ class ProjectionSite:
 
     def num_parameters(self) -> int:
         """Parameters, the bias included."""
-        return _num_parameters(self.module)
+        return num_parameters(self.module)
 
     def num_parameters_read(self, share: float) -> float:
         """Parameters that a step reads with this share of the inputs."""
-        bias = 0 if self.module.bias is None else self.module.bias.numel()
-        return share * (_num_parameters(self.module) - bias) + bias
+        bias = _num_biases(self.module)
+        return share * (num_parameters(self.module) - bias) + bias
 
 
-def projection_shape(projection: nn.Module) -> tuple[int, int]:
-    """Returns (out_features, in_features), which the weight of a 4-bit layer does not tell."""
-    if isinstance(projection, Conv1D):
-        return projection.nf, projection.nx
-    return projection.out_features, projection.in_features
+def num_parameters(projection: nn.Module) -> int:
+    """Returns how many parameters a projection stands for, the bias included."""
+    return math.prod(projection_shape(projection)) + _num_biases(projection)
 
 
-def _num_parameters(projection: nn.Module) -> int:
-    out_features, in_features = projection_shape(projection)
-    return out_features * in_features + (projection.bias.numel() if projection.bias is not None else 0)
+def _num_biases(projection: nn.Module) -> int:
+    bias = projection_bias(projection)
+    return 0 if bias is None else bias.numel()
 
 
 def neuron_weight(projection: nn.Module) -> torch.Tensor:
@@ -145,7 +145,7 @@ def find_projections(model: nn.Module) -> list[ProjectionSite]:
         (f"{owner_name}.{name}".lstrip("."), owner, name)
         for owner_name, owner in model.named_modules()
         for name, child in owner.named_children()
-        if isinstance(child, PROJECTIONS) and child in decoder and child is not head
+        if is_projection(child) and child in decoder and child is not head
     ]
     return [ProjectionSite(idx, *place) for idx, place in enumerate(places)]
 
@@ -183,11 +183,11 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
             continue
         for part_name in kind.part_names:
             part = getattr(module, part_name)
-            if not isinstance(part, PROJECTIONS):
+            if not is_projection(part):
                 raise ValueError(
                     f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs "
-                    f"of {', '.join(p.__name__ for p in PROJECTIONS)} sparse. Load the model without adapters (or "
-                    "merge them first), and without quantization or with bitsandbytes (BitsAndBytesConfig)."
+                    "of Linear, Conv1D and the quantized layers of libraries sparse. Load the model without adapters, "
+                    "or merge them first."
                 )
         num_neurons = projection_shape(getattr(module, kind.down))[1]
         if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:
@@ -198,6 +198,7 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
         raise ValueError(
             f"{type(model).__name__} has no MLP of a known kind: a module with an activation "
             f"({', '.join(ACTIVATIONS)}) and the projections of one of {layouts}. Add a row to "
-            "hf_sirius.model.sites.MLP_KINDS if its MLP only has other names."
+            "hf_sirius.model.sites.MLP_KINDS if its MLP only has other names, and load a quantized model without fused "
+            "modules."
         )
     return sites

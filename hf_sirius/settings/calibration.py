@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..model.accelerate_hooks import streamed_weight
+from ..model.projections import is_opaque, products_of_columns
 from ..model.sites import MlpSite, ProjectionSite, neuron_weight
 
 
@@ -151,12 +152,16 @@ def probe_weights(sites: list[MlpSite] | list[ProjectionSite]) -> torch.Tensor:
     """Returns the first weights of each projection, of an MLP those of its gate projection, float32 [num_sites, 16], by
     which to know a model again. Rows of fewer weights end in zeros.
     """
-    probes = []
-    for site in sites:
-        projection = site.gate if isinstance(site, MlpSite) else site.module
-        weight = streamed_weight(projection) if projection.weight.is_meta else neuron_weight(projection)
-        probes.append(weight[0].detach().float().cpu()[:_NUM_PROBES])
+    probes = [_first_weights(site.gate if isinstance(site, MlpSite) else site.module) for site in sites]
     return nn.utils.rnn.pad_sequence(probes, batch_first=True)
+
+
+def _first_weights(projection: nn.Module) -> torch.Tensor:
+    if is_opaque(projection):
+        weights = products_of_columns(projection, 0, _NUM_PROBES)[:, 0]
+    else:
+        weights = (streamed_weight(projection) if projection.weight.is_meta else neuron_weight(projection))[0]
+    return weights.detach().float().cpu()[:_NUM_PROBES]
 
 
 def _interpolate(table: torch.Tensor, densities: torch.Tensor) -> torch.Tensor:

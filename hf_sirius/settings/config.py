@@ -93,7 +93,8 @@ class SiriusConfig(PushToHubMixin):
             where a block's output needs it most, by a `calibration` that measured it. For `"teal"`.
         draft_dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the weights that a draft reads, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"` or `"nf4"`; by
-            default the model's own format. Fewer bytes to read, at a less faithful draft; the verification is the
+            default the model's own format (which `"griffin"` dequantizes where another library than bitsandbytes has
+            quantized the model). Fewer bytes to read, at a less faithful draft; the verification is the
             model's own all the same. `"int8"` has a scale for each 64 inputs on a CPU with numba (`pip install
             hf_sirius[cpu]`), one for each output without, and is bitsandbytes' elsewhere; `"int4"` has a scale and a
             zero point for each 32 inputs, and leaves the head in 8 bits. `"nf4"` is bitsandbytes' (`pip install

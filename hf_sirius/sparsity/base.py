@@ -9,20 +9,26 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.observation import Observed, observing
-from ..model.sites import MlpSite, ProjectionSite
+from ..model.projections import is_opaque, is_projection
+from ..model.sites import MlpSite, ProjectionSite, num_parameters
 from ..settings.config import SiriusConfig
-from ..weights.draft_modules import TwinModule
+from ..weights.draft_modules import TwinProjection
 from ..weights.formats import num_elements
 
 
 _drafting: ContextVar["SparsityMethod | None"] = ContextVar("hf_sirius_drafting", default=None)
+
+
+def drafting_method() -> Any:
+    """Returns the method that drafts in this context, or `None` outside of drafts."""
+    return _drafting.get()
 
 
 class SparsityMethod(ABC):
@@ -36,12 +42,14 @@ class SparsityMethod(ABC):
         acts_on: which of the two.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
+        is_masking: whether its draft steps computed what they dropped as well, and saved no time by it.
         neuron_indices: of a method that gathers, long [num_kept] for each MLP, ascending; `None` before the choice.
     """
 
     acts_on: ClassVar[Literal["mlps", "projections"]] = "mlps"
     observed: ClassVar[Observed]
     gathers: ClassVar[bool] = False
+    is_masking: bool = False
 
     def __init__(self, config: SiriusConfig, sites: list[MlpSite] | list[ProjectionSite]):
         self.config = config
@@ -85,21 +93,21 @@ class SparsityMethod(ABC):
         if None in read:
             return None
         head, decoder = model.get_output_embeddings(), model.get_decoder()
-        head_parameters = {id(p): num_elements(p) for p in head.parameters()} if head is not None else {}
+        head_parameters = _num_parameters_of(head) if head is not None else {}
         unread = sum(
             module.weight.numel() - module.weight.shape[-1]
             for module in decoder.modules()
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
-        num_parameters = sum(({id(p): num_elements(p) for p in decoder.parameters()} | head_parameters).values())
+        num_all = sum((_num_parameters_of(decoder) | head_parameters).values())
         embedding = model.get_input_embeddings()
         is_tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-        if is_tied and head.weight.is_meta and id(embedding.weight) not in head_parameters:
+        if is_tied and not is_opaque(head) and head.weight.is_meta and id(embedding.weight) not in head_parameters:
             # Offloaded, they are two parameters of one and the same weight.
             unread -= embedding.weight.numel() - embedding.weight.shape[-1]
-            num_parameters -= head.weight.numel()
+            num_all -= head.weight.numel()
         at_sites = sum(site.num_parameters() for site in self.sites)
-        return (num_parameters - unread - at_sites + sum(read)) / num_parameters
+        return (num_all - unread - at_sites + sum(read)) / num_all
 
     def needs_prefill(self) -> bool:
         """Whether `observe` must be fed during the prefill."""
@@ -128,7 +136,18 @@ class SparsityMethod(ABC):
             _drafting.reset(token)
 
 
-class TwinInput(TwinModule):
+def _num_parameters_of(root: nn.Module) -> dict[int, int]:
+    """Returns how many numbers the parameters in a module stand for, by the id of what may be tied."""
+    counts = {}
+    for module in root.modules():
+        if is_projection(module) and is_opaque(module):  # whose tensors do not tell
+            counts[id(module._parameters.get("weight", module))] = num_parameters(module)
+        else:
+            counts |= {id(p): num_elements(p) for p in module.parameters(recurse=False)}
+    return counts
+
+
+class TwinInput(TwinProjection):
     """Stands in for a projection in the twin: the drafting method zeroes the inputs that it drops."""
 
     def __init__(self, dense: nn.Module, site_idx: int):
@@ -136,7 +155,7 @@ class TwinInput(TwinModule):
         self.site_idx = site_idx
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        method = _drafting.get()
+        method = drafting_method()
         return super().forward(inputs if method is None else method.drop(self.site_idx, inputs))
 
 
@@ -150,5 +169,5 @@ class TwinActivation(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         activations = self.dense(values)
-        method = _drafting.get()
+        method = drafting_method()
         return activations if method is None else method.drop(self.site_idx, activations)

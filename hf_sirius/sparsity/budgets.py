@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..model.observation import intercepting
-from ..model.sites import ProjectionSite, find_block, projection_shape
+from ..model.projections import projection_shape
+from ..model.sites import ProjectionSite, find_block
 from ..settings.calibration import CALIBRATED_DENSITIES
 from .scores import InputScores
 

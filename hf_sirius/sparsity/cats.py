@@ -1,9 +1,12 @@
 """CATS (arXiv 2404.08763): per token, the neurons whose |act(gate_proj x)| is large. FSparse in the Sirius paper."""
 
 import torch
+from torch import nn
 
 from ..model.sites import MlpSite
-from .base import SparsityMethod, TwinActivation
+from ..weights.draft_modules import TwinModule
+from ..weights.linear import read_rows
+from .base import SparsityMethod, TwinActivation, drafting_method
 from .calibrate import MagnitudeHistogram
 
 
@@ -11,7 +14,9 @@ class Cats(SparsityMethod):
     """Keeps a token's neurons whose |act(gate_proj x)| exceeds their layer's threshold, or the largest (`"topk"`).
 
     The threshold is the (1 - density) quantile of the layer's magnitudes: on the calibration corpus, or else over the
-    prompt. All of gate_proj must be read to find the neurons; of up and down only the kept ones are needed.
+    prompt. All of gate_proj must be read to find the neurons; of up and down only the kept ones are needed. Those of up
+    are read alone where a kernel can (a CPU, with numba). Of down they are numbers in each row, beside dropped ones in
+    the same cache lines, so all of it is read.
     """
 
     observed = "activation"
@@ -24,10 +29,19 @@ class Cats(SparsityMethod):
         self._histograms = [MagnitudeHistogram() for _ in sites] if self.needs_prefill() else []
         self._num_kept: list[torch.Tensor | int] = [0] * len(sites)
         self._num_tokens = [0] * len(sites)
+        self._latest_masks: list[torch.Tensor | None] = [None] * len(sites)
+        self._has_skipped = False
 
     @classmethod
     def replacements(cls, site):
-        return {site.activation: TwinActivation(getattr(site.owner, site.activation), site.idx)}
+        parts: dict[str, nn.Module] = {site.activation: TwinActivation(getattr(site.owner, site.activation), site.idx)}
+        if site.up is not None:
+            parts |= {name: _TwinProjection(site, name) for name in site.part_names}
+        return parts
+
+    @property
+    def is_masking(self):
+        return any(self._num_tokens) and not self._has_skipped
 
     def needs_prefill(self):
         return self.config.selection == "threshold" and self.config.calibration is None
@@ -58,6 +72,7 @@ class Cats(SparsityMethod):
             neuron_mask = magnitudes.to(dtype) >= self.cutoffs[site_idx]
         self._num_kept[site_idx] += neuron_mask.sum()
         self._num_tokens[site_idx] += neuron_mask[..., 0].numel()
+        self._latest_masks[site_idx] = neuron_mask
         return activations * neuron_mask
 
     def num_parameters_read(self, site: MlpSite) -> float | None:
@@ -65,3 +80,30 @@ class Cats(SparsityMethod):
             return None
         share = float(self._num_kept[site.idx]) / (self._num_tokens[site.idx] * site.num_neurons)
         return site.num_parameters_read(share, gate_in_full=True)
+
+    def run(self, site_idx: int, is_up: bool, projection: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs of a projection, of up those of the neurons that were kept just before."""
+        # Gate and down forget them, so that up never takes another token's, in whatever order an MLP runs.
+        neuron_mask, self._latest_masks[site_idx] = self._latest_masks[site_idx], None
+        rows = None
+        if is_up and neuron_mask is not None:
+            rows = neuron_mask.flatten(0, -2).any(dim=0).nonzero().flatten()
+        outputs = read_rows(projection, inputs, rows)
+        if outputs is None:
+            return projection(inputs)
+        self._has_skipped |= rows is not None
+        return outputs
+
+
+class _TwinProjection(TwinModule):
+    """Stands in for a projection of an MLP in the twin: the drafting method runs it."""
+
+    def __init__(self, site: MlpSite, name: str):
+        super().__init__(getattr(site.owner, name))
+        self.site_idx, self.is_up = site.idx, name == site.kind.up
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        method = drafting_method()
+        if method is None:
+            return super().forward(inputs)
+        return method.run(self.site_idx, self.is_up, self.current(), inputs)

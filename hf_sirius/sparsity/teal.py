@@ -2,7 +2,7 @@
 
 import torch
 
-from ..model.sites import projection_shape
+from ..model.projections import projection_shape
 from .base import SparsityMethod, TwinInput
 from .calibrate import MagnitudeHistogram
 from .scores import InputScores
@@ -18,6 +18,7 @@ class Teal(SparsityMethod):
 
     acts_on = "projections"
     observed = "inputs"
+    is_masking = True  # a dropped column lies in the same cache lines as kept ones
 
     def __init__(self, config, sites):
         super().__init__(config, sites)

@@ -1,5 +1,6 @@
 """Compares drafts of one model: how often they agree, how many bytes a step reads, and what a generation takes."""
 
+import math
 import statistics
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..decode.attach import make_sparse
 from ..decode.sparse_twin import SparseTwin
 from ..draft.draft import Draft
-from ..model.sites import PROJECTIONS, MlpSite, find_other_modules
+from ..model.projections import is_projection, projection_shape
+from ..model.sites import MlpSite, find_other_modules
 from ..weights.formats import num_bytes
 from .named_models import model_path, own_prompts
 from .problems import tokenize
@@ -127,7 +129,7 @@ def read_along(
 def _bytes_read(model: PreTrainedModel, draft: Draft) -> float:
     sites, config = draft.twin.sites, draft.config
     others = [getattr(*place) for place in find_other_modules(model, sites)]
-    dtypes = dict.fromkeys(module for module in others if isinstance(module, PROJECTIONS))
+    dtypes = dict.fromkeys(module for module in others if is_projection(module))
     dtypes |= {part: config.draft_dtype for site in sites for part in site.parts}
     dtypes |= {module: dtype for module, dtype in draft.twin.resident.items() if module in dtypes}
     shares = dict.fromkeys(dtypes, 1.0)
@@ -135,4 +137,4 @@ def _bytes_read(model: PreTrainedModel, draft: Draft) -> float:
         share = draft.method.num_parameters_read(site) / site.num_parameters()
         shares |= dict.fromkeys(site.parts if isinstance(site, MlpSite) else [site.module], share)
     read = sum(num_bytes(module, dtype) * shares[module] for module, dtype in dtypes.items())
-    return read / sum(2 * module.weight.numel() for module in dtypes)
+    return read / sum(2 * math.prod(projection_shape(module)) for module in dtypes)

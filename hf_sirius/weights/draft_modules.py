@@ -4,7 +4,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 
+import torch
 from torch import nn
+
+from .linear import read_rows
 
 
 _held: ContextVar[Mapping[nn.Module, nn.Module] | None] = ContextVar("hf_sirius_held", default=None)
@@ -44,9 +47,22 @@ class TwinModule(nn.Module):
                 raise
             return getattr(self.dense, name)  # such as the eps of a norm
 
+    def current(self) -> nn.Module:
+        """Returns what runs in its place: what the draft of this context holds, or the dense module."""
+        return (_held.get() or {}).get(self.dense, self.dense)
+
     def forward(self, *args, **kwargs):
-        module = (_held.get() or {}).get(self.dense, self.dense)
-        return module(*args, **kwargs)
+        return self.current()(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"of {self.dense}"
+
+
+class TwinProjection(TwinModule):
+    """Stands in for a projection, whose weight a draft reads by a kernel where there is one."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if _held.get() is None:  # outside of drafts it is the dense one
+            return super().forward(inputs)
+        outputs = read_rows(self.current(), inputs, None)
+        return super().forward(inputs) if outputs is None else outputs

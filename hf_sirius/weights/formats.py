@@ -9,16 +9,20 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from ..model import projections
 from ..model.accelerate_hooks import streaming_hook
-from ..model.sites import MlpSite, neuron_weight, projection_shape
+from ..model.projections import device_of, is_opaque, projection_bias, projection_shape
+from ..model.sites import MlpSite, neuron_weight
 from ..settings.config import SiriusConfig
 from . import bnb, packed
-from .gather import OWN_MEMORY, Selection, padded
+from .gather import OWN_MEMORY, Selection, empty, padded
 from .linear import DraftLinear, plain_linear
 
 
 # The dtype in which weights are gathered before they are quantized.
 GATHERED_AS = {"int8": torch.float16, "int4": torch.bfloat16, "nf4": torch.bfloat16}
+_PRODUCT = 2**24  # numbers that are dequantized at a time
+_TOLERANCE = 0.3  # of a layer's product, relative in norm
 
 
 def draft_linear(
@@ -32,15 +36,16 @@ def draft_linear(
     """Returns a projection with some of its rows or columns, cast or quantized.
 
     Args:
-        projection: an `nn.Linear`, a `Conv1D`, or one of bitsandbytes' 8-bit or 4-bit linear layers.
-        draft_dtype: of `SiriusConfig`; `None` keeps the projection's own format.
+        projection: an `nn.Linear`, a `Conv1D`, or a quantized linear layer of some library.
+        draft_dtype: of `SiriusConfig`; `None` keeps the projection's own format, if it is plain or bitsandbytes', and
+            dequantizes others.
         rows: long [num_rows], the outputs to keep, all by default.
         columns: long [num_columns], the inputs to keep, all by default.
         compute_dtype: the model's dtype, in which 4-bit layers compute; by default that of the weight.
         memory: uint8 [num_bytes], where a weight that is not quantized goes, if it fits and is to be on this device; by
             default new memory.
     """
-    bias = projection.bias
+    bias = projection_bias(projection)
     if bias is not None:
         bias = bias.detach() if rows is None else bias.detach().index_select(0, rows.to(bias.device))
     if bnb.is_8bit(projection) and draft_dtype in (None, "int8"):
@@ -73,9 +78,11 @@ def draft_linear(
 
 def changes(projection: nn.Module, draft_dtype: str | None) -> bool:
     """Whether a draft of this dtype has another weight than the projection itself."""
+    if draft_dtype is None:
+        return False
     if bnb.is_4bit(projection):
-        return draft_dtype not in (None, projection.weight.quant_state.quant_type)
-    return draft_dtype is not None and str(projection.weight.dtype) != f"torch.{draft_dtype}"
+        return draft_dtype != projection.weight.quant_state.quant_type
+    return is_opaque(projection) or str(projection.weight.dtype) != f"torch.{draft_dtype}"
 
 
 def num_bytes(
@@ -85,11 +92,12 @@ def num_bytes(
     out_features, in_features = projection_shape(projection)
     out_features = out_features if num_rows is None else num_rows
     in_features = in_features if num_columns is None else num_columns
-    has_bias = projection.bias is not None
-    bias_itemsize = min(projection.bias.itemsize, torch.float32.itemsize) if has_bias else 0
+    bias = projection_bias(projection)
+    has_bias = bias is not None
+    bias_itemsize = 0 if bias is None else min(bias.itemsize, torch.float32.itemsize)
     if draft_dtype is None:
         draft_dtype = "int8" if bnb.is_8bit(projection) else "nf4" if bnb.is_4bit(projection) else None
-    device = _device(projection)
+    device = device_of(projection)
     if draft_dtype == "int4":
         return packed.int4_bytes(out_features, in_features, has_bias, device)
     if draft_dtype == "int8" and device.type == "cpu" and not bnb.is_8bit(projection):
@@ -99,14 +107,8 @@ def num_bytes(
     if draft_dtype == "nf4":  # fp4 takes as much
         rows, columns = padded(out_features, bnb.NF4_ROWS), padded(in_features, bnb.NF4_BLOCK)
         return rows * columns // 2 + rows * columns // bnb.NF4_BLOCK * 4 + rows * bias_itemsize
-    dtype = getattr(torch, draft_dtype) if draft_dtype else projection.weight.dtype
+    dtype = getattr(torch, draft_dtype) if draft_dtype else projections.compute_dtype(projection)
     return out_features * (in_features + has_bias) * dtype.itemsize
-
-
-def _device(projection: nn.Module) -> torch.device:
-    """Returns where a projection computes."""
-    hook = streaming_hook(projection) if projection.weight.is_meta else None
-    return projection.weight.device if hook is None else torch.device(hook.execution_device)
 
 
 def narrowed(weight: torch.Tensor, draft_dtype: str | None) -> torch.Tensor:
@@ -148,7 +150,9 @@ def gather_neurons(
     else:
         num_fused = projection_shape(part)[0] // site.num_neurons
         rows = torch.cat([neuron_indices + i * site.num_neurons for i in range(num_fused)])
-    return draft_linear(loaded, draft_dtype, rows, columns, compute_dtype=part.weight.dtype, memory=memory)
+    return draft_linear(
+        loaded, draft_dtype, rows, columns, compute_dtype=projections.compute_dtype(part), memory=memory
+    )
 
 
 def gathered_shapes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module, tuple[int, int]]:
@@ -168,16 +172,18 @@ def gathered_shapes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Modul
 
 def reusable_bytes(sites: list[MlpSite], config: SiriusConfig) -> dict[nn.Module, int]:
     """Returns how much memory is kept from call to call for the gathered neurons of each projection: of large ones on a
-    CPU, which are not quantized. (Elsewhere torch keeps what it allocates anyway, offloaded weights are gathered while
-    they pass, and quantizing takes longer than new memory.)
+    CPU, where neither they nor the projection are quantized. (Elsewhere torch keeps what it allocates anyway, offloaded
+    weights are gathered while they pass, and quantizing or dequantizing takes longer than new memory.)
     """
     if config.draft_dtype in GATHERED_AS:
         return {}
     sizes = {}
     for part, (num_rows, num_columns) in gathered_shapes(sites, config).items():
+        if bnb.is_8bit(part) or bnb.is_4bit(part) or is_opaque(part):
+            continue
         dtype = part.weight.dtype if config.draft_dtype is None else getattr(torch, config.draft_dtype)
         size = num_rows * num_columns * dtype.itemsize
-        if part.weight.device.type == "cpu" and not bnb.is_8bit(part) and not bnb.is_4bit(part) and size >= OWN_MEMORY:
+        if part.weight.device.type == "cpu" and size >= OWN_MEMORY:
             sizes[part] = size
     return sizes
 
@@ -224,7 +230,32 @@ def dense_weight(projection: nn.Module) -> torch.Tensor:
             packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
             state.absmax, state.nested = absmax, False
         return functional.dequantize_4bit(packed, state)
+    if is_opaque(projection):
+        return _weight_by_products(projection)
     return neuron_weight(projection).detach()
+
+
+def _weight_by_products(projection: nn.Module) -> torch.Tensor:
+    """Returns the weight of a layer of some library, which is what it makes of the identity: as exact as its products,
+    be the weight permuted, rotated or scaled in there.
+
+    Raises:
+        `ValueError` if the layer does not compute the product with a weight.
+    """
+    out_features, in_features = projection_shape(projection)
+    weight = empty(out_features, in_features, projections.compute_dtype(projection), device_of(projection))
+    # Many at a time, as libraries may dequantize all of the weight for each product.
+    size = max(1, _PRODUCT // out_features)
+    for start in range(0, in_features, size):
+        stop = min(start + size, in_features)
+        weight[:, start:stop] = projections.products_of_columns(projection, start, stop).T
+    inputs = torch.arange(in_features).cos()[None]
+    outputs = projections.product_without_bias(projection, inputs).float()
+    expected = nn.functional.linear(inputs.to(weight), weight).float()
+    # Layers that quantize their inputs as well differ by that.
+    if not (outputs - expected).norm() <= _TOLERANCE * expected.norm():
+        raise ValueError(f"{projections.unreadable(projection)} (what it computes is no product with a weight)")
+    return weight
 
 
 def num_elements(parameter: torch.Tensor) -> int:

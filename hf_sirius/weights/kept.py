@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import nn
 
-from ..model.sites import projection_shape
+from ..model.projections import compute_dtype, plain_tensors, projection_shape
 from .formats import changes, draft_linear
 from .gather import own_memory
 from .linear import DraftLinear
@@ -25,7 +25,7 @@ class _Cast:
 
     def __init__(self, projection: nn.Module, draft_dtype: str):
         self._marks, self._samples = _marks(projection), [samples.clone() for samples in _samples(projection)]
-        self.linear = draft_linear(projection, draft_dtype, compute_dtype=projection.weight.dtype)
+        self.linear = draft_linear(projection, draft_dtype, compute_dtype=compute_dtype(projection))
         # bitsandbytes' layers settle in their first forward, which is not made for several threads.
         device = self.linear.linear.weight.device
         self.linear(torch.ones(1, projection_shape(projection)[1], dtype=self.linear.input_dtype, device=device))
@@ -41,14 +41,14 @@ class _Cast:
 def _marks(projection: nn.Module) -> list[tuple]:
     return [
         (p.data_ptr(), p.device, p.dtype, p.shape, None if p.is_inference() else p._version)
-        for p in projection.parameters()
+        for p in plain_tensors(projection)
     ]
 
 
 def _samples(projection: nn.Module) -> list[torch.Tensor]:
-    """Returns some numbers of each parameter, in which writing through `.data` shows, as merges do it."""
+    """Returns some numbers of each parameter and buffer, in which writing through `.data` shows, as merges do it."""
     # One of each row, in other columns each time.
-    return [p.detach().flatten()[:: max(p.shape[-1] - 1, 255) if p.ndim > 1 else 1] for p in projection.parameters()]
+    return [p.detach().flatten()[:: max(p.shape[-1] - 1, 255) if p.ndim > 1 else 1] for p in plain_tensors(projection)]
 
 
 class _Buffer:

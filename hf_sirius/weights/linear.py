@@ -6,7 +6,64 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..kernels import cpu
+from ..model.projections import is_opaque
 from ..model.shared import SharedContext
+
+
+_MAX_TOKENS = 4  # up to which a kernel is faster than torch
+
+
+def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns module(inputs), of which some rows are read alone, in place; `None` where no kernel does so.
+
+    Args:
+        module: what a draft runs: a projection of the model, or what is held in its place.
+        inputs: [..., in_features].
+        rows: long [num_rows], the outputs that are needed, all by default. The others are of no use.
+    """
+    if isinstance(module, DraftLinear):
+        return module(inputs, rows) if module.reads_rows else None
+    # What is hooked or differentiated is not passed by.
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if type(module) is not nn.Linear or is_hooked or torch.is_grad_enabled():
+        return None
+    return _kernel_product(module, inputs, rows)
+
+
+def has_kernel(module: nn.Module) -> bool:
+    """Whether a kernel reads the weight of a layer as it is."""
+    if not isinstance(module, nn.Linear) or is_opaque(module):
+        return False
+    weight = module.weight
+    return (
+        weight.dtype in (torch.float32, torch.bfloat16)
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and cpu.is_available()
+    )
+
+
+def _kernel_product(linear: nn.Linear, inputs: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
+    num_tokens = inputs.numel() // inputs.shape[-1]
+    if num_tokens > _MAX_TOKENS or inputs.dtype != linear.weight.dtype or not has_kernel(linear):
+        return None
+    outputs = cpu.product(inputs.flatten(0, -2).float().contiguous(), linear.weight.detach(), rows).to(inputs.dtype)
+    if linear.bias is not None:
+        outputs += linear.bias
+    return outputs.view(*inputs.shape[:-1], -1)
+
+
+class PlainLinear(nn.Linear):
+    """A weight that is not packed."""
+
+    @property
+    def reads_rows(self) -> bool:
+        return has_kernel(self)
+
+    def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        outputs = _kernel_product(self, inputs, rows)
+        return super().forward(inputs) if outputs is None else outputs
 
 
 class DraftLinear(nn.Module):
@@ -21,10 +78,16 @@ class DraftLinear(nn.Module):
         self.input_dtype = input_dtype
         self.out_features = out_features
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    @property
+    def reads_rows(self) -> bool:
+        """Whether a kernel reads some rows of the weight alone."""
+        return getattr(self.linear, "reads_rows", False)
+
+    def forward(self, hidden_states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         padding = self.linear.in_features - hidden_states.shape[-1]
         inputs = hidden_states.to(self.input_dtype)
-        outputs = self.linear(nn.functional.pad(inputs, (0, padding)) if padding else inputs)
+        inputs = nn.functional.pad(inputs, (0, padding)) if padding else inputs
+        outputs = self.linear(inputs) if rows is None else self.linear(inputs, rows)
         return outputs[..., : self.out_features].to(hidden_states.dtype)
 
 
@@ -58,9 +121,9 @@ def frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> PlainLinear:
     out_features, in_features = weight.shape
-    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear = PlainLinear(in_features, out_features, bias=bias is not None, device="meta")
     linear.weight = frozen(weight)
     if bias is not None:
         linear.bias = frozen(bias)

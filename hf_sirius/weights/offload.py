@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import threading
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
@@ -18,7 +17,7 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
+from ..model.accelerate_hooks import bare_copy, first_owner, streaming_hook, streaming_hooks
 from ..model.sites import MlpSite
 from .formats import narrowed
 from .memory import trim_heap
@@ -205,7 +204,7 @@ def _on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[N
 
     def pre_forward(module, *args, **kwargs):
         inputs = load(module, *args, **kwargs)
-        take(_loaded_copy(module))
+        take(bare_copy(module))
         return inputs
 
     hook.pre_forward = pre_forward
@@ -215,15 +214,3 @@ def _on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[N
         del hook.pre_forward
         if outer is not None:
             hook.pre_forward = outer
-
-
-def _loaded_copy(module: nn.Module) -> nn.Module:
-    """Returns the same module over its present weights, which accelerate's hook does not take away again."""
-    copy = module.__class__.__new__(module.__class__)
-    copy.__dict__.update(module.__dict__)
-    for name in ("_hf_hook", "forward", "_old_forward"):
-        copy.__dict__.pop(name, None)
-    if (forward := own_forward(module)) is not None:
-        copy.forward = types.MethodType(forward, copy)
-    copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
-    return copy

@@ -17,10 +17,6 @@ ROWS = 64  # outputs that torch's kernels take together
 _INNER_K_TILES = 8  # how its CUDA kernel lays out 4 bits: 128 inputs at a time
 
 
-def _grouped_int8(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return cpu.grouped_product(inputs, weight, scales)
-
-
 def _int8(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._weight_int8pack_mm(inputs, weight, scales)
 
@@ -37,7 +33,8 @@ class PackedLinear(nn.Module):
     """A projection whose weight only its product can read.
 
     Args:
-        product: takes inputs [num_tokens, in_features], the weight and its scales; returns [num_tokens, out_features].
+        product: takes inputs [num_tokens, in_features], the weight and its scales, and maybe the rows to read; returns
+            [num_tokens, out_features].
         weight: int8 [out_features, in_features], or 4 bits as torch packs them.
         scales: of the groups of inputs; of 4 bits with zero points.
         bias: [out_features], or `None`.
@@ -47,7 +44,7 @@ class PackedLinear(nn.Module):
 
     def __init__(
         self,
-        product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        product: Callable[..., torch.Tensor],
         weight: torch.Tensor,
         scales: torch.Tensor,
         bias: torch.Tensor | None,
@@ -60,10 +57,15 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else frozen(bias)
         self.columns = None if columns is None else frozen(columns)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    @property
+    def reads_rows(self) -> bool:
+        return self.product is cpu.grouped_product
+
+    def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         if self.columns is not None:
             inputs = inputs * self.columns
-        outputs = self.product(inputs.flatten(0, -2).contiguous(), self.weight, self.scales)
+        chosen = () if rows is None else (rows,)
+        outputs = self.product(inputs.flatten(0, -2).contiguous(), self.weight, self.scales, *chosen)
         if self.bias is not None:
             outputs += self.bias
         return outputs.view(*inputs.shape[:-1], -1)
@@ -89,7 +91,7 @@ def int8_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
         groups = torch.where(scale > 0, groups / scale.float(), 0.0).round_().clamp_(-127, 127)
         values[place] = groups.flatten(1).to(torch.int8)
     bias = None if bias is None else nn.functional.pad(bias.to(dtype), (0, shape[0] - num_rows))
-    product, scales = (_grouped_int8, scales) if is_grouped else (_int8, scales.flatten())
+    product, scales = (cpu.grouped_product, scales) if is_grouped else (_int8, scales.flatten())
     return DraftLinear(PackedLinear(product, values, scales, bias, shape[1]), dtype, num_rows)
 
 

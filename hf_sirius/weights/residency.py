@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
-from ..model.sites import PROJECTIONS, MlpSite, find_other_modules
+from ..model.projections import is_projection
+from ..model.sites import MlpSite, find_other_modules
 from ..settings.config import SiriusConfig, memory_bytes
 from .formats import changes, gathered_shapes, num_bytes
 
@@ -49,7 +50,7 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
     head = model.get_output_embeddings()
 
     def other(owner: nn.Module, name: str) -> Resident:
-        is_cast = isinstance(getattr(owner, name), PROJECTIONS) and config.draft_scope == "all"
+        is_cast = is_projection(getattr(owner, name)) and config.draft_scope == "all"
         # A head in 4 bits costs a small model more tokens than it saves bytes.
         draft_dtype = "int8" if getattr(owner, name) is head and config.draft_dtype == "int4" else config.draft_dtype
         return Resident(owner, name, draft_dtype if is_cast else None)
@@ -59,7 +60,7 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
     for place in (*others, *in_mlps):
         if streaming_hook(place.module) is not None:
             own_forward(place.module)  # which may not be fit for a copy
-    places = sorted(others, key=lambda place: isinstance(place.module, PROJECTIONS))
+    places = sorted(others, key=lambda place: is_projection(place.module))
     places += [] if gathers else in_mlps
     streamed = [place for place in places if streaming_hook(place.module) is not None]
     first = first_owner(model)

@@ -19,13 +19,11 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    GPTQConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     T5ForConditionalGeneration,
 )
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sirius import SiriusConfig, calibrate, make_sparse
 from hf_sirius.decode.bond import STEPS
@@ -353,14 +351,6 @@ def test_the_stock_loop_asks_the_generator_as_expected():
     assert list(inspect.signature(CandidateGenerator.update_candidate_strategy).parameters) == [
         "self", "input_ids", "scores", "num_matches",
     ], advice  # fmt: skip
-
-
-def test_a_model_quantized_by_another_library_is_refused():
-    model = build_model()
-    model.is_quantized, model.quantization_method = True, QuantizationMethod.GPTQ
-    model.config.quantization_config = GPTQConfig(bits=4)
-    with pytest.raises(ValueError, match=r"quantized by gptq.*BitsAndBytesConfig.*draft_dtype"):
-        make_sparse(model)
 
 
 @pytest.mark.parametrize("how", ["keyword", "generation_config", "model"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hf_sirius.decode.stats import Cycle, GenerationStats
 
 
-MEASURES = ("acceptance_rate", "aal", "aal_gain", "draft_density", "effective_density")
+MEASURES = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
 COUNTS = (
     "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back",
     "num_nodes_drafted", "num_nodes_verified",
@@ -64,7 +64,7 @@ def test_counts_are_those_of_the_cycles(call):
 def test_measures_are_the_papers(call, draft_density):
     kernel_size, of_call = call
     stats = record(kernel_size, of_call)
-    stats.record_draft_density(draft_density)
+    stats.record_draft_density(draft_density, is_masking=False)
     full = [cycle for cycle in of_call if cycle.is_full]
     if not full:
         assert stats.aal is None and stats.effective_density is None
@@ -84,7 +84,7 @@ def test_measures_are_the_papers(call, draft_density):
 )
 def test_worked_examples(accepted, aal, effective_density):
     stats = record(4, [make_cycle(num_accepted) for num_accepted in accepted])
-    stats.record_draft_density(0.5)
+    stats.record_draft_density(0.5, is_masking=False)
     assert stats.aal == aal and stats.effective_density == pytest.approx(effective_density)
 
 
@@ -107,7 +107,7 @@ def test_the_total_is_the_sum_of_the_calls(first, others, data):
     of_calls = [first[1], *(data.draw(st.lists(cycles(kernel_size), max_size=4)) for _ in others)]
     stats_of_calls = [record(kernel_size, of_call, total) for of_call in of_calls]
     for stats, draft_density in zip(stats_of_calls[1:], others, strict=True):  # the first call drafted nothing
-        stats.record_draft_density(draft_density)
+        stats.record_draft_density(draft_density, is_masking=False)
     as_one_call = record(kernel_size, [cycle for of_call in of_calls for cycle in of_call])
     for name in (*COUNTS, "acceptance_rate", "aal"):
         assert getattr(total, name) == getattr(as_one_call, name), name
@@ -118,7 +118,7 @@ def test_the_total_is_the_sum_of_the_calls(first, others, data):
 def test_reset_clears_the_call_and_the_total():
     total = GenerationStats(4)
     stats = record(4, [make_cycle(2)], total)
-    stats.record_draft_density(0.5)
+    stats.record_draft_density(0.5, is_masking=False)
     stats.reset()
     blank = GenerationStats(4).as_dict()
     assert stats.as_dict() == total.as_dict() == blank and stats.cycles == []
@@ -130,7 +130,7 @@ def test_reset_clears_the_call_and_the_total():
 def test_as_dict_is_plain_json(call, draft_density):
     stats = record(*call)
     if draft_density is not None:
-        stats.record_draft_density(draft_density)
+        stats.record_draft_density(draft_density, is_masking=False)
     values = stats.as_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert {"kernel_size", *MEASURES, *COUNTS} == set(values)

@@ -30,6 +30,31 @@ def expected(inputs, values, scales):
 
 @settings(deadline=None)
 @given(
+    num_tokens=st.integers(1, 5), out_features=st.integers(1, 40), in_features=st.integers(1, 200),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), num_threads=st.integers(1, 3), data=st.data(),
+)  # fmt: skip
+def test_products_of_some_rows(num_tokens, out_features, in_features, dtype, num_threads, data):
+    generator = torch.Generator().manual_seed(out_features)
+    inputs = torch.randn(num_tokens, in_features, generator=generator)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    rows = data.draw(st.none() | st.lists(st.integers(0, out_features - 1), unique=True), label="rows")
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        outputs = cpu.product(inputs, weight, None if rows is None else torch.tensor(rows, dtype=torch.long))
+    finally:
+        torch.set_num_threads(before)
+    right = inputs.double() @ weight.double().T
+    if rows is not None:
+        others = [row for row in range(out_features) if row not in rows]
+        right[:, others] = 0
+        assert not outputs[:, others].any()
+    assert outputs.dtype == torch.float32 and outputs.shape == right.shape
+    assert (outputs - right).norm() <= 1e-5 * right.norm() + 1e-6
+
+
+@settings(deadline=None)
+@given(
     num_tokens=st.integers(1, 5), out_features=st.integers(1, 40), num_groups=st.integers(1, 4),
     num_threads=st.integers(1, 3), seed=st.integers(0, 2**31),
 )  # fmt: skip
@@ -55,7 +80,7 @@ def test_memory_that_a_kernel_cannot_read_is_refused():
 
 @pytest.mark.parametrize("error", [ImportError, AttributeError, SystemError])
 def test_a_numba_that_does_not_work_is_none(error, monkeypatch):
-    monkeypatch.setattr(cpu, "_kernels", mock.Mock(side_effect=error("no")))
+    monkeypatch.setattr(cpu, "_kernel", mock.Mock(side_effect=error("no")))
     cpu.is_available.cache_clear()
     try:
         assert not cpu.is_available()

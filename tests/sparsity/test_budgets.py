@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from tiny import build_model, make_prompt, shared_model
 
 from hf_sirius import Calibration, SiriusConfig, calibrate, make_sparse
-from hf_sirius.model.sites import find_block, find_projections, projection_shape
+from hf_sirius.model.projections import projection_shape
+from hf_sirius.model.sites import find_block, find_projections
 from hf_sirius.settings.calibration import CALIBRATION_NAME
 from hf_sirius.sparsity import budgets
 

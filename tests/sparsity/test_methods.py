@@ -1,6 +1,7 @@
 """CATS and GRIFFIN: which neurons they keep, and that the twin then computes what a masked dense model computes."""
 
 import contextlib
+import importlib.util
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,8 @@ from hf_sirius.draft.draft import Draft
 from hf_sirius.model.observation import observing
 from hf_sirius.model.sites import find_mlps, neuron_weight
 from hf_sirius.settings.methods import method_class
+from hf_sirius.sparsity import cats
+from hf_sirius.weights.linear import read_rows
 
 
 NUM_NEURONS = 64
@@ -391,6 +394,56 @@ def test_a_cats_draft_is_a_masked_dense_forward(kind, selection):
     torch.testing.assert_close(logits, masked_logits(model, tokens, choose_mask), rtol=0, atol=1e-12)
     with torch.no_grad():
         assert (logits - model(tokens).logits).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("draft_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("tree_width", [1, 3])
+@torch.no_grad()
+def test_of_up_only_kept_rows_are_read(tree_width, draft_dtype, monkeypatch):
+    model, prompt, tokens = build_model("llama", dtype=torch.float32), make_prompt(), make_prompt(tree_width, seed=1)
+    fields = {"density": 0.3, "selection": "topk", "tree_width": tree_width, "draft_dtype": draft_dtype}
+    rows_read = []
+
+    def watched(module, inputs, rows):
+        rows_read.append(rows)
+        return read_rows(module, inputs, rows)
+
+    monkeypatch.setattr(cats, "read_rows", watched)
+    with make_sparse(model, **fields) as twin:
+        skipped = draft_logits(twin, prompt, tokens)
+        assert [rows is None or len(rows) for rows in rows_read] == 2 * [True, round(0.3 * NUM_NEURONS), True]
+        assert twin.stats.is_masking is False
+        monkeypatch.setattr(cats, "read_rows", lambda *args: None)
+        masked = draft_logits(twin, prompt, tokens)
+        assert twin.stats.is_masking is True and twin.stats.total.is_masking is True
+    assert (skipped - masked).norm() <= (1e-5 if draft_dtype is None else 1e-2) * masked.norm()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+@torch.no_grad()
+def test_up_before_the_activation_is_read_whole(monkeypatch):
+    model, prompt = build_model("llama", dtype=torch.float32), make_prompt()
+    mlp_class = type(model.model.layers[0].mlp)
+    with make_sparse(model, density=0.3, selection="topk") as twin:
+        right = [draft_logits(twin, prompt, make_prompt(1, seed)) for seed in range(3)]
+        monkeypatch.setattr(
+            mlp_class, "forward", lambda self, x: self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+        )
+        with prefilled(twin, prompt) as draft, draft.drafting():
+            for seed in range(3):
+                logits = twin(make_prompt(1, seed)).logits
+                assert (logits - right[seed]).norm() <= 1e-5 * right[seed].norm()
+        assert twin.stats.is_masking is True
+
+
+def test_where_no_row_is_left_out_stats_say_so():
+    for kind, name, is_masking in (("fused", "cats-topk", True), ("gated", "teal", True), ("gated", "griffin", False)):
+        model = build_kind(kind)
+        with make_sparse(model, **METHODS[name]) as twin:
+            assert twin.stats.is_masking is None
+            model.generate(make_prompt(), assistant_model=twin, max_new_tokens=4)
+            assert twin.stats.is_masking is is_masking and twin.stats.as_dict()["is_masking"] is is_masking
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -369,7 +369,7 @@ def test_the_prefill_keeps_one_mlp_at_a_time(tmp_path, monkeypatch):
     """A whole gate and up projection wait for the choice of neurons, and no longer."""
     model = offload_to_disk(build_model(num_hidden_layers=4), tmp_path)
     waiting, num_waiting = weakref.WeakSet(), []
-    copy_of = offload_module._loaded_copy
+    copy_of = offload_module.bare_copy
 
     def noting(module):
         loaded = copy_of(module)
@@ -378,7 +378,7 @@ def test_the_prefill_keeps_one_mlp_at_a_time(tmp_path, monkeypatch):
             num_waiting.append(len(waiting))
         return loaded
 
-    monkeypatch.setattr(offload_module, "_loaded_copy", noting)
+    monkeypatch.setattr(offload_module, "bare_copy", noting)
     with make_sparse(model, **FIELDS) as sparse:
         model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=4)
     assert num_waiting == [1, 2] * 4
@@ -386,7 +386,7 @@ def test_the_prefill_keeps_one_mlp_at_a_time(tmp_path, monkeypatch):
 
 def test_what_waits_is_narrowed_before_the_next_weight_comes(tmp_path, monkeypatch):
     model, loaded = offload_to_disk(build_model(dtype=torch.float32), tmp_path), []
-    copy_of = offload_module._loaded_copy
+    copy_of = offload_module.bare_copy
 
     def noting(module):
         if getattr(module, "out_features", None) == 64:
@@ -394,7 +394,7 @@ def test_what_waits_is_narrowed_before_the_next_weight_comes(tmp_path, monkeypat
             return loaded[-1]
         return copy_of(module)
 
-    monkeypatch.setattr(offload_module, "_loaded_copy", noting)
+    monkeypatch.setattr(offload_module, "bare_copy", noting)
     with make_sparse(model, **FIELDS, draft_dtype="bfloat16") as sparse:
         model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=2)
     gates = loaded[::2]

@@ -1,0 +1,131 @@
+"""A head for drafts: a sketch of few columns scores all tokens, and the model's own rows score the likeliest again."""
+
+import contextlib
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..model.accelerate_hooks import execution_device
+from ..model.observation import eagerly, evaluating, is_compiled
+from ..model.projections import is_opaque
+from .gather import Selection, padded
+from .linear import DraftLinear, frozen, plain_linear, read_rows
+from .packed import int8_bytes, int8_linear
+
+
+SHORTLIST = "shortlist"
+_NUM_INPUTS = 512  # hidden states from which a sketch learns which of their directions matter
+_LENGTH = 8  # tokens of the texts that have them
+_RIDGE = 0.01
+_NUM_ROWS = 2**14  # of the head, from which a sketch learns what tells tokens apart
+_NUM_ITERATIONS = 4
+
+
+class ShortlistHead(nn.Module):
+    """Stands in for a head W [vocab_size, hidden_size] in drafts.
+
+    The sketch is the matrix of its rank that is nearest to W on average over the head's inputs h, by E||(W - S)h||^2:
+    with E[h h^T] = L L^T and P the leading eigenvectors of L^T W^T W L it is W L P (P^T L^-1) (SVD-LLM, arXiv
+    2403.07378, section 3.2). The tokens that it finds likeliest have the logits of the head itself, which is read in
+    place; the others keep those of the sketch.
+
+    Args:
+        head: of the dense model, in memory.
+        inputs: [num_inputs, hidden_size], hidden states such as the head reads.
+    """
+
+    def __init__(self, head: nn.Linear, inputs: torch.Tensor):
+        super().__init__()
+        self.__dict__["head"] = head  # not a submodule: it is the model's
+        rank, self.num_exact = _sizes(*head.weight.shape)
+        self.stride = max(1, self.num_exact // 64)
+        inputs = inputs.to(head.weight.device, torch.float32)
+        left, right = _factors(head.weight.detach(), inputs, rank)
+        self.right = frozen(right)
+        self.sketch = _sketch(head, left)
+        self.input_dtype = head.weight.dtype
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inputs = hidden_states.flatten(0, -2)
+        logits = self.sketch(inputs.float() @ self.right)
+        # The largest of some tokens tell about how large those of all are, in a fifth of the time.
+        some = logits[:, :: self.stride]
+        cutoffs = some.topk(min(self.num_exact // self.stride, some.shape[1]), dim=-1).values[:, -1:]
+        for i, is_likely in enumerate(logits >= cutoffs):
+            token_ids = is_likely.nonzero().flatten()
+            logits[i, token_ids] = self._exact(inputs[i : i + 1], token_ids).to(logits.dtype)
+        return logits.view(*hidden_states.shape[:-1], -1).to(hidden_states.dtype)
+
+    def _exact(self, inputs: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Returns the head's logits of some tokens, [num_tokens]."""
+        if (logits := read_rows(self.head, inputs, token_ids)) is not None:
+            return logits[0, token_ids]
+        bias = None if self.head.bias is None else self.head.bias[token_ids]
+        return nn.functional.linear(inputs, self.head.weight[token_ids], bias)[0]
+
+
+def _sizes(vocab_size: int, hidden_size: int) -> tuple[int, int]:
+    """Returns the rank of a head's sketch, and how many tokens are scored again."""
+    return min(padded(hidden_size // 4, 64), hidden_size), min(max(vocab_size // 48, 64), vocab_size)
+
+
+def _factors(weight: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns L P and (P^T L^-1)^T, float32 [hidden_size, rank] each."""
+    moments = inputs.T @ inputs / len(inputs)
+    # A ridge, as there may be more directions than inputs.
+    moments.diagonal().add_(_RIDGE * moments.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    root = torch.linalg.cholesky(moments)
+    some_rows = weight[:: max(1, len(weight) // _NUM_ROWS)].float() @ root
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(weight.shape[1], rank, generator=generator).to(weight.device)
+    for _ in range(_NUM_ITERATIONS):
+        basis = torch.linalg.qr(some_rows.T @ (some_rows @ basis)).Q
+    return root @ basis, torch.linalg.solve_triangular(root.T, basis, upper=True)
+
+
+def _sketch(head: nn.Linear, left: torch.Tensor) -> DraftLinear:
+    bias = None if head.bias is None else head.bias.detach()
+    weight = torch.cat([piece.float() @ left for piece in head.weight.detach().split(_NUM_ROWS)])
+    if weight.device.type == "cpu":
+        return int8_linear(Selection(weight), bias)
+    dtype = torch.bfloat16
+    return DraftLinear(plain_linear(weight.to(dtype), bias if bias is None else bias.to(dtype)), dtype, len(weight))
+
+
+def num_bytes(head: nn.Linear) -> int:
+    """Returns the bytes of a [`ShortlistHead`], in which the head's own rows do not count."""
+    vocab_size, hidden_size = head.weight.shape
+    rank, _ = _sizes(vocab_size, hidden_size)
+    on_cpu, has_bias = head.weight.device.type == "cpu", head.bias is not None
+    sketch = int8_bytes(vocab_size, rank, has_bias) if on_cpu else 2 * vocab_size * (rank + has_bias)
+    return sketch + 4 * hidden_size * rank
+
+
+def num_read(head: nn.Linear) -> int:
+    """Returns how many numbers a draft step reads of a [`ShortlistHead`], the head's own rows included."""
+    vocab_size, hidden_size = head.weight.shape
+    rank, num_exact = _sizes(vocab_size, hidden_size)
+    return (vocab_size + hidden_size) * rank + num_exact * hidden_size
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raises `ValueError` for a model without a head whose rows can be read."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or is_opaque(head) or head.weight.is_meta:
+        what = "no head" if head is None else f"a head of type {type(head).__name__}, or one that is offloaded"
+        raise ValueError(
+            f"draft_head='shortlist' reads rows of the head's weight in memory, but {type(model).__name__} has {what}: "
+            "use draft_head='full'"
+        )
+
+
+@torch.no_grad()
+def head_inputs(model: PreTrainedModel) -> torch.Tensor:
+    """Returns hidden states such as the model's head reads, of short texts of random tokens, [512, hidden_size]."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(vocab_size, (_NUM_INPUTS // _LENGTH, _LENGTH), generator=generator)
+    with evaluating(model), eagerly() if is_compiled(model) else contextlib.nullcontext():
+        outputs = model.get_decoder()(input_ids=token_ids.to(execution_device(model)), use_cache=False)
+    return outputs.last_hidden_state.flatten(0, 1)
