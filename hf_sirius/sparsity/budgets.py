@@ -5,6 +5,7 @@ keeps, so that the block's output changes least.
 from collections.abc import Callable
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -111,6 +112,8 @@ def _error_of(
     try:
         dense = run()
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        if should_reduce_batch_size(error):  # a full device
+            raise
         raise ValueError(
             f"{name} of this {type(model).__name__} does not run by itself ({error}), as budget='greedy' needs: "
             "calibrate with budget='uniform'"

@@ -278,19 +278,26 @@ def test_a_corpus_of_single_tokens_has_no_budgets():
     assert measure(shared_model(), texts, budget="uniform").budgets is None
 
 
-def test_a_block_that_does_not_run_by_itself_is_told():
+@pytest.mark.parametrize(
+    "error, told, words",
+    [
+        (RuntimeError("no state"), ValueError, r"model\.layers\.1 of .*no state.*calibrate with budget='uniform'"),
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, "out of memory"),
+    ],
+)
+def test_a_block_that_does_not_run_by_itself_is_told(error, told, words):
     model = build_model()
     block, calls = model.model.layers[1], []
     forward = block.forward
 
     def once_a_text(*args, **kwargs):
         if len(calls) == 2 * len(corpus()):
-            raise RuntimeError("no state")
+            raise error
         calls.append(1)
         return forward(*args, **kwargs)
 
     block.forward = once_a_text
-    with pytest.raises(ValueError, match=r"model\.layers\.1 of .*no state.*calibrate with budget='uniform'"):
+    with pytest.raises(told, match=words):
         measure(model)
 
 
