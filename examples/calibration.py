@@ -1,6 +1,7 @@
-"""Thresholds for `cats` from a corpus: calibrate once, save, and load with the config.
+"""Thresholds for `cats` or `teal` from a corpus: calibrate once, save, and load with the config.
 
     python examples/calibration.py --output_dir runs/calibrated
+    python examples/calibration.py --method teal --budget greedy --density 0.5 --output_dir runs/calibrated
     python examples/calibration.py --model meta-llama/Llama-3.1-8B --dataset wikitext2 --output_dir runs/calibrated
 
 `--dataset` takes the corpora of `optimum.gptq.data` (wikitext2, c4, ...), which needs `pip install
@@ -30,6 +31,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=hf_sirius.reasoner_path())
     parser.add_argument("--dataset")
+    parser.add_argument("--method", choices=("cats", "teal"), default="cats")
+    parser.add_argument("--weighting", choices=("magnitude", "column"), default="magnitude")
+    parser.add_argument("--budget", choices=("uniform", "greedy"), default="uniform")
     parser.add_argument("--density", type=float, default=0.3)
     parser.add_argument("--max_tokens", type=int, default=10_000)
     parser.add_argument("--output_dir", required=True)
@@ -37,10 +41,10 @@ def main():
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model)
-    calibration = hf_sirius.calibrate(model, tokenizer, corpus(args, tokenizer), max_tokens=args.max_tokens)
-    hf_sirius.SiriusConfig(method="cats", density=args.density, calibration=calibration).save_pretrained(
-        args.output_dir
-    )
+    fields = {"method": args.method, "weighting": args.weighting, "budget": args.budget}
+    texts = corpus(args, tokenizer)
+    calibration = hf_sirius.calibrate(model, tokenizer, texts, max_tokens=args.max_tokens, **fields)
+    hf_sirius.SiriusConfig(density=args.density, calibration=calibration, **fields).save_pretrained(args.output_dir)
 
     config = hf_sirius.SiriusConfig.from_pretrained(args.output_dir)
     prompt = problem_prompt(hf_sirius.reasoner_problems()[0]["question"])

@@ -35,8 +35,9 @@ def test_streaming_chat_over_two_turns():
     assert "#### 20" in printed and "#### 33" in printed
 
 
-def test_calibration(tmp_path):
-    printed = run("examples/calibration.py", "--output_dir", str(tmp_path), "--max_tokens", "2000")
+@pytest.mark.parametrize("options", [(), ("--method", "teal", "--budget", "greedy", "--density", "0.5")])
+def test_calibration(tmp_path, options):
+    printed = run("examples/calibration.py", "--output_dir", str(tmp_path), "--max_tokens", "2000", *options)
     assert "####" in printed and (tmp_path / "sirius_config.json").is_file()
 
 

@@ -7,7 +7,7 @@ import sys
 
 from .. import __version__
 from ..settings.config import SiriusConfig, rules
-from ..settings.methods import owner_of
+from ..settings.methods import owners_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,7 +188,7 @@ def _add_config_options(parser, method: str | None = None, left_out: tuple[str, 
         if name in left_out:
             continue
         default = method if method and name == "method" else getattr(SiriusConfig, name)
-        owner = f"for {owner_of(name)}: " if owner_of(name) else ""
+        owner = f"for {' and '.join(owners_of(name))}: " if owners_of(name) else ""
         shown = "" if default is None else f" (default: {default})"
         _add(group, f"--{name}", type=rule.kind, default=None, help=owner + rule.help + shown)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from ..draft.choice import CHOSEN
 from ..settings.calibration import Calibration
 from ..settings.config import SiriusConfig
-from ..settings.methods import METHODS
+from ..settings.methods import METHODS, owners_of
 from ..study.named_models import model_path
 from ..study.problems import tokenize
 
@@ -42,11 +42,13 @@ def choose_method(args) -> None:
     """Chooses the method where the options name none: the one whose own options are given, else one that saves time."""
     if args.method:
         return
-    owners = [name for name, row in METHODS.items() if any(getattr(args, field) is not None for field in row.fields)]
-    if len(owners) > 1:
-        raise ValueError(f"options of several methods ({', '.join(owners)}) were given: give those of one")
+    owners = [names for field in _given_fields(args) if (names := owners_of(field))]
+    fitting = [name for name in METHODS if all(name in names for names in owners)]
+    if not fitting:
+        told = ", ".join(name for name in METHODS if any(name in names for names in owners))
+        raise ValueError(f"options of several methods ({told}) were given: give those of one")
     if owners:
-        args.method = owners[0]
+        args.method = fitting[0]
     elif not args.config:
         args.method = next(name for name, row in METHODS.items() if row.saves_time)
 

@@ -13,9 +13,9 @@ from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded
 from ..model.observation import eagerly, evaluating, is_compiled
 from ..model.projections import is_opaque, is_projection
-from ..model.sites import find_mlps
+from ..model.sites import find_mlps, find_projections
 from ..settings.config import SiriusConfig, check_field_names
-from ..settings.methods import method_of
+from ..settings.methods import method_class, method_of
 from ..weights.formats import check_draft_dtype
 from ..weights.offload import check_offload
 from ..weights.shortlist import SHORTLIST, check_head
@@ -100,7 +100,8 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     if config.tree_width > 1:
         check_tree(model)
     if config.calibration is not None:
-        config.calibration.check_model(sites)
+        acts_on = method_class(config.method).acts_on
+        config.calibration.check_model(sites if acts_on == "mlps" else find_projections(model))
     twin = build_twin(model, config, sites)
     user = sparse_twin(twin, model)
     bind(user, twin.kept.bag, model)

@@ -24,7 +24,7 @@ from ..weights.shortlist import SHORTLIST, has_shortlist, likeliest, num_read
 
 # Fields of the config that say what a draft is: who gives any of them has chosen.
 CHOSEN = ("method", "density", "selection", "calibration", "draft_dtype", "draft_scope", "draft_head", "draft_memory",
-          "reselect_every", "weighting", "tree_width", "branch_cutoff")  # fmt: skip
+          "reselect_every", "weighting", "budget", "tree_width", "branch_cutoff")  # fmt: skip
 # The share of tokens at which a draft of this dtype, nothing dropped, is the full model's argmax: of SmolLM2 off its
 # 4-bit grid, by `hf-sirius bench drafts`.
 AGREEMENT = {"int8": 0.98, "int4": 0.91}

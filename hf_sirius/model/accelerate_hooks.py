@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
@@ -15,6 +16,12 @@ def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
         if isinstance(part, AlignDevicesHook) and part.offload:
             return part
     return None
+
+
+def streamed_weight(projection: nn.Module) -> torch.Tensor:
+    """Returns the weight of a projection that accelerate streams, as [out_features, in_features]."""
+    weight = streaming_hook(projection).weights_map["weight"]
+    return weight.T if isinstance(projection, Conv1D) else weight
 
 
 def streaming_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, AlignDevicesHook]]:

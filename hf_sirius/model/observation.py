@@ -94,6 +94,26 @@ def observing(
 
 
 @contextlib.contextmanager
+def intercepting(
+    model: nn.Module, modules: list[nn.Module], intercept: Callable[[int, tuple, dict], tuple[tuple, dict] | None]
+) -> Iterator[None]:
+    """Within the block, these modules of a model take what `intercept(idx, args, kwargs)` returns in place of what they
+    are given in this context, or just that where it returns `None`. Compiled modules run eagerly meanwhile.
+    """
+    me = object()
+
+    def hook_of(idx: int):
+        return lambda _, args, kwargs: intercept(idx, args, kwargs) if _observer.get() is me else None
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(_observer.reset, _observer.set(me))
+        for idx, module in enumerate(modules):
+            undo.callback(module.register_forward_pre_hook(hook_of(idx), with_kwargs=True).remove)
+        with eagerly() if is_compiled(model) else contextlib.nullcontext():
+            yield
+
+
+@contextlib.contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, no module of a model is in training, so that none drops anything out."""
     modes = {module: module.training for module in model.modules()}

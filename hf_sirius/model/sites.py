@@ -150,6 +150,15 @@ def find_projections(model: nn.Module) -> list[ProjectionSite]:
     return [ProjectionSite(idx, *place) for idx, place in enumerate(places)]
 
 
+def find_block(model: nn.Module, site: ProjectionSite) -> str | None:
+    """Returns the dotted name of the block that a projection lies in, one of a list of modules; `None` if in none."""
+    parts = site.name.split(".")
+    for i in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+            return ".".join(parts[: i + 1])
+    return None
+
+
 def find_mlps(model: nn.Module) -> list[MlpSite]:
     """Returns the MLPs of a model, in order.
 

@@ -15,7 +15,7 @@ from transformers.utils import PushToHubMixin, cached_file
 from transformers.utils.hub import hf_api
 
 from .calibration import CALIBRATION_NAME, Calibration
-from .methods import check_method_name, owner_of
+from .methods import check_method_name, owners_of
 
 
 CONFIG_NAME = "sirius_config.json"
@@ -83,11 +83,14 @@ class SiriusConfig(PushToHubMixin):
             `"threshold"` keeps a neuron while it exceeds its layer's threshold (from `calibration`, or else from the
             prompt), so that the share kept varies by token; `"topk"` the largest share of each token. For `"cats"`.
         calibration ([`Calibration`], *optional*):
-            The thresholds that `calibrate` measured on a corpus; on the command line their directory. For `"cats"`.
-            Saved and loaded with the config.
+            The thresholds that `calibrate` measured on a corpus; on the command line their directory. For `"cats"` and
+            `"teal"`, measured for that very method and `weighting`. Saved and loaded with the config.
         weighting (`str`, defaults to `"magnitude"`):
             By what inputs are compared: `"magnitude"` their own, `"column"` times the norm of the column of the weight
             that they are multiplied with (WINA). For `"teal"`.
+        budget (`str`, defaults to `"uniform"`):
+            How inputs are shared out: `"uniform"` keeps the same share for each projection, `"greedy"` a larger one
+            where a block's output needs it most, by a `calibration` that measured it. For `"teal"`.
         draft_dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the weights that a draft reads, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"` or `"nf4"`; by
             default the model's own format (which `"griffin"` dequantizes where another library than bitsandbytes has
@@ -132,6 +135,7 @@ class SiriusConfig(PushToHubMixin):
     selection: str = _field("threshold", str, choices=("threshold", "topk"))
     calibration: Calibration | None = _field(None, str)
     weighting: str = _field("magnitude", str, choices=("magnitude", "column"))
+    budget: str = _field("uniform", str, choices=("uniform", "greedy"))
     draft_dtype: str | torch.dtype | None = _field(None, str, choices=DRAFT_DTYPES)
     draft_scope: str = _field("all", str, choices=("all", "mlp"))
     draft_head: str = _field("full", str, choices=("full", "shortlist"))
@@ -155,11 +159,12 @@ class SiriusConfig(PushToHubMixin):
                 "Make one with hf_sirius.calibrate(...) or load it with Calibration.from_pretrained(...)."
             )
         for field in dataclasses.fields(self):
-            owner = owner_of(field.name)
-            if owner not in (None, self.method) and getattr(self, field.name) != field.default:
+            owners = owners_of(field.name)
+            if owners and self.method not in owners and getattr(self, field.name) != field.default:
+                told = " or ".join(f"method={owner!r}" for owner in owners)
                 raise ValueError(
-                    f"{field.name} belongs to method={owner!r}, but the method is {self.method!r}: leave it out, or "
-                    f"use method={owner!r} (with_method changes the method of a config, and drops such fields)"
+                    f"{field.name} belongs to {told}, but the method is {self.method!r}: leave it out, or use {told} "
+                    "(with_method changes the method of a config, and drops such fields)"
                 )
         if self.draft_scope == "mlp" and self.draft_dtype is None:
             raise ValueError(
@@ -173,6 +178,27 @@ class SiriusConfig(PushToHubMixin):
                 "selection='topk' needs no thresholds: leave calibration out, or use selection='threshold'"
             )
 
+        self._check_calibration()
+
+    def _check_calibration(self) -> None:
+        """Raises `ValueError` unless the calibration, if there is one, has what the other fields need."""
+        if self.calibration is None:
+            if self.budget != "uniform":
+                raise ValueError(
+                    f"budget={self.budget!r} needs a calibration that measured it, got none: pass "
+                    f"calibration=hf_sirius.calibrate(..., method={self.method!r}, weighting={self.weighting!r}, "
+                    f"budget={self.budget!r}), or use budget='uniform'"
+                )
+            return
+        measured = (self.calibration.method, self.calibration.weighting)
+        if measured != (self.method, self.weighting):
+            raise ValueError(
+                "the calibration was measured for method={!r} and weighting={!r}, but the config has method={!r} and "
+                "weighting={!r}: use those, or calibrate with hf_sirius.calibrate(..., method={!r}, weighting={!r})"
+                .format(*measured, self.method, self.weighting, self.method, self.weighting)
+            )  # fmt: skip
+        self.calibration.check_budget(self.budget)
+
     def replace(self, **fields: Any) -> "SiriusConfig":
         """Returns a copy with the given fields changed, validated anew."""
         check_field_names(fields)
@@ -181,8 +207,9 @@ class SiriusConfig(PushToHubMixin):
     def with_method(self, method: str, **fields: Any) -> "SiriusConfig":
         """Returns a copy for another method, without the fields that belong to the one it had."""
         check_method_name(method)
-        others = {f.name: f.default for f in dataclasses.fields(self) if owner_of(f.name) not in (None, method)}
-        return self.replace(method=method, **{**others, **fields})
+        # A calibration belongs to one method alone, though several take one.
+        owned = [f for f in dataclasses.fields(self) if owners_of(f.name)] if method != self.method else []
+        return self.replace(method=method, **{**{f.name: f.default for f in owned}, **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain values; a calibration is left out, as it has a file of its own."""

@@ -11,7 +11,7 @@ class MethodRow:
     """What must be known of a method before its file is loaded."""
 
     path: str  # its class, `"module:Class"`, a [`SparsityMethod`]
-    fields: tuple[str, ...] = ()  # fields of [`SiriusConfig`] that only this method takes
+    fields: tuple[str, ...] = ()  # fields of [`SiriusConfig`] that not every method takes
     saves_time: bool = False  # whether its drafts are faster than the model by themselves, without a kernel
 
 
@@ -19,7 +19,7 @@ class MethodRow:
 METHODS = {
     "griffin": MethodRow("hf_sirius.sparsity.griffin:Griffin", fields=("reselect_every",), saves_time=True),
     "cats": MethodRow("hf_sirius.sparsity.cats:Cats", fields=("selection", "calibration")),
-    "teal": MethodRow("hf_sirius.sparsity.teal:Teal", fields=("weighting",)),
+    "teal": MethodRow("hf_sirius.sparsity.teal:Teal", fields=("weighting", "calibration", "budget")),
 }
 _WHOLE = "hf_sirius.sparsity.whole:Whole"
 
@@ -50,6 +50,6 @@ def _load(path: str) -> type:
     return getattr(importlib.import_module(module_name), class_name)
 
 
-def owner_of(field: str) -> str | None:
-    """Returns the method that alone takes a field of the config, or `None` where all do."""
-    return next((name for name, row in METHODS.items() if field in row.fields), None)
+def owners_of(field: str) -> list[str]:
+    """Returns the methods that alone take a field of the config, none where all do."""
+    return [name for name, row in METHODS.items() if field in row.fields]

@@ -1,4 +1,4 @@
-"""How the thresholds of cats are measured: magnitudes of activations, counted over a prompt or a corpus."""
+"""How the thresholds of cats and teal are measured: magnitudes, counted over a prompt or a corpus."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,10 +7,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..model.observation import evaluating, observing
-from ..model.sites import find_mlps
+from ..model.sites import find_mlps, find_projections
 from ..settings.calibration import CALIBRATED_DENSITIES, Calibration, probe_weights
+from ..settings.config import SiriusConfig, rules
+from ..settings.methods import check_method_name, method_class, owners_of
 from ..weights.draft_modules import TwinModule
 from .base import TwinActivation
+from .budgets import MAX_TOKENS, greedy_budgets
+from .scores import InputScores
 
 
 class MagnitudeHistogram:
@@ -55,27 +59,38 @@ def calibrate(
     tokenizer,
     texts: Iterable,
     *,
+    method: str = "cats",
+    weighting: str = "magnitude",
+    budget: str = "uniform",
     max_length: int = 512,
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Measures |act(gate_proj x)| of a model on a corpus, for `SiriusConfig(method="cats", calibration=...)`.
+    """Measures a model on a corpus, for `SiriusConfig(method="cats", calibration=...)`: |act(gate_proj x)|, or for
+    `method="teal"` the scores of the inputs of all projections.
 
     The texts are read one at a time and only histograms are kept, so the memory needed does not grow with the corpus.
+    With `budget="greedy"` the first 128 tokens are read again, and each block runs on them a few hundred times.
 
     Args:
         model: the dense model, loaded and on its device.
         tokenizer: the model's tokenizer. It may be `None` if every item of `texts` holds token ids already.
         texts: strings, or items with `input_ids` of shape [length] or [1, length] (such as those of
             `optimum.gptq.data.get_dataset`).
+        method: the method that it is for, `"cats"` or `"teal"`.
+        weighting: that of the config, for teal.
+        budget: `"greedy"` measures for teal how many inputs each projection can do without as well (see
+            `SiriusConfig.budget`); the calibration then serves both budgets.
         max_length: longer texts are cut to this many tokens.
         max_tokens: stop after this many tokens; all texts are read without it.
         progress: whether to show a progress bar.
 
     Raises:
-        `TypeError` for a single string or for text without a tokenizer, `ValueError` if the corpus has no token or the
-        model no known MLP.
+        `TypeError` for a single string or for text without a tokenizer, `ValueError` if the corpus has no token, the
+        model no known MLP or, for greedy budgets, blocks that do not run by themselves, or for options that do not go
+        together.
     """
+    _check_options(method, weighting, budget)
     for name, value in (("max_length", max_length), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -90,16 +105,25 @@ def calibrate(
             f"{type(model).__name__} has weights that are not loaded, or offloaded by accelerate: calibrate the model "
             "where it is loaded, or use griffin, which needs no calibration"
         )
-    sites = find_mlps(model)
+    acts_on, observed = method_class(method).acts_on, method_class(method).observed
+    sites = find_mlps(model) if acts_on == "mlps" else find_projections(model)
+    scores = InputScores(sites, weighting) if acts_on == "projections" else lambda _, values: values
     histograms = [MagnitudeHistogram() for _ in sites]
     num_texts = num_tokens = 0
+    sample: list[torch.Tensor] = []  # the first tokens of the corpus
+
+    def count(site, values: torch.Tensor) -> None:
+        histograms[site.idx].add(scores(site.idx, values))
+
     with evaluating(model), tqdm(total=max_tokens, unit="token", disable=not progress, desc="calibrating") as bar:
         for text in texts:
             length = max_length if max_tokens is None else min(max_length, max_tokens - num_tokens)
             input_ids = _input_ids(text, tokenizer)[:, :length]
             if input_ids.shape[1]:
-                with observing(model, sites, "activation", lambda site, values: histograms[site.idx].add(values)):
+                with observing(model, sites, observed, count):
                     model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+                if budget == "greedy" and num_tokens < MAX_TOKENS:
+                    sample.append(input_ids[:, : MAX_TOKENS - num_tokens].clone())  # the text itself is let go
                 num_texts += 1
                 num_tokens += input_ids.shape[1]
                 bar.update(input_ids.shape[1])
@@ -108,15 +132,30 @@ def calibrate(
     if not num_tokens:
         raise ValueError("the corpus holds no token: pass at least one text that is not empty")
     table = torch.stack([h.quantiles([1 - d for d in CALIBRATED_DENSITIES]).cpu() for h in histograms])
+    budgets = None
+    if budget == "greedy":
+        with evaluating(model):
+            budgets = greedy_budgets(model, sites, sample, table, scores, progress)
     metadata = {
+        "method": method,
+        "weighting": weighting,
         "model_class": type(model).__name__,
         "name_or_path": getattr(model.config, "_name_or_path", ""),
-        "num_mlps": len(sites),
-        "num_neurons": sites[0].num_neurons,
+        f"num_{acts_on}": len(sites),
         "num_texts": num_texts,
         "num_tokens": num_tokens,
     }
-    return Calibration(table, probe_weights(sites), metadata)
+    return Calibration(table, probe_weights(sites), metadata, budgets)
+
+
+def _check_options(method: str, weighting: str, budget: str) -> None:
+    check_method_name(method)
+    if method not in (allowed := owners_of("calibration")):
+        raise ValueError(f"method={method!r} needs no calibration: calibrate for one of {allowed}")
+    SiriusConfig(method=method, weighting=weighting)
+    rules()["budget"].check("budget", budget)
+    if budget != "uniform" and method not in (allowed := owners_of("budget")):
+        raise ValueError(f"budget belongs to one of {allowed}, got method={method!r}: leave it out, or use one of them")
 
 
 def _input_ids(text, tokenizer) -> torch.Tensor:

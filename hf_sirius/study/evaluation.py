@@ -42,7 +42,7 @@ class Mode:
         """Returns all that its records depend on, as plain values."""
         calibration = None
         if self.config is not None and self.config.calibration is not None:
-            thresholds = str(self.config.calibration.thresholds(self.config.density))
+            thresholds = str(self.config.calibration.thresholds(self.config.density, self.config.budget))
             calibration = hashlib.sha256(thresholds.encode()).hexdigest()[:16]
         config = None if self.config is None else self.config.to_dict()
         return {"config": config, "calibration": calibration, "alone": not self.corrected}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_sirius import SiriusConfig, reasoner_path, reasoner_problems
+from hf_sirius import SiriusConfig, calibrate, reasoner_path, reasoner_problems
 from hf_sirius.cli import commands, options
 from hf_sirius.cli import main as cli
 from hf_sirius.cli.main import main
@@ -79,6 +79,7 @@ def test_prompt_from_standard_input(monkeypatch, capsys):
         (["--density", "0"], "density must be in (0, 1]"),
         (["--kernel_size", "1"], "kernel_size must be at least 2"),
         (["--calibration", "nowhere"], "no calibration at"),
+        (["--method", "teal", "--budget", "greedy"], "budget='greedy' needs a calibration"),
         (["--dtype", "float23"], "--dtype must be auto, float32"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--device", "gpu"], "--device gpu cannot be used"),
@@ -88,6 +89,31 @@ def test_a_wrong_value_is_told_in_one_line(options, told, capsys):
     assert main([*GENERATE, *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("hf-sirius: error: ") and told in error and "Traceback" not in error
+
+
+def test_a_calibration_and_its_budget_are_options(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(reasoner_path())
+    texts = [{"input_ids": [3, 4, 5, 6, 7, 8]}]
+    calibrate(model, None, texts, method="teal", budget="greedy", progress=False).save_pretrained(tmp_path)
+    given = ["--method", "teal", "--calibration", str(tmp_path), "--budget", "greedy"]
+    assert main([*GENERATE, *given]) == 0
+    assert main([*GENERATE, *given, "--weighting", "column"]) == 2
+    assert "use those, or calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        (["--calibration", "somewhere"], "cats"),
+        (["--calibration", "somewhere", "--weighting", "column"], "teal"),
+        (["--calibration", "somewhere", "--selection", "topk"], "cats"),
+        (["--budget", "greedy"], "teal"),
+    ],
+)
+def test_options_that_several_methods_take_choose_one_that_takes_all(given, method):
+    args = cli._parser().parse_args(["sweep", *given])
+    options.choose_method(args)
+    assert args.method == method
 
 
 def test_demo_shows_the_table_and_one_coloured_answer(capsys, monkeypatch):

@@ -22,11 +22,13 @@ from hf_sirius.settings.config import CONFIG_NAME, DRAFT_DTYPES, memory_bytes
 FIELDS = [field.name for field in dataclasses.fields(SiriusConfig)]
 
 
-def make_calibration(num_mlps: int = 2, seed: int = 0) -> Calibration:
+def make_calibration(num_sites: int = 2, seed: int = 0, budget: str = "uniform", **metadata: str) -> Calibration:
     """Returns thresholds as `calibrate` would measure them, of no model."""
     generator = torch.Generator().manual_seed(seed)
-    table = torch.rand(num_mlps, 100, generator=generator)
-    return Calibration(table, torch.randn(num_mlps, 16, generator=generator), {"num_mlps": num_mlps, "num_tokens": 7})
+    table = torch.rand(num_sites, 100, generator=generator)
+    probe = torch.randn(num_sites, 16, generator=generator)
+    budgets = torch.rand(num_sites, 100, generator=generator) if budget == "greedy" else None
+    return Calibration(table, probe, {"num_tokens": 7, **metadata}, budgets)
 
 
 def write_config(directory: Path, text: str | bytes) -> Path:
@@ -44,16 +46,20 @@ def valid_configs(draw):
         "threshold": draw(st.one_of(st.floats(0, 1), st.sampled_from([0, 1]))),
         "temperature": draw(st.floats(0, 1e300, exclude_min=True)),
     }
-    kind = draw(st.sampled_from(["griffin", "cats", "cats topk", "cats calibrated", "teal"]))
+    kind = draw(st.sampled_from(["griffin", "cats", "cats topk", "cats calibrated", "teal", "teal calibrated"]))
     if kind == "cats topk":
         fields["selection"] = "topk"
     if kind == "cats calibrated":
-        fields["calibration"] = make_calibration(num_mlps=draw(st.integers(1, 3)), seed=draw(st.integers(0, 9)))
+        fields["calibration"] = make_calibration(num_sites=draw(st.integers(1, 3)), seed=draw(st.integers(0, 9)))
     fields["draft_dtype"] = draw(st.sampled_from([None, *DRAFT_DTYPES]))
     fields["draft_scope"] = draw(st.sampled_from(["mlp", "all"])) if fields["draft_dtype"] else "all"
     fields["draft_memory"] = draw(st.one_of(st.none(), st.integers(1), st.sampled_from(["6GiB", "500MB"])))
-    if kind == "teal":
+    if kind.startswith("teal"):
         fields["weighting"] = draw(st.sampled_from(["magnitude", "column"]))
+    if kind == "teal calibrated":
+        fields["budget"] = draw(st.sampled_from(["uniform", "greedy"]))
+        measured = draw(st.sampled_from(["greedy", fields["budget"]]))
+        fields["calibration"] = make_calibration(budget=measured, method="teal", weighting=fields["weighting"])
     if kind == "griffin":
         fields["reselect_every"] = draw(st.one_of(st.none(), st.integers(1)))
     return SiriusConfig(method=kind.split()[0], **fields)
@@ -129,6 +135,23 @@ def test_a_calibration_must_be_one(value):
         ({"method": "griffin", "selection": "topk"}, "method='cats'.*'griffin'"),
         ({"method": "griffin", "calibration": make_calibration()}, "method='cats'.*'griffin'"),
         ({"selection": "topk", "calibration": make_calibration()}, "selection='topk' needs no thresholds"),
+        ({"method": "cats", "budget": "greedy"}, "budget belongs to method='teal'.*'cats'"),
+        (
+            {"method": "teal", "budget": "greedy"},
+            r"budget='greedy' needs a calibration.*hf_sirius\.calibrate\(.*budget='greedy'",
+        ),
+        (
+            {"method": "teal", "budget": "greedy", "calibration": make_calibration(method="teal")},
+            r"measured without budget='greedy'.*hf_sirius\.calibrate\(.*or use budget='uniform'",
+        ),
+        (
+            {"method": "teal", "calibration": make_calibration()},
+            r"for method='cats' and weighting='magnitude', but the config has method='teal'.*calibrate\(.*'teal'",
+        ),
+        (
+            {"method": "teal", "weighting": "column", "calibration": make_calibration(method="teal")},
+            "weighting='magnitude', but .* weighting='column': use those, or calibrate",
+        ),
         ({"reselect_every": 2}, "reselect_every belongs to method='griffin'.*'cats'.*with_method"),
         ({"method": "griffin", "draft_memory": "6 elephants"}, "in KB, MB, GB, KiB, MiB or GiB, got '6 elephants'"),
         ({"method": "griffin", "draft_memory": 0}, "greater than 0.*got 0"),
@@ -142,6 +165,11 @@ def test_a_calibration_must_be_one(value):
         "griffin topk",
         "griffin calibrated",
         "topk calibrated",
+        "cats budgeted",
+        "budget without calibration",
+        "budget not measured",
+        "calibration of another method",
+        "calibration of another weighting",
         "cats reselected",
         "no budget",
         "empty budget",
@@ -180,6 +208,14 @@ def test_replace_gives_another_config_and_validates_it():
     assert (changed.density, changed.kernel_size, config.kernel_size) == (0.4, 8, None)
     with pytest.raises(ValueError, match="density must be in"):
         config.replace(density=0)
+
+
+def test_another_method_leaves_the_calibration_behind():
+    config = SiriusConfig(method="teal", budget="greedy", calibration=make_calibration(budget="greedy", method="teal"))
+    assert config.with_method("cats") == SiriusConfig(method="cats")
+    assert config.with_method("teal", density=0.3) == config.replace(density=0.3)
+    cats = make_calibration()
+    assert config.with_method("cats", calibration=cats) == SiriusConfig(method="cats", calibration=cats)
 
 
 @pytest.mark.parametrize(

@@ -282,10 +282,11 @@ def test_a_truncated_file_is_refused(tmp_path, num_bytes):
         ({"weight": (3,)}, None, "not a calibration of hf_sirius"),
         ({"table": (2, 100), "probe": (2, 16)}, "99", "not a calibration of hf_sirius"),
         ({"table": (2, 100)}, "1", CALIBRATION_NAME),
-        ({"table": (2, 7), "probe": (2, 16)}, "1", r"table \[num_mlps, 100\]"),
-        ({"table": (2, 100), "probe": (3, 16)}, "1", r"probe \[num_mlps, 16\]"),
+        ({"table": (2, 7), "probe": (2, 16)}, "1", r"table \[num_sites, 100\]"),
+        ({"table": (2, 100), "probe": (2, 16), "budgets": (2, 99)}, "1", "budgets of the table's shape"),
+        ({"table": (2, 100), "probe": (3, 16)}, "1", r"probe \[num_sites, 16\]"),
     ],
-    ids=["foreign", "newer", "no probe", "narrow table", "other probe"],
+    ids=["foreign", "newer", "no probe", "narrow table", "narrow budgets", "other probe"],
 )
 def test_a_foreign_file_is_refused(tmp_path, shapes, version, words):
     metadata = {"format": f"hf_sirius.calibration.{version}", "metadata": "{}"} if version else None
