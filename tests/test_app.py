@@ -179,6 +179,7 @@ def test_errors_reach_the_reader(page, reasoner):
     handle.remove()
 
 
+@pytest.mark.slow
 def test_two_readers_at_once(url, reasoner, slow):
     clients = [Client(url, verbose=False) for _ in range(2)]
     alone = [clients[0].predict(problem, *SHORT, api_name="/run")[0] for problem in PROBLEMS]

@@ -52,6 +52,7 @@ def test_offload():
     assert "the same output: True" in printed and printed.count("tokens/s, peak memory") == 2
 
 
+@pytest.mark.slow
 def test_offload_by_a_device_map():
     model = ("--model", str(ROOT / "hf_sirius" / "reasoner" / "model"), "--max_new_tokens", "20")
     printed = run("examples/offload.py", *model, "--resident", "4MiB", "--cpu_memory", "4MiB")

@@ -105,6 +105,7 @@ def test_accuracy_is_that_of_our_own_evaluation(task, task_manager, tmp_path):
     assert results["config"]["sirius_config"] == config.to_dict()
 
 
+@pytest.mark.slow
 def test_command_line_in_a_process_of_its_own(task, tmp_path):
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
     command = [

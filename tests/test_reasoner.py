@@ -76,6 +76,7 @@ def test_training_problems_are_never_test_problems(data):
     assert all(data.split_of(next(source)["question"]) == "train" for _ in range(300))
 
 
+@pytest.mark.slow
 def test_sparsity_loses_reasoning_and_sirius_restores_it(model, tokenizer):
     task = ProblemTask("reasoner", reasoner_problems()[300:360], tokenizer)
 

@@ -199,6 +199,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_ends_with_the_same_figures(tmp_path, capsys):
     assert main([*EVAL, "--output_dir", str(tmp_path / "whole")]) == 0
     directory = tmp_path / "killed"
@@ -222,6 +223,7 @@ def test_a_killed_evaluation_ends_with_the_same_figures(tmp_path, capsys):
 # Several processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [

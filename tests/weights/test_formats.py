@@ -200,6 +200,7 @@ def quantized_reasoner(request):
     return model, prompts, [model.generate(**prompt, max_new_tokens=100, do_sample=False) for prompt in prompts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

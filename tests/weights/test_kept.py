@@ -228,6 +228,7 @@ def test_small_neurons_are_gathered_in_new_memory():
         assert not call.draft._memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_dtype", [None, *DRAFT_DTYPES])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_drafts_are_the_same_in_memory_that_was_used_before(bits, draft_dtype, any_size, monkeypatch, tmp_path):

@@ -414,6 +414,7 @@ class Interrupted(BaseException):
     """As Ctrl-C is: no `Exception`."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError, Interrupted, KeyboardInterrupt])
 @pytest.mark.parametrize("after", [1, 2, 5], ids=["in the prefill", "after one layer", "in a verification"])
 @pytest.mark.parametrize("part", ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"])
