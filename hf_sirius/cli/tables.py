@@ -92,7 +92,8 @@ def show_drafts(figures: dict) -> None:
         table.add_column(head, justify="right" if i > 1 else "left", no_wrap=True)
     for row in figures["rows"]:
         name = draft_name(row.get("method", ""), row["density"], None)
-        name += ", by column" if "weighting" in row else ", refreshed" if "reselect_every" in row else ""
+        told = {"weighting": ", by column", "reselect_every": ", refreshed", "draft_head": ", shortlist"}
+        name += "".join(words for field, words in told.items() if field in row)
         digits = {"agreement": 3, "aal": 2, "bytes": 2, "ratio": 3}
         table.add_row(name, row.get("draft_dtype"), *(f"{row[key]:.{n}f}" for key, n in digits.items()))
     console = Console(markup=False, emoji=False)

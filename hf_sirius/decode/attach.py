@@ -1,6 +1,5 @@
 """`make_sparse`: what it takes, and what it refuses."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from ..draft.choice import CHOSEN, choose_draft
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded
-from ..model.observation import eagerly, evaluating, is_compiled
+from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import find_mlps, find_projections
 from ..settings.config import SiriusConfig, check_field_names
@@ -121,5 +120,5 @@ def _prepare_quantized(model: PreTrainedModel, offloaded: bool) -> None:
     if is_packed:
         # Libraries may unpack or move what their layers hold in the first forward, which the twin is to see.
         token_id = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        with torch.no_grad(), evaluating(model), eagerly() if is_compiled(model) else contextlib.nullcontext():
+        with torch.no_grad(), evaluating(model), uncompiled(model):
             model(token_id, use_cache=False)

@@ -1,6 +1,5 @@
 """The draft of a user who sets nothing: the one that promises the least time per token on this machine."""
 
-import contextlib
 import itertools
 import math
 import statistics
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import execution_device, is_offloaded
-from ..model.observation import eagerly, evaluating, is_compiled
+from ..model.observation import evaluating, uncompiled
 from ..model.projections import device_of, is_projection, plain_tensors, projection_shape
 from ..model.sites import MlpSite, find_other_modules
 from ..settings.methods import method_class
@@ -133,7 +132,7 @@ def _fastest(
         return _seconds(run, device) / num_timed
 
     token_id = torch.full((1, 1), model.config.get_text_config().vocab_size // 2, device=device)
-    with evaluating(model), eagerly() if is_compiled(model) else contextlib.nullcontext():
+    with evaluating(model), uncompiled(model):
         step = _seconds(lambda: model(token_id, use_cache=False), device)
         own, own_many = product(parts, 1), product(parts, _NUM_TOKENS)
     of_dtype = {}

@@ -4,6 +4,7 @@ own threads run them: threads of another pool would wait for the same cores.
 
 import ctypes
 import functools
+import logging
 import os
 import threading
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+
+logger = logging.getLogger(__name__)
 
 GROUP = 64  # inputs that share a scale
 _lock = threading.Lock()
@@ -23,7 +26,10 @@ def is_available() -> bool:
         return False
     try:
         _kernel("grouped")
-    except Exception:  # numba is missing, or a version that does not go with this Python or numpy
+    except ModuleNotFoundError:
+        logger.warning("numba is missing, without which drafts on a CPU are slower: pip install hf_sirius[cpu]")
+        return False
+    except Exception:  # a version that does not go with this Python or numpy
         return False
     return True
 

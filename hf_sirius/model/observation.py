@@ -29,6 +29,11 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Within the block, a model runs eagerly, be it compiled or not."""
+    return eagerly() if is_compiled(model) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def observing(
     model: nn.Module,
@@ -83,7 +88,7 @@ def observing(
         undo.callback(_observer.reset, _observer.set(me))
         for site in sites:
             undo.callback(watch(site).remove)
-        with eagerly() if is_compiled(model) else contextlib.nullcontext():
+        with uncompiled(model):
             yield
         if not all(num_seen):
             raise ValueError(
@@ -109,7 +114,7 @@ def intercepting(
         undo.callback(_observer.reset, _observer.set(me))
         for idx, module in enumerate(modules):
             undo.callback(module.register_forward_pre_hook(hook_of(idx), with_kwargs=True).remove)
-        with eagerly() if is_compiled(model) else contextlib.nullcontext():
+        with uncompiled(model):
             yield
 
 

@@ -23,6 +23,7 @@ from .timing import describe_machine, timed_run
 DTYPES = (None, "int8", "int4")
 SETTINGS = (
     *({"density": 1.0, "draft_dtype": dtype} for dtype in DTYPES[1:]),
+    *({"density": 1.0, "draft_dtype": dtype, "draft_head": "shortlist"} for dtype in DTYPES),
     *(
         {"method": method, "density": density, "draft_dtype": dtype}
         for method, densities in (("griffin", (0.5, 0.8)), ("cats", (0.3, 0.7)), ("teal", (0.5, 0.7)))

@@ -1,6 +1,5 @@
 """A head for drafts: a sketch of few columns scores all tokens, and the model's own rows score the likeliest again."""
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import execution_device
-from ..model.observation import eagerly, evaluating, is_compiled
+from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque
 from .gather import Selection, padded
 from .linear import DraftLinear, frozen, plain_linear
@@ -40,10 +39,9 @@ class ShortlistHead(nn.Module):
         super().__init__()
         bias = None if head.bias is None else head.bias.detach()
         self.__dict__["rows"] = plain_linear(head.weight.detach(), bias)  # not a submodule: they are the model's
-        rank, _ = _sizes(*head.weight.shape)
         inputs = inputs.to(head.weight.device, torch.float32)
         inputs = inputs[inputs.isfinite().all(dim=-1)]  # in float16 some may not be
-        left, right = _factors(head.weight.detach(), inputs, rank)
+        left, right = _factors(head.weight.detach(), inputs, _rank(head.in_features))
         self.right = frozen(right)
         self.sketch = _sketch(head, left)
         self.input_dtype = head.weight.dtype
@@ -77,9 +75,8 @@ def _num_exact(vocab_size: int) -> int:
     return min(max(vocab_size // 48, 64), vocab_size)
 
 
-def _sizes(vocab_size: int, hidden_size: int) -> tuple[int, int]:
-    """Returns the rank of a head's sketch, and how many tokens are scored again."""
-    return min(padded(hidden_size // 4, 64), hidden_size), _num_exact(vocab_size)
+def _rank(hidden_size: int) -> int:
+    return min(padded(hidden_size // 4, 64), hidden_size)
 
 
 def _factors(weight: torch.Tensor, inputs: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +105,7 @@ def _sketch(head: nn.Linear, left: torch.Tensor) -> DraftLinear:
 def num_bytes(head: nn.Linear) -> int:
     """Returns the bytes of a [`ShortlistHead`], in which the head's own rows do not count."""
     vocab_size, hidden_size = head.weight.shape
-    rank, _ = _sizes(vocab_size, hidden_size)
+    rank = _rank(hidden_size)
     on_cpu, has_bias = head.weight.device.type == "cpu", head.bias is not None
     sketch = int8_bytes(vocab_size, rank, has_bias) if on_cpu else 2 * vocab_size * (rank + has_bias)
     return sketch + 4 * hidden_size * rank
@@ -122,8 +119,7 @@ def num_exact_bytes(head: nn.Linear) -> int:
 def num_read(head: nn.Linear) -> int:
     """Returns how many numbers a draft step reads of a [`ShortlistHead`], the head's own rows included."""
     vocab_size, hidden_size = head.weight.shape
-    rank, num_exact = _sizes(vocab_size, hidden_size)
-    return (vocab_size + hidden_size) * rank + num_exact * hidden_size
+    return (vocab_size + hidden_size) * _rank(hidden_size) + _num_exact(vocab_size) * hidden_size
 
 
 def has_shortlist(head: nn.Module | None) -> bool:
@@ -148,6 +144,6 @@ def head_inputs(model: PreTrainedModel) -> torch.Tensor:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(vocab_size, (_NUM_INPUTS // _LENGTH, _LENGTH), generator=generator)
-    with evaluating(model), eagerly() if is_compiled(model) else contextlib.nullcontext():
+    with evaluating(model), uncompiled(model):
         outputs = model.get_decoder()(input_ids=token_ids.to(execution_device(model)), use_cache=False)
     return outputs.last_hidden_state.flatten(0, 1)

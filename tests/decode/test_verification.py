@@ -245,7 +245,7 @@ def test_no_kind_of_draft_changes_the_distribution(method, draft_dtype, draft_he
     model = sampled_model()
     # So few tokens would all be scored by the head itself.
     monkeypatch.setattr(shortlist, "_num_exact", lambda vocab_size: 1)
-    monkeypatch.setattr(shortlist, "_sizes", lambda vocab_size, hidden_size: (3, 1))
+    monkeypatch.setattr(shortlist, "_rank", lambda hidden_size: 3)
     fields = {"method": method, "draft_dtype": draft_dtype, "draft_head": draft_head}
     with make_sparse(model, density=1 / 8, kernel_size=KERNEL_SIZE, threshold=1.0, **fields) as sparse:
         counts = sample(model, 400, assistant_model=sparse, top_k=0)

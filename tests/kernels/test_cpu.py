@@ -1,6 +1,7 @@
 """The kernels that numba compiles, against the products of the weights that they stand for."""
 
 import importlib.util
+import sys
 import threading
 from unittest import mock
 
@@ -92,6 +93,19 @@ def test_a_numba_that_does_not_work_is_none(error, monkeypatch):
         assert not cpu.is_available()
     finally:
         cpu.is_available.cache_clear()
+
+
+def test_a_missing_numba_is_told_once(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    cpu.is_available.cache_clear()
+    cpu._compiled.cache_clear()
+    try:
+        assert not cpu.is_available() and not cpu.is_available()
+    finally:
+        cpu.is_available.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "numba is missing, without which drafts on a CPU are slower: pip install hf_sirius[cpu]"
+    ]
 
 
 def test_what_is_not_finite_stays_so():

@@ -12,6 +12,7 @@ from hf_sirius.study import drafts
 def a_few(monkeypatch):
     settings = (
         {"density": 1.0, "draft_dtype": "int8"},
+        {"density": 1.0, "draft_dtype": "int8", "draft_head": "shortlist"},
         {"method": "griffin", "density": 0.5, "draft_dtype": None},
         {"method": "teal", "density": 0.5, "weighting": "column"},
         {"method": "griffin", "density": 0.5, "draft_dtype": "nf4"},
@@ -33,7 +34,8 @@ def test_each_draft_has_its_figures_and_what_does_not_run_is_told(tmp_path, caps
     options = ["--num_prompts", "1", "--max_new_tokens", "24", "--kernel_size", "4", "--json", str(file)]
     assert cli.main(["bench", "drafts", *options]) == 0
     printed, figures = capsys.readouterr().out, json.loads(file.read_text())
-    whole, griffin, teal = figures["rows"]
+    whole, short, griffin, teal = figures["rows"]
+    assert short["agreement"] > 0.9 and short["bytes"] != whole["bytes"]
     assert (
         whole["agreement"] > 0.9 and whole["aal"] == 4.0 and all(row["num_identical"] == 1 for row in figures["rows"])
     )
@@ -42,5 +44,6 @@ def test_each_draft_has_its_figures_and_what_does_not_run_is_told(tmp_path, caps
     assert 1.0 < griffin["bytes"] < 2.0 and 1.0 <= teal["bytes"] < griffin["bytes"]
     assert [row["draft_dtype"] for row in figures["left_out"]] == ["nf4"]
     told = " ".join(printed.split())
-    assert "whole int8" in told and "griffin 0.5" in told and "teal 0.5, by column" in told and "…" not in printed
+    shown = ("whole int8", "whole, shortlist int8", "griffin 0.5", "teal 0.5, by column")
+    assert all(name in told for name in shown) and "…" not in printed
     assert "Left out: griffin 0.5 nf4: needs bitsandbytes: pip install hf_sirius[bnb]" in told
