@@ -177,7 +177,6 @@ class SiriusConfig(PushToHubMixin):
             raise ValueError(
                 "selection='topk' needs no thresholds: leave calibration out, or use selection='threshold'"
             )
-
         self._check_calibration()
 
     def _check_calibration(self) -> None:

@@ -36,7 +36,7 @@ class Cats(SparsityMethod):
     def replacements(cls, site):
         parts: dict[str, nn.Module] = {site.activation: TwinActivation(getattr(site.owner, site.activation), site.idx)}
         if site.up is not None:
-            parts |= {name: _TwinProjection(site, name) for name in site.part_names}
+            parts |= {name: _MlpProjection(site, name) for name in site.part_names}
         return parts
 
     @property
@@ -95,7 +95,7 @@ class Cats(SparsityMethod):
         return outputs
 
 
-class _TwinProjection(TwinModule):
+class _MlpProjection(TwinModule):
     """Stands in for a projection of an MLP in the twin: the drafting method runs it."""
 
     def __init__(self, site: MlpSite, name: str):

@@ -23,12 +23,10 @@ def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor | None
         rows: long [num_rows], the outputs that are needed, all by default. The others are of no use.
     """
     if isinstance(module, DraftLinear):
-        return module(inputs, rows) if module.reads_rows else None
-    # What is hooked or differentiated is not passed by.
+        return module(inputs, rows) if module.reads_rows(_num_tokens(inputs)) else None
+    # Hooks are not passed by.
     is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if type(module) is not nn.Linear or is_hooked or torch.is_grad_enabled():
-        return None
-    return _kernel_product(module, inputs, rows)
+    return None if type(module) is not nn.Linear or is_hooked else _kernel_product(module, inputs, rows)
 
 
 def has_kernel(module: nn.Module) -> bool:
@@ -45,8 +43,9 @@ def has_kernel(module: nn.Module) -> bool:
 
 
 def _kernel_product(linear: nn.Linear, inputs: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
-    num_tokens = inputs.numel() // inputs.shape[-1]
-    if num_tokens > _MAX_TOKENS or inputs.dtype != linear.weight.dtype or not has_kernel(linear):
+    if _num_tokens(inputs) > _MAX_TOKENS or inputs.dtype != linear.weight.dtype or torch.is_grad_enabled():
+        return None
+    if not has_kernel(linear):
         return None
     outputs = cpu.product(inputs.flatten(0, -2).float().contiguous(), linear.weight.detach(), rows).to(inputs.dtype)
     if linear.bias is not None:
@@ -54,12 +53,15 @@ def _kernel_product(linear: nn.Linear, inputs: torch.Tensor, rows: torch.Tensor 
     return outputs.view(*inputs.shape[:-1], -1)
 
 
+def _num_tokens(inputs: torch.Tensor) -> int:
+    return inputs.numel() // inputs.shape[-1]
+
+
 class PlainLinear(nn.Linear):
     """A weight that is not packed."""
 
-    @property
-    def reads_rows(self) -> bool:
-        return has_kernel(self)
+    def reads_rows(self, num_tokens: int) -> bool:
+        return num_tokens <= _MAX_TOKENS and has_kernel(self)
 
     def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         outputs = _kernel_product(self, inputs, rows)
@@ -78,10 +80,9 @@ class DraftLinear(nn.Module):
         self.input_dtype = input_dtype
         self.out_features = out_features
 
-    @property
-    def reads_rows(self) -> bool:
-        """Whether a kernel reads some rows of the weight alone."""
-        return getattr(self.linear, "reads_rows", False)
+    def reads_rows(self, num_tokens: int) -> bool:
+        """Whether a kernel reads some rows of the weight alone, for so many tokens."""
+        return hasattr(self.linear, "reads_rows") and self.linear.reads_rows(num_tokens)
 
     def forward(self, hidden_states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         padding = self.linear.in_features - hidden_states.shape[-1]

@@ -57,8 +57,7 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else frozen(bias)
         self.columns = None if columns is None else frozen(columns)
 
-    @property
-    def reads_rows(self) -> bool:
+    def reads_rows(self, num_tokens: int) -> bool:
         return self.product is cpu.grouped_product
 
     def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:

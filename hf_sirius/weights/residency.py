@@ -52,10 +52,10 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
 
     def other(owner: nn.Module, name: str) -> Resident:
         is_cast = is_projection(getattr(owner, name)) and config.draft_scope == "all"
-        # A head in 4 bits costs a small model more tokens than it saves bytes.
         is_head = getattr(owner, name) is head
         if is_head and config.draft_head == SHORTLIST:
             return Resident(owner, name, SHORTLIST)
+        # A head in 4 bits costs a small model more tokens than it saves bytes.
         draft_dtype = "int8" if is_head and config.draft_dtype == "int4" else config.draft_dtype
         return Resident(owner, name, draft_dtype if is_cast else None)
 

@@ -55,7 +55,7 @@ class ShortlistHead(nn.Module):
 
     def _exact(self, inputs: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Returns the head's logits of some tokens, [num_tokens]."""
-        if self.rows.reads_rows:
+        if self.rows.reads_rows(num_tokens=1):
             return self.rows(inputs, token_ids)[0, token_ids]
         bias = None if self.rows.bias is None else self.rows.bias[token_ids]
         return nn.functional.linear(inputs, self.rows.weight[token_ids], bias)[0]

@@ -437,6 +437,16 @@ def test_up_before_the_activation_is_read_whole(monkeypatch):
         assert twin.stats.is_masking is True
 
 
+@pytest.mark.parametrize("draft_dtype", [None, "bfloat16"])
+@torch.no_grad()
+def test_of_many_leaves_stats_say_that_all_is_read(draft_dtype):
+    model = build_model("llama", dtype=torch.float32)
+    fields = {"density": 0.3, "tree_width": 8, "draft_dtype": draft_dtype}
+    with make_sparse(model, **fields) as twin:
+        draft_logits(twin, make_prompt(), make_prompt(8, seed=1))
+        assert twin.stats.is_masking is True
+
+
 def test_where_no_row_is_left_out_stats_say_so():
     for kind, name, is_masking in (("fused", "cats-topk", True), ("gated", "teal", True), ("gated", "griffin", False)):
         model = build_kind(kind)
