@@ -178,7 +178,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         """
 
         def read(forward: Callable[..., Any], **inputs: Any) -> Any:
-            with observed:
+            with observed, self.call.draft.verifying():
                 outputs = forward(**prepare(inputs))
             finish(outputs)
             return outputs

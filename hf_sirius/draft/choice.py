@@ -1,10 +1,12 @@
 """The draft of a user who sets nothing: the one that promises the least time per token on this machine."""
 
+import bisect
+import contextlib
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -13,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import execution_device, is_offloaded
-from ..model.observation import evaluating, uncompiled
+from ..model.observation import evaluating, is_compiled, uncompiled
 from ..model.projections import device_of, is_projection, plain_tensors, projection_shape
 from ..model.sites import MlpSite, find_other_modules
 from ..settings.methods import method_class
 from ..weights.formats import changes, check_draft_dtype, draft_linear, num_bytes
+from ..weights.linear import kernel_products
 from ..weights.shortlist import SHORTLIST, has_shortlist, likeliest, num_read
 
 
@@ -31,7 +34,7 @@ _SHORTLIST_AGREEMENT = 0.994  # the same of a whole draft in the model's own dty
 _LARGE_HEAD = 0.1  # the share of all weights from which a head may have one
 KERNEL_SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 _NUM_WEIGHTS = 2**25  # that are timed: in 8 bits more than most caches hold, and read in milliseconds
-_NUM_TOKENS = 16  # of which products are timed as well, for verifications
+_NUM_TOKENS = (1, 4, 8, 16, 32)  # of which products are timed, for verifications
 _NUM_REPEATS = 5
 _chosen: dict[tuple, dict[str, Any]] = {}
 
@@ -121,7 +124,7 @@ def _fastest(
     def product(linears: list[nn.Module], num_tokens: int) -> float:
         """Returns the seconds of the products, per weight."""
         inputs = [
-            torch.ones(num_tokens, projection_shape(part)[1], dtype=model.dtype, device=device_of(part))
+            torch.ones(1, num_tokens, projection_shape(part)[1], dtype=model.dtype, device=device_of(part))
             for part in parts
         ]
 
@@ -134,7 +137,9 @@ def _fastest(
     token_id = torch.full((1, 1), model.config.get_text_config().vocab_size // 2, device=device)
     with evaluating(model), uncompiled(model):
         step = _seconds(lambda: model(token_id, use_cache=False), device)
-        own, own_many = product(parts, 1), product(parts, _NUM_TOKENS)
+        around = max(step - num_weights * product(parts, 1), 0.0)
+        with contextlib.nullcontext() if is_compiled(model) else kernel_products(parts):
+            of_many = [product(parts, num_tokens) for num_tokens in _NUM_TOKENS]
     of_dtype = {}
     for draft_dtype in dtypes:
         casts = [draft_linear(part, draft_dtype, compute_dtype=model.dtype) for part in parts]
@@ -146,19 +151,25 @@ def _fastest(
         logits = torch.randn(1, head.out_features, generator=torch.Generator().manual_seed(0)).to(device)
         seconds = _seconds(lambda: list(likeliest(logits)), device)
         heads[SHORTLIST] = (num_read(head), seconds, _SHORTLIST_AGREEMENT)
-    more = num_weights * max(own_many - own, 0.0) / (_NUM_TOKENS - 1)
     seconds_per_token = {}
     for draft_dtype, draft_head, kernel_size in itertools.product(dtypes, heads, KERNEL_SIZES):
         num_read_of_head, seconds_of_head, agreement = heads[draft_head]
         products = (num_weights - num_head) * of_dtype[draft_dtype]
         products += num_read_of_head * of_dtype.get("int8", of_dtype[draft_dtype]) + seconds_of_head
-        draft_step = max(step - num_weights * own, 0.0) + products
+        verification = around + num_weights * _between(kernel_size, _NUM_TOKENS, of_many)
         advance = sum((agreement * AGREEMENT[draft_dtype]) ** i for i in range(kernel_size))
-        seconds = ((kernel_size - 1) * (draft_step + more) + step) / advance
+        seconds = ((kernel_size - 1) * (around + products) + verification) / advance
         seconds_per_token[draft_dtype, draft_head, kernel_size] = seconds
     fields = ("draft_dtype", "draft_head", "kernel_size")
     best = min(seconds_per_token, key=seconds_per_token.__getitem__)
     return {"density": 1.0, **dict(zip(fields, best, strict=True))}
+
+
+def _between(place: int, places: Sequence[int], values: Sequence[float]) -> float:
+    """Returns the value at a place, on the straight line between the two around it."""
+    i = bisect.bisect_left(places, place, lo=1, hi=len(places) - 1)
+    share = (place - places[i - 1]) / (places[i] - places[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

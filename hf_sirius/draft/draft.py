@@ -9,11 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import is_offloaded
+from ..model.observation import is_compiled
 from ..model.sites import MlpSite
 from ..settings.methods import method_of
 from ..weights.draft_modules import reading
 from ..weights.formats import changes, draft_linear, gather_neurons
-from ..weights.linear import is_native_faster, native_products
+from ..weights.linear import is_native_faster, kernel_products, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
 from .twin import Twin
 
@@ -115,6 +116,10 @@ class Draft:
         is_native = self.config.tree_width == 1 and any(map(is_native_faster, self.held.values()))
         with self.method.drafting(), reading(self.held), native_products() if is_native else contextlib.nullcontext():
             yield
+
+    def verifying(self) -> contextlib.AbstractContextManager:
+        """Within the block, the dense model's products of a few tokens are made as fast as they can be here."""
+        return contextlib.nullcontext() if is_compiled(self.model) else kernel_products(self.twin.linears)
 
     def step(self, input_ids: torch.LongTensor, model_kwargs: dict) -> Any:
         """Returns the twin's outputs for the last of `input_ids`, long [num_rows, length]: `logits` are [num_rows, 1,

@@ -46,6 +46,7 @@ class Twin:
     resident: dict[nn.Module, str | None]
     kept: Kept  # what stays from call to call
     is_offloaded: bool  # whether accelerate streams weights of the dense model
+    linears: list[nn.Linear]  # layers of the dense model whose weight a kernel reads as it is
     # each copied or replaced module with the dense model's that it stands for, but for the root
     copies: list[tuple[nn.Module, nn.Module]]
 
@@ -106,10 +107,11 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         parts = replacements.setdefault(id(owner), {})
         if name not in parts:  # the method's own comes first, be it an activation with parameters
             parts[name] = TwinModule(getattr(owner, name))
+    linears = []
     for owner, name in (*find_other_modules(model, sites), *in_mlps):
-        parts = replacements.setdefault(id(owner), {})
-        if has_kernel(getattr(owner, name)):
-            parts.setdefault(name, TwinProjection(getattr(owner, name)))
+        if has_kernel(module := getattr(owner, name)):
+            replacements.setdefault(id(owner), {}).setdefault(name, TwinProjection(module))
+            linears += [module] if type(module) is nn.Linear else []
     replacements = {owner_id: parts for owner_id, parts in replacements.items() if parts}
     owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}
@@ -132,6 +134,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
             functools.partial(head_inputs, model),
         ),
         is_offloaded=is_offloaded(model),
+        linears=linears,
         copies=pairs,
     )
 

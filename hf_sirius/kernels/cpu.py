@@ -6,16 +6,24 @@ import ctypes
 import functools
 import logging
 import os
+import statistics
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 
 logger = logging.getLogger(__name__)
 
-GROUP = 64  # inputs that share a scale
+GROUP = 64  # inputs that share a scale; `dots.CHUNK`
+DTYPES = (torch.float32, torch.bfloat16)  # of inputs, and of weights that are not grouped
+_MAX_TOKENS = 64  # of more, what is measured of so many holds
+_NUM_ROUNDS = 5
+_CLEARLY = 0.95  # of the time of another
 _lock = threading.Lock()
 
 
@@ -34,19 +42,44 @@ def is_available() -> bool:
     return True
 
 
+def is_faster(dtype: torch.dtype, num_tokens: int) -> bool:
+    """Whether [`product`] takes less time than torch's, of inputs and a weight of this dtype. Processors and libraries
+    differ by factors, so it is measured, once for a range of tokens, in some milliseconds.
+    """
+    if not num_tokens or dtype not in DTYPES or not is_available():
+        return False
+    measured = min(1 << (num_tokens - 1).bit_length(), _MAX_TOKENS)
+    return _is_faster(dtype, measured, torch.get_num_threads(), torch.backends.mkldnn.enabled)
+
+
+@functools.cache
+def _is_faster(dtype: torch.dtype, num_tokens: int, num_threads: int, with_onednn: bool) -> bool:
+    inputs, weights = torch.ones(num_tokens, 1024, dtype=dtype), torch.ones(4, 1024, 1024, dtype=dtype)
+    seconds: dict[Callable, list[float]] = {product: [], nn.functional.linear: []}
+    with torch.inference_mode():
+        for _ in range(_NUM_ROUNDS):
+            for compute, times in seconds.items():
+                start = time.perf_counter()
+                for weight in weights:
+                    compute(inputs, weight)
+                times.append(time.perf_counter() - start)
+    ours, theirs = (statistics.median(times) for times in seconds.values())
+    return ours < _CLEARLY * theirs
+
+
 def product(inputs: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns inputs @ weight.T, of which `rows` alone are read and computed; the other outputs are 0.
+    """Returns inputs @ weight.T, summed in float32. Only `rows` are read and computed; the other outputs are 0.
 
     Args:
-        inputs: float32 [num_tokens, in_features].
+        inputs: float32 or bfloat16 [num_tokens, in_features].
         weight: float32 or bfloat16 [out_features, in_features].
         rows: long [num_rows], the outputs that are needed, all by default.
 
     Returns:
-        float32 [num_tokens, out_features].
+        [num_tokens, out_features], of the inputs' dtype.
     """
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[weight.dtype]
-    return _run(name, inputs, weight, inputs.new_empty(0), rows)
+    return _run(name, inputs, weight, None, rows)
 
 
 def grouped_product(
@@ -55,34 +88,48 @@ def grouped_product(
     """Returns inputs @ weight.T, where weight[i, j] = values[i, j] * scales[i, j // 64], as [`product`] does.
 
     Args:
-        inputs: float32 [num_tokens, in_features].
+        inputs: float32 or bfloat16 [num_tokens, in_features].
         values: int8 [out_features, in_features]; in_features is a multiple of 64.
         scales: float32 [out_features, in_features / 64].
         rows: long [num_rows], the outputs that are needed, all by default.
 
     Returns:
-        float32 [num_tokens, out_features].
+        [num_tokens, out_features], of the inputs' dtype.
     """
     return _run("grouped", inputs, values, scales, rows)
 
 
 def _run(
-    name: str, inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None
+    name: str, inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None
 ) -> torch.Tensor:
     """Runs a kernel in torch's threads, each of which takes its share of the rows."""
-    outputs = (inputs.new_empty if rows is None else inputs.new_zeros)(len(inputs), len(weight))
-    tensors = (inputs, weight, scales, inputs.new_empty(0) if rows is None else rows, outputs)
-    if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
-        raise RuntimeError("a kernel for CPUs wants tensors there, whose memory lies in rows")
-    num_rows = _ALL if rows is None else len(rows)
-    arguments = _Arguments(*(tensor.data_ptr() for tensor in tensors), len(inputs), *weight.shape, num_rows)
+    (num_tokens, in_features), (out_features, _) = inputs.shape, weight.shape
+    is_narrow, num_threads = inputs.dtype == torch.bfloat16, torch.get_num_threads()
+    outputs = (inputs.new_empty if rows is None else inputs.new_zeros)(num_tokens, out_features)
+    for tensor in (inputs, weight, scales, rows):
+        if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
+            raise RuntimeError("a kernel for CPUs wants tensors there, whose memory lies in rows")
+    widened = torch.empty(num_threads, num_tokens, in_features) if is_narrow else None
+    arguments = _Arguments(
+        inputs.data_ptr(),
+        weight.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        outputs.data_ptr(),
+        num_tokens,
+        out_features,
+        in_features,
+        _ALL if rows is None else len(rows),
+        is_narrow,
+        0 if widened is None else widened.data_ptr(),
+    )
     # As what `#pragma omp parallel` is compiled to; the interpreter runs on meanwhile.
-    _openmp().GOMP_parallel(_kernel(name).address, ctypes.addressof(arguments), torch.get_num_threads(), 0)
+    _openmp().GOMP_parallel(_kernel(name).address, ctypes.addressof(arguments), num_threads, 0)
     return outputs
 
 
 _ALL = -1  # in place of a number of rows
-_Arguments = ctypes.c_int64 * 9
+_Arguments = ctypes.c_int64 * 11
 
 
 @functools.cache
@@ -107,94 +154,10 @@ def _kernel(name: str) -> Any:
 @functools.cache
 def _compiled(name: str) -> Any:
     """Returns a compiled kernel, which has an `address`."""
-    import llvmlite.binding
-    import numpy as np
-    from llvmlite import ir
-    from numba import carray, cfunc, njit, types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
+    from . import dots
 
-    for symbol in ("omp_get_thread_num", "omp_get_num_threads"):
-        address = ctypes.cast(getattr(_openmp(), symbol), ctypes.c_void_p).value
-        llvmlite.binding.add_symbol(f"hf_sirius_{symbol}", address)
-    thread_num = types.ExternalFunction("hf_sirius_omp_get_thread_num", types.int32())
-    num_threads = types.ExternalFunction("hf_sirius_omp_get_num_threads", types.int32())
-
-    @intrinsic
-    def pointer(typing_context, address):
-        def generate(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-        return types.voidptr(types.int64), generate
-
-    @intrinsic
-    def float_of_bits(typing_context, bits):
-        def generate(context, builder, signature, arguments):
-            return builder.bitcast(arguments[0], ir.FloatType())
-
-        return types.float32(types.int32), generate
-
-    compiled = njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-
-    @compiled
-    def as_it_is(weight):
-        return weight
-
-    @compiled
-    def from_bfloat16(weight):  # whose bits are the upper half of a float32's
-        return float_of_bits(np.int32(weight) << np.int32(16))
-
-    def plain_rows(widened):
-        @compiled
-        def dots(inputs, weight, scales, rows, outputs, start, end):
-            for i in range(start, end):
-                row = rows[i] if len(rows) else i
-                for token in range(inputs.shape[0]):
-                    total = np.float32(0)
-                    weights, states = weight[row], inputs[token]
-                    for j in range(weight.shape[1]):
-                        total += widened(weights[j]) * states[j]
-                    outputs[token, row] = total
-
-        return dots
-
-    @compiled
-    def grouped_rows(inputs, values, scales, rows, outputs, start, end):
-        # The constant length of the inner loop is what has it vectorized.
-        for i in range(start, end):
-            row = rows[i] if len(rows) else i
-            for token in range(inputs.shape[0]):
-                total = np.float32(0)
-                for group in range(scales.shape[1]):
-                    first = group * GROUP
-                    part = np.float32(0)
-                    weights, states = values[row, first : first + GROUP], inputs[token, first : first + GROUP]
-                    for j in range(GROUP):
-                        part += np.float32(weights[j]) * states[j]
-                    total += part * scales[row, group]
-                outputs[token, row] = total
-
-    def kernel(dots, dtype):
-        @cfunc(types.void(types.CPointer(types.int64)), nopython=True)
-        def run(arguments):
-            given = carray(arguments, 9)
-            num_tokens, out_features, in_features, num_rows = given[5], given[6], given[7], given[8]
-            thread, threads = thread_num(), num_threads()
-            num_read = out_features if num_rows == _ALL else num_rows
-            dots(
-                carray(pointer(given[0]), (num_tokens, in_features), np.float32),
-                carray(pointer(given[1]), (out_features, in_features), dtype),
-                carray(pointer(given[2]), (out_features, in_features // GROUP), np.float32),
-                carray(pointer(given[3]), (max(num_rows, 0),), np.int64),
-                carray(pointer(given[4]), (num_tokens, out_features), np.float32),
-                num_read * thread // threads,
-                num_read * (thread + 1) // threads,
-            )
-
-        return run
-
-    if name == "grouped":
-        return kernel(grouped_rows, np.int8)
-    if name == "bfloat16":
-        return kernel(plain_rows(from_bfloat16), np.uint16)
-    return kernel(plain_rows(as_it_is), np.float32)
+    symbols = {
+        symbol: ctypes.cast(getattr(_openmp(), symbol), ctypes.c_void_p).value
+        for symbol in ("omp_get_thread_num", "omp_get_num_threads")
+    }
+    return dots.compiled(name, symbols)

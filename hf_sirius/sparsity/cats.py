@@ -5,7 +5,7 @@ from torch import nn
 
 from ..model.sites import MlpSite
 from ..weights.draft_modules import TwinModule
-from ..weights.linear import read_rows
+from ..weights.linear import read_rows, run
 from .base import SparsityMethod, TwinActivation, drafting_method
 from .calibrate import MagnitudeHistogram
 
@@ -85,14 +85,13 @@ class Cats(SparsityMethod):
         """Returns the outputs of a projection, of up those of the neurons that were kept just before."""
         # Gate and down forget them, so that up never takes another token's, in whatever order an MLP runs.
         neuron_mask, self._latest_masks[site_idx] = self._latest_masks[site_idx], None
-        rows = None
         if is_up and neuron_mask is not None:
             rows = neuron_mask.flatten(0, -2).any(dim=0).nonzero().flatten()
-        outputs = read_rows(projection, inputs, rows)
-        if outputs is None:
-            return projection(inputs)
-        self._has_skipped |= rows is not None
-        return outputs
+            outputs = read_rows(projection, inputs, rows)
+            if outputs is not None:
+                self._has_skipped = True
+                return outputs
+        return run(projection, inputs)
 
 
 class _MlpProjection(TwinModule):

@@ -39,7 +39,7 @@ def int8_linear(values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor |
     if bias is not None:
         linear.bias = frozen(bias.to(torch.float16))
     # bitsandbytes casts to float16 by itself, and says so each time.
-    return DraftLinear(linear.eval(), torch.float16, out_features)
+    return DraftLinear(linear.eval(), [torch.float16], out_features)
 
 
 def int8_values(source: Selection) -> torch.Tensor:
@@ -91,4 +91,4 @@ def quantized_to_4bit(
     linear.quant_state = state
     if bias is not None:
         linear.bias = frozen(nn.functional.pad(bias.to(compute_dtype), (0, out_features - num_rows)))
-    return DraftLinear(linear.eval(), compute_dtype, num_rows)
+    return DraftLinear(linear.eval(), [compute_dtype], num_rows)

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from .linear import read_rows
+from .linear import run
 
 
 _held: ContextVar[Mapping[nn.Module, nn.Module] | None] = ContextVar("hf_sirius_held", default=None)
@@ -62,7 +62,6 @@ class TwinProjection(TwinModule):
     """Stands in for a projection, whose weight a draft reads by a kernel where there is one."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if _held.get() is None:  # outside of drafts it is the dense one
-            return super().forward(inputs)
-        outputs = read_rows(self.current(), inputs, None)
-        return super().forward(inputs) if outputs is None else outputs
+        held = _held.get()
+        # Outside of drafts it is the dense one.
+        return self.dense(inputs) if held is None else run(held.get(self.dense, self.dense), inputs)

@@ -64,7 +64,7 @@ def draft_linear(
     if quantized_as in (None, "bfloat16", "float16"):
         dtype = getattr(torch, quantized_as) if quantized_as else weight.dtype
         linear = plain_linear(source.copy(dtype, memory), bias if bias is None else bias.to(dtype))
-        return DraftLinear(linear, dtype, linear.out_features)
+        return DraftLinear(linear, [dtype], linear.out_features)
     if quantized_as == "int4":
         return packed.int4_linear(source, bias)
     if quantized_as == "int8":

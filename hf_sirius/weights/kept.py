@@ -30,7 +30,7 @@ class _Cast:
         else:
             self.linear = draft_linear(projection, draft_dtype, compute_dtype=compute_dtype(projection))
         # bitsandbytes' layers settle in their first forward, which is not made for several threads.
-        inputs = torch.ones(1, projection_shape(projection)[1], dtype=self.linear.input_dtype)
+        inputs = torch.ones(1, projection_shape(projection)[1], dtype=self.linear.input_dtypes[0])
         self.linear(inputs.to(device_of(projection)))
 
     def is_of(self, projection: nn.Module) -> bool:

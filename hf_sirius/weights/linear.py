@@ -1,7 +1,8 @@
 """A projection that a draft holds by itself, in the format of `formats.py`."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -11,22 +12,53 @@ from ..model.projections import is_opaque
 from ..model.shared import SharedContext
 
 
-_MAX_TOKENS = 4  # up to which a kernel is faster than torch
+_MAX_TOKENS = 4  # up to which cats reads rows by themselves: of more most are kept by one or another
+_MIN_WEIGHTS = 2**16  # below which a call of a kernel takes longer than the product
 
 
-def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns module(inputs), of which some rows are read alone, in place; `None` where no kernel does so.
+def run(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Returns module(inputs), the product by a kernel where that is faster.
 
     Args:
         module: what a draft runs: a projection of the model, or what is held in its place.
         inputs: [..., in_features].
-        rows: long [num_rows], the outputs that are needed, all by default. The others are of no use.
     """
-    if isinstance(module, DraftLinear):
-        return module(inputs, rows) if module.reads_rows(_num_tokens(inputs)) else None
     # Hooks are not passed by.
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return None if type(module) is not nn.Linear or is_hooked else _kernel_product(module, inputs, rows)
+    if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
+        outputs = kernel_product(module, inputs)
+        if outputs is not None:
+            return outputs
+    return module(inputs)
+
+
+def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    """Returns module(inputs), of which some rows are read alone, in place; `None` where no kernel does so.
+
+    Args:
+        module, inputs: as for [`run`].
+        rows: long [num_rows], the outputs that are needed. The others are of no use.
+    """
+    num_tokens = inputs.numel() // inputs.shape[-1]
+    if isinstance(module, DraftLinear):
+        return module(inputs, rows) if module.reads_rows(num_tokens) else None
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or _has_own_forward(module)
+    if type(module) is not nn.Linear or is_hooked or num_tokens > _MAX_TOKENS or not has_kernel(module):
+        return None
+    return _product(module, inputs, rows)
+
+
+def kernel_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Returns linear(inputs), hooks aside, by a kernel; `None` where there is none, or where torch is faster."""
+    # Not by getattr, which takes as long as a small product.
+    weight = linear._parameters.get("weight")
+    if (
+        type(weight) is not nn.Parameter
+        or weight.numel() < _MIN_WEIGHTS
+        or _has_own_forward(linear)
+        or not cpu.is_faster(weight.dtype, inputs.numel() // inputs.shape[-1])
+    ):
+        return None
+    return _product(linear, inputs) if has_kernel(linear) else None
 
 
 def has_kernel(module: nn.Module) -> bool:
@@ -34,27 +66,58 @@ def has_kernel(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or is_opaque(module):
         return False
     weight = module.weight
-    return (
-        weight.dtype in (torch.float32, torch.bfloat16)
-        and weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and cpu.is_available()
-    )
+    return weight.dtype in cpu.DTYPES and weight.is_cpu and weight.is_contiguous() and cpu.is_available()
 
 
-def _kernel_product(linear: nn.Linear, inputs: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
-    if _num_tokens(inputs) > _MAX_TOKENS or inputs.dtype != linear.weight.dtype or torch.is_grad_enabled():
+def _product(linear: nn.Linear, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor | None:
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    is_plain = inputs.dtype == weight.dtype and inputs.is_cpu and inputs.numel() > 0
+    if not is_plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    if not has_kernel(linear):
-        return None
-    outputs = cpu.product(inputs.flatten(0, -2).float().contiguous(), linear.weight.detach(), rows).to(inputs.dtype)
-    if linear.bias is not None:
-        outputs += linear.bias
+    outputs = cpu.product(inputs.reshape(-1, inputs.shape[-1]).contiguous(), weight, rows)
+    if bias is not None:
+        outputs += bias
     return outputs.view(*inputs.shape[:-1], -1)
 
 
-def _num_tokens(inputs: torch.Tensor) -> int:
-    return inputs.numel() // inputs.shape[-1]
+def _has_own_forward(linear: nn.Linear) -> bool:
+    """Whether somebody has laid a forward over a layer, other than [`kernel_products`]."""
+    return not isinstance(vars(linear).get("forward"), _KernelForward | None)
+
+
+class _KernelForward:
+    """The forward of a layer for the time of a verification."""
+
+    def __init__(self, linear: nn.Linear):
+        self.linear, self.num_blocks = linear, 0
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = kernel_product(self.linear, inputs)
+        return nn.functional.linear(inputs, self.linear.weight, self.linear.bias) if outputs is None else outputs
+
+
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def kernel_products(linears: Sequence[nn.Linear]) -> Iterator[None]:
+    """Within the block, these layers of the dense model take the products of a few tokens by a kernel, where that is
+    faster; in other threads too. The last block to end leaves nothing on them.
+    """
+    with _lock:
+        mine = [linear for linear in linears if not _has_own_forward(linear)]
+        for linear in mine:
+            vars(linear).setdefault("forward", _KernelForward(linear)).num_blocks += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for linear in mine:
+                forward = vars(linear).get("forward")
+                if isinstance(forward, _KernelForward):
+                    forward.num_blocks -= 1
+                    if not forward.num_blocks:
+                        del vars(linear)["forward"]
 
 
 class PlainLinear(nn.Linear):
@@ -64,32 +127,40 @@ class PlainLinear(nn.Linear):
         return num_tokens <= _MAX_TOKENS and has_kernel(self)
 
     def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        outputs = _kernel_product(self, inputs, rows)
+        outputs = kernel_product(self, inputs) if rows is None else _product(self, inputs, rows)
         return super().forward(inputs) if outputs is None else outputs
 
 
 class DraftLinear(nn.Module):
     """A projection that the draft holds by itself: takes and returns hidden states of the model's dtype.
 
-    `linear` takes `input_dtype`, and may be padded with zeros: `out_features` of its outputs are real.
+    Args:
+        linear: may be padded with zeros.
+        input_dtypes: those that `linear` takes; others are cast to the first.
+        out_features: how many of its outputs are real.
     """
 
-    def __init__(self, linear: nn.Module, input_dtype: torch.dtype, out_features: int):
+    def __init__(self, linear: nn.Module, input_dtypes: Sequence[torch.dtype], out_features: int):
         super().__init__()
         self.linear = linear
-        self.input_dtype = input_dtype
-        self.out_features = out_features
+        self.input_dtypes = tuple(input_dtypes)
+        self.in_features, self.out_features = linear.in_features, out_features
 
     def reads_rows(self, num_tokens: int) -> bool:
         """Whether a kernel reads some rows of the weight alone, for so many tokens."""
         return hasattr(self.linear, "reads_rows") and self.linear.reads_rows(num_tokens)
 
     def forward(self, hidden_states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        padding = self.linear.in_features - hidden_states.shape[-1]
-        inputs = hidden_states.to(self.input_dtype)
-        inputs = nn.functional.pad(inputs, (0, padding)) if padding else inputs
-        outputs = self.linear(inputs) if rows is None else self.linear(inputs, rows)
-        return outputs[..., : self.out_features].to(hidden_states.dtype)
+        # What need not be done is not, as small products take no longer than it.
+        inputs, linear = hidden_states, self._modules["linear"]
+        if inputs.dtype not in self.input_dtypes:
+            inputs = inputs.to(self.input_dtypes[0])
+        if padding := self.in_features - inputs.shape[-1]:
+            inputs = nn.functional.pad(inputs, (0, padding))
+        outputs = linear(inputs) if rows is None else linear(inputs, rows)
+        if outputs.shape[-1] != self.out_features:
+            outputs = outputs[..., : self.out_features]
+        return outputs if outputs.dtype == hidden_states.dtype else outputs.to(hidden_states.dtype)
 
 
 @contextlib.contextmanager

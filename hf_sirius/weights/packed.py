@@ -54,19 +54,21 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.product, self.in_features = product, in_features
         self.weight, self.scales = frozen(weight), frozen(scales)
-        self.bias = None if bias is None else frozen(bias)
-        self.columns = None if columns is None else frozen(columns)
+        self.register_parameter("bias", None if bias is None else frozen(bias))
+        self.register_parameter("columns", None if columns is None else frozen(columns))
 
     def reads_rows(self, num_tokens: int) -> bool:
         return self.product is cpu.grouped_product
 
     def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        if self.columns is not None:
-            inputs = inputs * self.columns
+        # Not by getattr, which takes as long as a small product.
+        weight, scales, bias, columns = map(self._parameters.get, ("weight", "scales", "bias", "columns"))
+        if columns is not None:
+            inputs = inputs * columns
         chosen = () if rows is None else (rows,)
-        outputs = self.product(inputs.flatten(0, -2).contiguous(), self.weight, self.scales, *chosen)
-        if self.bias is not None:
-            outputs += self.bias
+        outputs = self.product(inputs.reshape(-1, self.in_features).contiguous(), weight, scales, *chosen)
+        if bias is not None:
+            outputs += bias
         return outputs.view(*inputs.shape[:-1], -1)
 
 
@@ -91,7 +93,8 @@ def int8_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
         values[place] = groups.flatten(1).to(torch.int8)
     bias = None if bias is None else nn.functional.pad(bias.to(dtype), (0, shape[0] - num_rows))
     product, scales = (cpu.grouped_product, scales) if is_grouped else (_int8, scales.flatten())
-    return DraftLinear(PackedLinear(product, values, scales, bias, shape[1]), dtype, num_rows)
+    dtypes = cpu.DTYPES if is_grouped else [dtype]
+    return DraftLinear(PackedLinear(product, values, scales, bias, shape[1]), dtypes, num_rows)
 
 
 def int8_shape(num_rows: int, num_columns: int) -> tuple[int, int]:
@@ -136,7 +139,7 @@ def int4_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
     packed = torch.cat([pack(block) for block in values.split(16 * ROWS)])
     bias = None if bias is None else nn.functional.pad(bias.to(torch.bfloat16), (0, out_features - num_rows))
     product = _int4_on_cuda if device.type == "cuda" else _int4_on_cpu
-    return DraftLinear(PackedLinear(product, packed, scales, bias, in_features, columns), torch.bfloat16, num_rows)
+    return DraftLinear(PackedLinear(product, packed, scales, bias, in_features, columns), [torch.bfloat16], num_rows)
 
 
 def _packed_for_cpu(values: torch.Tensor) -> torch.Tensor:

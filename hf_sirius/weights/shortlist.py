@@ -44,7 +44,7 @@ class ShortlistHead(nn.Module):
         left, right = _factors(head.weight.detach(), inputs, _rank(head.in_features))
         self.right = frozen(right)
         self.sketch = _sketch(head, left)
-        self.input_dtype = head.weight.dtype
+        self.input_dtypes = (head.weight.dtype,)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inputs = hidden_states.flatten(0, -2)
@@ -99,7 +99,7 @@ def _sketch(head: nn.Linear, left: torch.Tensor) -> DraftLinear:
     if weight.device.type == "cpu":
         return int8_linear(Selection(weight), bias)
     dtype = torch.bfloat16
-    return DraftLinear(plain_linear(weight.to(dtype), bias if bias is None else bias.to(dtype)), dtype, len(weight))
+    return DraftLinear(plain_linear(weight.to(dtype), bias if bias is None else bias.to(dtype)), [dtype], len(weight))
 
 
 def num_bytes(head: nn.Linear) -> int:

@@ -30,18 +30,22 @@ def expected(inputs, values, scales):
 
 
 def is_right(outputs, right, inputs, weight) -> bool:
-    """Whether outputs differ by what rounding the terms of their sums explains, be the sums near 0."""
-    return bool(((outputs - right).abs() <= 1e-5 * (inputs.double().abs() @ weight.double().abs().T)).all())
+    """Whether outputs differ by what rounding explains: of their terms, as sums may be near 0, and of theirs."""
+    bounds = 1e-5 * (inputs.double().abs() @ weight.double().abs().T)
+    if outputs.dtype == torch.bfloat16:
+        bounds += right.abs() * 2**-8
+    return bool(((outputs - right).abs() <= bounds).all())
 
 
 @settings(deadline=None)
 @given(
-    num_tokens=st.integers(1, 5), out_features=st.integers(1, 40), in_features=st.integers(1, 200),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]), num_threads=st.integers(1, 3), data=st.data(),
+    num_tokens=st.integers(1, 9), out_features=st.integers(1, 40), in_features=st.integers(1, 200),
+    input_dtype=st.sampled_from(cpu.DTYPES), dtype=st.sampled_from(cpu.DTYPES), num_threads=st.integers(1, 3),
+    data=st.data(),
 )  # fmt: skip
-def test_products_of_some_rows(num_tokens, out_features, in_features, dtype, num_threads, data):
+def test_products_of_some_rows(num_tokens, out_features, in_features, input_dtype, dtype, num_threads, data):
     generator = torch.Generator().manual_seed(out_features)
-    inputs = torch.randn(num_tokens, in_features, generator=generator)
+    inputs = torch.randn(num_tokens, in_features, generator=generator).to(input_dtype)
     weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
     rows = data.draw(st.none() | st.lists(st.integers(0, out_features - 1), unique=True), label="rows")
     before = torch.get_num_threads()
@@ -55,17 +59,18 @@ def test_products_of_some_rows(num_tokens, out_features, in_features, dtype, num
         others = [row for row in range(out_features) if row not in rows]
         right[:, others] = 0
         assert not outputs[:, others].any()
-    assert outputs.dtype == torch.float32 and outputs.shape == right.shape
+    assert outputs.dtype == input_dtype and outputs.shape == right.shape
     assert is_right(outputs, right, inputs, weight)
 
 
 @settings(deadline=None)
 @given(
-    num_tokens=st.integers(1, 5), out_features=st.integers(1, 40), num_groups=st.integers(1, 4),
-    num_threads=st.integers(1, 3), seed=st.integers(0, 2**31),
+    num_tokens=st.integers(1, 9), out_features=st.integers(1, 40), num_groups=st.integers(1, 4),
+    dtype=st.sampled_from(cpu.DTYPES), num_threads=st.integers(1, 3), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_grouped_products(num_tokens, out_features, num_groups, num_threads, seed):
-    given_ = make(num_tokens, out_features, num_groups, seed)
+def test_grouped_products(num_tokens, out_features, num_groups, dtype, num_threads, seed):
+    inputs, *packed = make(num_tokens, out_features, num_groups, seed)
+    given_ = inputs.to(dtype), *packed
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -73,7 +78,7 @@ def test_grouped_products(num_tokens, out_features, num_groups, num_threads, see
     finally:
         torch.set_num_threads(before)
     right = expected(*given_)
-    assert outputs.dtype == torch.float32 and outputs.shape == right.shape
+    assert outputs.dtype == dtype and outputs.shape == right.shape
     inputs, values, scales = given_
     assert is_right(outputs, right, inputs, values * scales.repeat_interleave(64, dim=1))
 
@@ -108,11 +113,53 @@ def test_a_missing_numba_is_told_once(monkeypatch, caplog):
     ]
 
 
-def test_what_is_not_finite_stays_so():
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_what_is_not_finite_stays_so(dtype):
     inputs, values, scales = make(1, 8, 1)
-    values[:] = 1
-    inputs[0, 3] = float("nan")
-    assert cpu.grouped_product(inputs, values, scales).isnan().all()
+    values[:], scales[:] = 1, 1
+    for number in (float("nan"), float("inf"), -float("inf")):
+        inputs[0, 3] = number
+        for outputs in (
+            cpu.grouped_product(inputs.to(dtype), values, scales),
+            cpu.product(inputs.to(dtype), values.to(dtype)),
+        ):
+            assert torch.equal(outputs, torch.full_like(outputs, number)) or (
+                outputs.isnan().all() and number != number
+            )
+
+
+def test_numbers_are_rounded_to_bfloat16_as_torch_rounds_them():
+    # One input of 1: the outputs are the weights. Every upper half, with what lies below, at and above the middle.
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (torch.arange(2**16)[:, None] << 16 | lower).flatten()
+    weight = bits.to(torch.int32).view(torch.float32)
+    weight = weight[weight.isfinite()][:, None]
+    outputs = cpu.product(torch.ones(1, 1, dtype=torch.bfloat16), weight)
+    assert torch.equal(outputs[0], weight[:, 0].bfloat16())
+
+
+def test_which_product_is_faster_is_measured_once_for_a_range(monkeypatch):
+    seconds, clock = {"ours": 1.0, "theirs": 1.0}, [0.0]
+
+    def product_of(whose):
+        def product(inputs, weight):
+            clock[0] += seconds[whose] * len(inputs)
+
+        return product
+
+    monkeypatch.setattr(cpu, "product", product_of("ours"))
+    monkeypatch.setattr(cpu.nn.functional, "linear", product_of("theirs"))
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: clock[0])
+    try:
+        for ours, is_faster in ((0.5, True), (0.99, False), (2.0, False)):
+            cpu._is_faster.cache_clear()
+            seconds["ours"] = ours
+            assert cpu.is_faster(torch.float32, 5) is is_faster
+            seconds["ours"] = 2.5 - ours  # is not looked at
+            assert cpu.is_faster(torch.float32, 7) is cpu.is_faster(torch.float32, 8) is is_faster
+        assert not cpu.is_faster(torch.float16, 5) and not cpu.is_faster(torch.float32, 0)
+    finally:
+        cpu._is_faster.cache_clear()
 
 
 def test_several_threads_at_once():

@@ -1,6 +1,8 @@
-"""Products that read some rows of a weight alone, in place."""
+"""Products by a kernel: of some rows of a weight alone, and of a few tokens where that is faster."""
 
+import contextlib
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from hf_sirius.kernels import cpu
 from hf_sirius.weights.formats import draft_linear
-from hf_sirius.weights.linear import read_rows
+from hf_sirius.weights.linear import kernel_products, read_rows, run
 
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -37,12 +39,10 @@ def test_the_rows_that_are_read_are_the_layers_own(
         right = inputs.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
     else:
         right = module(inputs)
-    for chosen in (rows, None):
-        outputs = read_rows(module, inputs, chosen)
-        assert outputs.dtype == dtype and outputs.shape == (1, num_tokens, out_features)
-        wrong = (outputs - right).double()
-        wrong = wrong if chosen is None else wrong[..., chosen]
-        assert wrong.norm() <= TOLERANCES[dtype] * (1 + right.double().norm())
+    outputs = read_rows(module, inputs, rows)
+    assert outputs.dtype == dtype and outputs.shape == (1, num_tokens, out_features)
+    tolerance = TOLERANCES[torch.bfloat16 if draft_dtype == "bfloat16" else dtype]
+    assert (outputs - right)[..., rows].double().norm() <= tolerance * (1 + right.double().norm())
 
 
 @needs_numba
@@ -60,14 +60,27 @@ def test_other_rows_are_not_read(draft_dtype):
     assert not torch.equal(read_rows(module, inputs, rows), right)
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["many tokens", "another dtype", "a view", "float64", "a hook", "a forward of its own", "gradients", "no numba"],
-)
-def test_where_no_kernel_reads_rows(case, monkeypatch):
-    linear, inputs = nn.Linear(8, 6), torch.randn(1, 5 if case == "many tokens" else 1, 8)
+CASES = ["another dtype", "a view", "float64", "a hook", "a forward of its own", "gradients", "autocast", "no tokens",
+         "no numba"]  # fmt: skip
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has every kernel be taken, and tells which layers' weights were read by one."""
+    read, product = [], cpu.product
+    monkeypatch.setattr(cpu, "is_faster", lambda dtype, num_tokens: dtype in cpu.DTYPES and cpu.is_available())
+    monkeypatch.setattr("hf_sirius.weights.linear._MIN_WEIGHTS", 0)
+    monkeypatch.setattr(
+        cpu, "product", lambda inputs, weight, rows: read.append(weight) or product(inputs, weight, rows)
+    )
+    return read
+
+
+def in_case(case, monkeypatch, linear, inputs):
+    """Returns a layer, inputs and a context in which no kernel is to be taken, and the class that says so."""
     if case == "another dtype":
         inputs = inputs.bfloat16()
+        linear.weight.data = linear.weight.data.half()
     if case == "a view":
         linear.weight.data = torch.randn(8, 6).T
     if case == "float64":
@@ -76,7 +89,71 @@ def test_where_no_kernel_reads_rows(case, monkeypatch):
         linear.register_forward_hook(lambda *_: None)
     if case == "a forward of its own":
         linear.forward = linear.forward
+    if case == "no tokens":
+        inputs = inputs[:, :0]
     if case == "no numba":
         monkeypatch.setattr(cpu, "is_available", lambda: False)
-    with torch.set_grad_enabled(case == "gradients"):
+    around = contextlib.ExitStack()
+    around.enter_context(torch.set_grad_enabled(case == "gradients"))
+    if case == "autocast":
+        around.enter_context(torch.autocast("cpu", torch.bfloat16))
+    return linear, inputs, around
+
+
+@pytest.mark.parametrize("case", [*CASES, "many tokens"])
+def test_where_no_kernel_reads_rows(case, monkeypatch):
+    linear, inputs = nn.Linear(8, 6), torch.randn(1, 5 if case == "many tokens" else 1, 8)
+    linear, inputs, around = in_case(case, monkeypatch, linear, inputs)
+    with around:
         assert read_rows(linear, inputs, torch.tensor([2])) is None
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "another dtype"])
+def test_where_no_kernel_takes_a_product(case, monkeypatch, kernels):
+    linear, inputs, around = in_case(case, monkeypatch, nn.Linear(8, 6), torch.randn(1, 1, 8))
+    with around:
+        assert torch.equal(run(linear, inputs), linear(inputs))
+        if case != "a hook":  # which a verification's layers run, around the kernel
+            with kernel_products([linear]):
+                assert torch.equal(linear(inputs), nn.functional.linear(inputs, linear.weight, linear.bias))
+    assert not kernels
+
+
+@needs_numba
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("num_tokens", [1, 5, 16])
+def test_the_layers_of_a_verification_take_kernels_and_keep_nothing(dtype, num_tokens, kernels):
+    linear, inputs, seen = nn.Linear(70, 9, dtype=dtype), torch.randn(1, num_tokens, 70, dtype=dtype), []
+    linear.register_forward_hook(lambda _, args, output: seen.append(output))
+    right = linear(inputs)
+    before = dict(vars(linear))
+    with pytest.raises(KeyError), kernel_products([linear]):
+        outputs = linear(inputs)
+        raise KeyError
+    assert vars(linear) == before
+    assert kernels == [linear.weight] and len(seen) == 2
+    assert outputs.dtype == dtype and (outputs - right).double().norm() <= TOLERANCES[dtype] * right.double().norm()
+
+
+@needs_numba
+@torch.no_grad()
+def test_verifications_in_several_threads_leave_nothing(kernels):
+    linear, inputs = nn.Linear(64, 8), torch.randn(1, 3, 64)
+    right, wrong, barrier = linear(inputs), [], threading.Barrier(4)
+
+    @torch.no_grad()  # which each thread has for itself
+    def verify():
+        barrier.wait()
+        for _ in range(50):
+            with kernel_products([linear]):
+                outputs = linear(inputs)
+            if (outputs - right).norm() > 1e-5 * right.norm():
+                wrong.append(outputs)
+
+    threads = [threading.Thread(target=verify) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and "forward" not in vars(linear) and len(kernels) == 200
