@@ -83,6 +83,26 @@ def test_grouped_products(num_tokens, out_features, num_groups, dtype, num_threa
     assert is_right(outputs, right, inputs, values * scales.repeat_interleave(64, dim=1))
 
 
+@pytest.mark.parametrize("width", [8, 16])  # LLVM takes vectors apart that a processor does not have
+@pytest.mark.parametrize("weight_dtype", [*cpu.DTYPES, torch.int8])
+def test_vectors_of_any_processor(width, weight_dtype, monkeypatch):
+    from hf_sirius.kernels import dots
+
+    monkeypatch.setattr(dots, "_WIDTH", width)
+    inputs, values, scales = make(6, 8, 3)
+    with (
+        mock.patch.object(dots, "_dots", dots._dots.__wrapped__),
+        mock.patch.object(cpu, "_kernel", cpu._compiled.__wrapped__),
+    ):
+        if weight_dtype == torch.int8:
+            outputs, weight = cpu.grouped_product(inputs, values, scales), values * scales.repeat_interleave(64, dim=1)
+        else:
+            weight = values.to(weight_dtype)[:, :150].contiguous()
+            inputs = inputs[:, :150].contiguous()
+            outputs = cpu.product(inputs, weight)
+    assert is_right(outputs, inputs.double() @ weight.double().T, inputs, weight)
+
+
 def test_memory_that_a_kernel_cannot_read_is_refused():
     inputs, values, scales = make(3, 8, 2)
     for wrong in (inputs.T.contiguous().T, inputs.to("meta")):
