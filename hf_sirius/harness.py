@@ -119,13 +119,12 @@ def _parse(name: str, value: Any) -> Any:
         return value
     if name == "calibration":
         return Calibration.from_pretrained(value)
-    kind = _FIELDS[name].kind
-    if kind is str:
-        return value
+    rule = _FIELDS[name]
     try:
-        return kind(value)
+        return rule.read(value)
     except ValueError as error:
-        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}") from error
+        what = " or ".join(["an integer" if rule.kind is int else "a number", *map(repr, rule.words)])
+        raise ValueError(f"{name} must be {what}, got {value!r}") from error
 
 
 if __name__ == "__main__":

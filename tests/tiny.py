@@ -27,7 +27,7 @@ _FAMILIES = {
     "gemma3_text": {**_GEMMA, "num_hidden_layers": 3, "sliding_window_pattern": 3},
 }
 SLIDING = ("mistral", "gemma2", "gemma3_text")
-_EAGER = ("gemma2",)  # soft-capped attention, for which transformers has no sdpa
+EAGER = ("gemma2",)  # soft-capped attention, for which transformers has no sdpa
 
 
 def build_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **fields):
@@ -42,7 +42,7 @@ def build_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch
     }
     config = AutoConfig.for_model(family, **{**sizes, **no_ids, **_FAMILIES[family], **fields})
     torch.manual_seed(seed)
-    attention = "eager" if family in _EAGER else "sdpa"
+    attention = "eager" if family in EAGER else "sdpa"
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     for name, value in no_ids.items():
         setattr(model.generation_config, name, value)

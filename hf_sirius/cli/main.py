@@ -190,7 +190,8 @@ def _add_config_options(parser, method: str | None = None, left_out: tuple[str, 
         default = method if method and name == "method" else getattr(SiriusConfig, name)
         owner = f"for {' and '.join(owners_of(name))}: " if owners_of(name) else ""
         shown = "" if default is None else f" (default: {default})"
-        _add(group, f"--{name}", type=rule.kind, default=None, help=owner + rule.help + shown)
+        kind = rule.read if rule.words else rule.kind  # argparse names the kind that a text is not
+        _add(group, f"--{name}", type=kind, default=None, help=owner + rule.help + shown)
 
 
 def _at_least(minimum: int, text: str) -> int:

@@ -18,6 +18,7 @@ from ..draft.tree_reading import keep_rows
 from ..model.compat import IS_5_17, stop_recording
 from ..model.observation import is_compiled
 from .call import Call
+from .controller import Controller
 from .stats import Cycle
 from .tree_verification import PathProcessor, Verdict, judge, unread
 from .verification import VerificationHook
@@ -58,8 +59,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.proposer = proposer_class(
             call.draft, self.logits_processor, self.end.would_stop, self.do_sample, self.end.keeps_scores
         )
+        self.controller = Controller(call.model, self.config) if self.config.kernel_size == "auto" else None
         self.proposal: Proposal | None = None  # what is being verified
         self.verdict: Verdict | None = None  # about its tree
+        self._is_selected = self._is_cut = False
         self._draft_seconds = self._verification_start = 0.0
 
     def get_candidates(
@@ -83,11 +86,15 @@ class SiriusCandidateGenerator(CandidateGenerator):
         # The prefill has made the cache's layers, if they were not there. Compiled code takes the stock ones alone.
         if self.proposal is None and not is_compiled(self.call.model):
             self.call.undo.enter_context(roomy(cache))
-        start = time.perf_counter()
         # The last token before `max_length` is the dense model's.
-        num_tokens = min(self.config.kernel_size - 1, self.max_length - input_ids.shape[1] - 1)
-        self.proposal = proposal = self.proposer.propose(input_ids, model_kwargs, num_tokens)
+        most = self.max_length - input_ids.shape[1] - 1
+        wanted = self.config.kernel_size - 1 if self.controller is None else self.controller.num_tokens(most)
+        if wanted and not self._is_selected:
+            self._select()
+        start = time.perf_counter()
+        self.proposal = proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
         self._draft_seconds = time.perf_counter() - start
+        self._is_cut = most < wanted
         # On the device to which the loop would move it, which would make another tensor of it.
         candidate_ids = torch.cat([input_ids, proposal.ids], dim=-1).to(self.call.model.device)
         if proposal.ends_output:
@@ -124,12 +131,13 @@ class SiriusCandidateGenerator(CandidateGenerator):
         bonus_id = input_ids[0, -1].item()
         (bonus_likelihood,) = self._likelihoods(input_ids[:, -1:], scores[:, num_matches, None])
         if self.proposal is None:
-            self.call.draft.select()
-            self.call.stats.record_first(bonus_id, bonus_likelihood, time.perf_counter() - now)
+            self.call.stats.record_first(bonus_id, bonus_likelihood)
+            if self.controller is None:
+                self._select()
             return
         if self._reselects():
             self.call.draft.select()
-        is_cut, branches = self.proposal.is_cut, self.verdict and self.verdict.branches
+        is_cut, branches = self._is_cut or self.proposal.is_cut, self.verdict and self.verdict.branches
         if branches is None:
             drafted_ids = tuple(self.proposal.ids[0].tolist())
             likelihoods = self._likelihoods(self.proposal.ids, scores[:, :-1])
@@ -137,21 +145,33 @@ class SiriusCandidateGenerator(CandidateGenerator):
             drafted_ids = branches.leaf_ids[branches.winner]
             likelihoods = branches.leaf_likelihoods[branches.winner]
             is_cut |= self.proposal.tree.leaves[branches.winner].is_end
-        self.call.stats.record_cycle(
-            Cycle(
-                drafted_ids=drafted_ids,
-                num_accepted=num_matches,
-                num_agreed=self._num_agreed(input_ids, scores, num_matches),
-                bonus_id=bonus_id,
-                is_full=not is_cut,
-                likelihoods=likelihoods,
-                bonus_likelihood=bonus_likelihood,
-                num_steps=self.proposal.num_steps,
-                draft_seconds=self._draft_seconds,
-                verification_seconds=now - self._verification_start,
-                branches=branches,
-            )
+        cycle = Cycle(
+            drafted_ids=drafted_ids,
+            num_accepted=num_matches,
+            num_agreed=self._num_agreed(input_ids, scores, num_matches),
+            bonus_id=bonus_id,
+            is_full=not is_cut,
+            likelihoods=likelihoods,
+            bonus_likelihood=bonus_likelihood,
+            num_steps=self.proposal.num_steps,
+            draft_seconds=self._draft_seconds,
+            verification_seconds=now - self._verification_start,
+            branches=branches,
         )
+        self.call.stats.record_cycle(cycle)
+        if self.controller is not None:
+            self.controller.note(cycle)
+            self.call.stats.reason = self.controller.reason
+
+    def _select(self) -> None:
+        """Chooses neurons from what was observed, and gathers them; where drafts may never come, before the first."""
+        start = time.perf_counter()
+        self.call.draft.select()
+        self._is_selected = True
+        seconds = time.perf_counter() - start
+        self.call.stats.record_selection(seconds)
+        if self.controller is not None:
+            self.controller.note_selection(seconds)
 
     def _likelihoods(self, token_ids: torch.LongTensor, scores: torch.Tensor) -> tuple[float, ...]:
         """Returns the full model's likelihood of each token, [1, num_tokens], by its scores at their places."""

@@ -76,7 +76,8 @@ class GenerationStats:
     """Counts of one `generate` call, kept while it runs; `total` has the same counts over all calls of the twin.
 
     Attributes:
-        kernel_size: tokens per cycle, n.
+        kernel_size: tokens per cycle, n, or `"auto"`.
+        reason: why `"auto"` drafted as many tokens as it did in the latest cycle, or none, in words; else `None`.
         first_id, first_likelihood: the full model's own token after the prefill, which precedes the cycles, and its
             likelihood as in [`Cycle`]; `None` before it, and in the total.
         selection_seconds: what choosing and gathering the neurons took behind the prefill; of the total, of all calls.
@@ -97,7 +98,7 @@ class GenerationStats:
     num_nodes_verified: int
     selection_seconds: float
 
-    def __init__(self, kernel_size: int, total: "GenerationStats | None" = None):
+    def __init__(self, kernel_size: int | str, total: "GenerationStats | None" = None):
         self.kernel_size = kernel_size
         self.total = total
         self._clear()
@@ -111,6 +112,7 @@ class GenerationStats:
     def _clear(self) -> None:
         self.first_id: int | None = None
         self.first_likelihood: float | None = None
+        self.reason: str | None = None
         self.cycles: list[Cycle] = []
         for name in _COUNTS:
             setattr(self, name, 0)
@@ -125,10 +127,13 @@ class GenerationStats:
             for name in _COUNTS:
                 setattr(self, name, getattr(self, name) + counts.get(name.lstrip("_"), 0))
 
-    def record_first(self, token_id: int, likelihood: float, selection_seconds: float) -> None:
-        """Notes the token that the full model wrote after the prefill, and what choosing the neurons then took."""
+    def record_first(self, token_id: int, likelihood: float) -> None:
+        """Notes the token that the full model wrote after the prefill."""
         self.first_id, self.first_likelihood = token_id, likelihood
-        self._record({"selection_seconds": selection_seconds})
+
+    def record_selection(self, seconds: float) -> None:
+        """Notes what choosing and gathering the neurons took."""
+        self._record({"selection_seconds": seconds})
 
     def record_cycle(self, cycle: Cycle) -> None:
         """Adds a verified cycle to the counts, and to the total's."""
@@ -203,21 +208,22 @@ class GenerationStats:
         return (self._full_drafted * self.draft_density + num_full) / self._full_advance
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the counts and measures as plain numbers; a measure without data is `None`."""
+        """Returns the counts and measures as plain numbers, and the `reason`; what has no data is `None`."""
         counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back",
                   "num_nodes_drafted", "num_nodes_verified")  # fmt: skip
         measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
-        return {name: getattr(self, name) for name in (*counts, *measures)}
+        return {name: getattr(self, name) for name in (*counts, *measures, "reason")}
 
     def __repr__(self) -> str:
-        shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in self.as_dict().items()}
+        values = {k: v for k, v in self.as_dict().items() if k != "reason" or v is not None}
+        shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in values.items()}
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
 
 
 class CallHistory:
     """Where the calls of one twin leave their counts: `latest`, whose `total` is that of all."""
 
-    def __init__(self, kernel_size: int):
+    def __init__(self, kernel_size: int | str):
         self.latest = GenerationStats(kernel_size, total=GenerationStats(kernel_size))
 
     def new(self) -> GenerationStats:

@@ -46,9 +46,10 @@ def _append(
     # Nor may tensors of an inference mode be written to outside of it.
     if not is_in_room or room.is_inference() != torch.is_inference_mode_enabled() or end > room.shape[-2]:
         room = states.new_empty(*states.shape[:2], end + _ROOM, states.shape[-1])
-        room[..., :start, :] = states
-    room[..., start:end, :] = new
-    return room[..., :end, :], room
+        room.narrow(-2, 0, start).copy_(states)
+    # By `narrow`, as indexing takes twice as long, and this comes twice a layer for every token.
+    room.narrow(-2, start, end - start).copy_(new)
+    return room.narrow(-2, 0, end), room
 
 
 @contextlib.contextmanager

@@ -80,7 +80,9 @@ def choose_draft(model: PreTrainedModel, sites: list[MlpSite], offloaded_kernel_
         draft_dtype = max(dtypes, key=AGREEMENT.__getitem__)
         _chosen[key] = {"density": 1.0, "draft_dtype": draft_dtype, "kernel_size": offloaded_kernel_size}
     else:
-        _chosen[key] = _fastest(model, sites, sum(map(math.prod, shapes)), head, dtypes, device)
+        _chosen[key] = _fastest(model, sites, sum(map(math.prod, shapes)), head, dtypes, device) | {
+            "kernel_size": "auto"
+        }
     return _chosen[key]
 
 

@@ -26,7 +26,7 @@ class Proposal:
     num_steps: int = 0  # forwards of the draft that wrote them
     # the draft's processed logits of each, float32 [num_rows, num_proposed, vocab_size], where it sampled
     scores: torch.Tensor | None = None
-    is_cut: bool = False  # whether the length, EOS or a criterion ended it before its time
+    is_cut: bool = False  # whether EOS or a criterion ended it before its time
     ends_output: bool = False  # whether the call ends with the last of them, should it be kept
     tree: Tree | None = None  # all that was drafted, where that is more than `ids`, and how to read it
     reader: TreeReader | None = None
@@ -116,6 +116,6 @@ class ChainProposer:
             ids=input_ids[:, start:],
             num_steps=num_steps,
             scores=torch.stack(all_scores, dim=1) if self.do_sample and all_scores else None,
-            is_cut=stops or num_tokens < self.config.kernel_size - 1,
+            is_cut=stops,
             ends_output=stops and self.do_sample,
         )

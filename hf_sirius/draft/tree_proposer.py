@@ -40,7 +40,7 @@ class TreeProposer(ChainProposer):
         return Proposal(
             ids=input_ids.new_tensor([path], dtype=torch.long),
             num_steps=num_steps,
-            is_cut=num_tokens < self.config.kernel_size - 1 or not depth,
+            is_cut=depth < min(num_tokens, 1),
             tree=tree,
             reader=reader,
             num_nodes_drafted=num_drafted,

@@ -30,16 +30,17 @@ _DOWNLOAD_OPTIONS = (
 class Rule:
     """What a field may be, for the checks, the command line and the harness."""
 
-    kind: type  # `float`, `int` or `str`, as which it is read from text
+    kind: type  # `float`, `int` or `str`
     allowed: str = ""  # the range of a number, in words
     is_allowed: Callable[[Any], bool] = lambda value: True  # whether a number lies in it
     choices: tuple[str, ...] = ()  # the strings that are allowed
+    words: tuple[str, ...] = ()  # what it may be in place of a number
     is_optional: bool = False  # whether it may be `None`
     help: str = ""  # what it means, in a sentence
 
     def check(self, name: str, value: Any) -> None:
         """Raises `TypeError` or `ValueError` unless the field may have this value."""
-        if value is None and self.is_optional:
+        if (value is None and self.is_optional) or (isinstance(value, str) and value in self.words):
             return
         if self.choices:
             if value not in self.choices:
@@ -48,10 +49,15 @@ class Rule:
         elif self.kind is not str:
             kinds = (int, float) if self.kind is float else int
             if isinstance(value, bool) or not isinstance(value, kinds):
-                what = "a number" if self.kind is float else "an int or None" if self.is_optional else "an int"
-                raise TypeError(f"{name} must be {what} {self.allowed}, got {value!r}")
+                whats = ["a number" if self.kind is float else "an int", *map(repr, self.words)]
+                what = " or ".join([*whats, *(["None"] if self.is_optional else [])])
+                raise TypeError(f"{name} must be {what}, a number {self.allowed}, got {value!r}")
             if not math.isfinite(value) or not self.is_allowed(value):
                 raise ValueError(f"{name} must be {self.allowed}, got {value!r}")
+
+    def read(self, text: str) -> Any:
+        """Returns the value that a text stands for. Raises `ValueError` for one that is no number where it must be."""
+        return text if text in self.words else self.kind(text)
 
 
 def _field(default: Any, kind: type, *args: Any, **kwargs: Any) -> Any:
@@ -71,9 +77,13 @@ class SiriusConfig(PushToHubMixin):
         density (`float`, defaults to 0.5):
             Share of the neurons of each MLP (of `"teal"` of the inputs of each projection) that a draft step keeps, in
             (0, 1]. At 1 nothing is dropped, whatever the method: a draft is then its `draft_dtype` alone.
-        kernel_size (`int`, *optional*):
-            Tokens per cycle, at least 2; by default 16, or 32 for a model that accelerate offloads, where a
-            verification costs more. All but one are drafted. The twin's own config tells which default it was.
+        kernel_size (`int` or `str`, *optional*):
+            Tokens per cycle, at least 2, or `"auto"`, which chooses them anew for each cycle. All but one are drafted;
+            by default 16, or 32 for a model that accelerate offloads, where a verification costs more. The twin's own
+            config tells which default it was. `"auto"` drafts as many as promise the least time per token, by what
+            steps took and how many tokens were kept so far, and none where a dense step takes less
+            (`decode/controller.py`). At `threshold=1.0` greedy outputs do not depend on it; below, and when sampling
+            with a seed, they do.
         threshold (`float`, defaults to 0.1):
             A drafted token is kept if it is the full model's argmax or its likelihood is at least this, in [0, 1]; 1
             gives the full model's output, token for token when greedy, the same distribution when sampling.
@@ -126,9 +136,9 @@ class SiriusConfig(PushToHubMixin):
 
     method: str = _field("cats", str)
     density: float = _field(0.5, float, "in (0, 1], the share of neurons to keep", lambda value: 0 < value <= 1)
-    kernel_size: int | None = _field(
+    kernel_size: int | str | None = _field(
         None, int, "at least 2: one drafted token and one of the full model (without drafts call model.generate alone)",
-        lambda value: value >= 2,
+        lambda value: value >= 2, words=("auto",),
     )  # fmt: skip
     threshold: float = _field(0.1, float, "in [0, 1], a likelihood", lambda value: 0 <= value <= 1)
     temperature: float = _field(0.6, float, "greater than 0", lambda value: value > 0)

@@ -57,8 +57,9 @@ def _measures(trace: Trace):
     def shown(value, form: str) -> str:
         return "–" if value is None else format(value, form)
 
+    size = "" if measures["kernel_size"] == "auto" else f", of {measures['kernel_size']}"
     rows = [
-        ("AAL", shown(measures["aal"], ".2f"), f"tokens a cycle, of {measures['kernel_size']}"),
+        ("AAL", shown(measures["aal"], ".2f"), "tokens a cycle" + size),
         ("acceptance rate", shown(measures["acceptance_rate"], ".1%"), f"of {measures['num_drafted']} drafted tokens"),
         ("rolled back", str(measures["num_rolled_back"]), "drafted tokens"),
         ("draft density", shown(measures["draft_density"], ".3f"), "of all weights, a draft step"),
@@ -67,8 +68,10 @@ def _measures(trace: Trace):
     ]
     if trace.config["tree_width"] > 1:
         rows.append(("gain by branches", shown(measures["aal_gain"], "+.1%"), "of advance length"))
+    if measures["reason"] is not None:
+        rows.append(("at the end", "", measures["reason"]))
     for name, value, unit in rows:
-        yield f"<div><dt>{name}</dt><dd><strong>{value}</strong> {unit}</dd></div>"
+        yield f"<div><dt>{name}</dt><dd><strong>{value}</strong> {escape(unit)}</dd></div>"
 
 
 def _settings(trace: Trace):

@@ -133,7 +133,7 @@ def test_as_dict_is_plain_json(call, draft_density):
         stats.record_draft_density(draft_density, is_masking=False)
     values = stats.as_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
-    assert {"kernel_size", *MEASURES, *COUNTS} == set(values)
+    assert {"kernel_size", "reason", *MEASURES, *COUNTS} == set(values)
 
 
 def test_repr_is_readable():

@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import random
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from hf_sirius import make_sparse
+from hf_sirius.decode.controller import Controller
 from hf_sirius.decode.verification import VerificationHook, is_accepted
 from hf_sirius.draft.draft import Draft
 from hf_sirius.weights import shortlist
@@ -250,6 +252,15 @@ def test_no_kind_of_draft_changes_the_distribution(method, draft_dtype, draft_he
     with make_sparse(model, density=1 / 8, kernel_size=KERNEL_SIZE, threshold=1.0, **fields) as sparse:
         counts = sample(model, 400, assistant_model=sparse, top_k=0)
         assert 0.1 < sparse.stats.total.acceptance_rate < 1
+    assert p_value(counts, exact_probabilities(model)) > 1e-3
+
+
+def test_choosing_how_many_tokens_are_drafted_keeps_the_dense_distribution(monkeypatch):
+    model, chance = sampled_model(), random.Random(0)
+    monkeypatch.setattr(Controller, "num_tokens", lambda self, most: chance.randint(0, max(most, 0)))
+    with make_sparse(model, method="griffin", density=1 / 8, kernel_size="auto", threshold=1.0) as sparse:
+        counts = sample(model, 400, assistant_model=sparse, top_k=0)
+        assert 0.1 < sparse.stats.total.acceptance_rate < 0.9
     assert p_value(counts, exact_probabilities(model)) > 1e-3
 
 

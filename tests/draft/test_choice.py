@@ -49,7 +49,8 @@ def test_the_least_time_per_token_wins(monkeypatch):
     sites = find_mlps(model)
 
     def chosen(verification_per_token: float, **draft: float):
-        seconds = iter([1.0, 1.0, 1.0 + 15 * verification_per_token, *draft.values()])
+        verifications = [1.0 + (n - 1) * verification_per_token for n in choice._NUM_TOKENS]
+        seconds = iter([1.0, 1.0, *verifications, *draft.values()])
         monkeypatch.setattr(choice, "_seconds", lambda run, device: next(seconds))
         sizes = [p.numel() for site in sites for part in site.parts for p in part.parameters()]
         # All that is timed stands for all, so that the seconds are those of the whole model.

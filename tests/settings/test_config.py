@@ -41,7 +41,7 @@ def valid_configs(draw):
     """Any config that `SiriusConfig` takes, calibrated ones among them."""
     fields = {
         "density": draw(st.floats(0, 1, exclude_min=True)),
-        "kernel_size": draw(st.one_of(st.none(), st.integers(2, 10_000))),
+        "kernel_size": draw(st.one_of(st.none(), st.just("auto"), st.integers(2, 10_000))),
         "draft_confidence": draw(st.floats(0, 1, exclude_max=True)),
         "threshold": draw(st.one_of(st.floats(0, 1), st.sampled_from([0, 1]))),
         "temperature": draw(st.floats(0, 1e300, exclude_min=True)),
@@ -86,6 +86,7 @@ BAD_VALUES = [
     *(("temperature", value, ValueError, "greater than 0") for value in [0, 0.0, -0.6, *NOT_FINITE]),
     *(("temperature", value, TypeError, "greater than 0") for value in NOT_A_NUMBER),
     *(("kernel_size", value, ValueError, "at least 2") for value in [1, 0, -16]),
+    ("kernel_size", "fast", TypeError, "must be an int or 'auto' or None, a number at least 2"),
     *(
         ("kernel_size", value, TypeError, "int")
         for value in [16.0, math.nan, math.inf, *NOT_A_NUMBER]

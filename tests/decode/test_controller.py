@@ -1,0 +1,210 @@
+"""`kernel_size="auto"`: whatever is chosen the output stays, and a draft that loses is left."""
+
+import collections
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import EAGER, METHODS, SLIDING, build_model, make_prompt, shared_model
+
+from hf_sirius import make_sparse
+from hf_sirius.decode import controller as controlling
+from hf_sirius.decode import costs as counting
+from hf_sirius.decode.controller import Controller
+from hf_sirius.decode.costs import ModelCosts, costs_of
+from hf_sirius.decode.stats import Cycle
+from hf_sirius.settings.config import SiriusConfig
+
+
+AUTO = SiriusConfig(kernel_size="auto")
+
+
+class Machine:
+    """A model and its draft as the controller sees them: what they take, and what is kept."""
+
+    def __init__(self, step: float, per_token: float, acceptance: float, selection: float = 0.0, seed: int = 0):
+        self.step, self.per_token, self.acceptance, self.selection = step, per_token, acceptance, selection
+        self.model, self.random = torch.nn.Linear(1, 1), random.Random(seed)
+
+    def verification(self, num_tokens: int) -> float:
+        return 1.0 + self.per_token * (num_tokens - 1)
+
+    def call(self, max_tokens: int) -> float:
+        """Returns the seconds of a call that writes so many tokens; the dense model takes one for each."""
+        controller, seconds, length, is_selected = Controller(self.model, AUTO), 0.0, 0, False
+        while length < max_tokens:
+            num_tokens = controller.num_tokens(max_tokens - length - 1)
+            assert 0 <= num_tokens <= max(max_tokens - length - 1, 0)
+            if num_tokens and not is_selected:
+                is_selected, seconds = True, seconds + self.selection
+                controller.note_selection(self.selection)
+            num_accepted = 0
+            while num_accepted < num_tokens and self.random.random() < self.acceptance:
+                num_accepted += 1
+            draft, verification = num_tokens * self.step, self.verification(1 + num_tokens)
+            controller.note(cycle(num_tokens, num_accepted, draft, verification))
+            seconds += draft + verification
+            length += num_accepted + 1
+        return seconds
+
+    def best(self) -> float:
+        """Returns the least seconds per token of any fixed number, or of none."""
+        a = self.acceptance
+        return min(
+            (n * self.step + self.verification(1 + n)) / sum(a**i for i in range(n + 1))
+            for n in range(controlling.LONGEST + 1)
+        )
+
+
+def cycle(num_drafted: int, num_accepted: int, draft_seconds: float, verification_seconds: float) -> Cycle:
+    return Cycle(
+        drafted_ids=(1,) * num_drafted, num_accepted=num_accepted, bonus_id=2, is_full=True, num_agreed=num_accepted,
+        likelihoods=(0.5,) * num_drafted, bonus_likelihood=0.5, num_steps=num_drafted, draft_seconds=draft_seconds,
+        verification_seconds=verification_seconds,
+    )  # fmt: skip
+
+
+@settings(deadline=None)
+@given(
+    step=st.floats(0.02, 1.2), per_token=st.floats(0.0, 1.0), acceptance=st.floats(0.0, 1.0), seed=st.integers(0, 999)
+)
+def test_a_draft_that_loses_costs_little_and_less_the_next_time(step, per_token, acceptance, seed):
+    machine = Machine(step, per_token, acceptance, seed=seed)
+    seconds = [machine.call(128) for _ in range(8)]
+    assert seconds[0] <= 1.1 * 128
+    if machine.best() > 1.05:  # no draft wins
+        assert sum(seconds[4:]) <= 1.03 * 4 * 128
+
+
+@settings(deadline=None)
+@given(step=st.floats(0.05, 0.6), per_token=st.floats(0.0, 0.2), acceptance=st.floats(0.8, 0.99))
+def test_a_draft_that_wins_is_nearly_as_long_as_is_best(step, per_token, acceptance):
+    machine = Machine(step, per_token, acceptance)
+    if (best := machine.best()) > 0.8:
+        return
+    seconds = [machine.call(128) for _ in range(10)]
+    assert sum(seconds[2:]) <= 1.12 * best * 8 * 128
+
+
+def test_a_draft_is_tried_again_and_taken_when_it_wins():
+    machine = Machine(step=0.2, per_token=0.02, acceptance=0.0)
+    machine.call(400)
+    machine.acceptance = 0.97
+    assert sum(machine.call(128) for _ in range(20)) <= 0.8 * 20 * 128
+
+
+def test_neurons_are_chosen_for_no_answer_that_is_too_short_for_it():
+    machine = Machine(step=0.2, per_token=0.02, acceptance=0.9, selection=20.0)
+    machine.call(500)
+    assert machine.call(10) <= 10.5
+    assert machine.call(500) <= 0.6 * 500
+
+
+def test_seconds_between_and_beyond_what_was_measured():
+    costs = ModelCosts()
+    assert costs.of(1) is None
+    for num_tokens, seconds in ((1, 1.0), (5, 2.0), (9, 1.5)):
+        costs.note(num_tokens, 99.0)  # the first one is not counted
+        for _ in range(3):
+            costs.note(num_tokens, seconds)
+        costs.note(num_tokens, 50.0)  # nor one that stands out
+    assert [costs.of(n) for n in (1, 3, 5, 7, 9)] == [1.0, 1.5, 2.0, 1.75, 1.5]
+    assert costs.of(20) == 1.5  # what is not known is tried
+    costs.note(12, 1.0), costs.note(12, 1.8)
+    assert costs.of(15) == pytest.approx(2.1)
+
+
+def test_what_is_known_ends_with_the_model_and_does_not_grow():
+    model = torch.nn.Linear(1, 1)
+    first, record = costs_of(model, AUTO)
+    assert costs_of(model, AUTO) == (first, record)
+    for i in range(200):
+        assert costs_of(model, AUTO.replace(temperature=1.0 + i))[0] is first
+    assert costs_of(model, AUTO)[1] is not record  # of the latest settings alone
+    known = len(counting._known)
+    del model
+    assert len(counting._known) == known - 1
+    for _ in range(1000):
+        first.note(3, 1.0)
+    assert len(first._of_tokens[3]._latest) < 10
+
+
+@pytest.fixture
+def any_choice(monkeypatch):
+    """Has the controller choose by chance, and remember nothing."""
+    chance = random.Random(0)
+    monkeypatch.setattr(Controller, "num_tokens", lambda self, most: chance.randint(0, max(0, min(most, 6))))
+    return chance
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "gpt2", *SLIDING]),
+    method=st.sampled_from(list(METHODS)),
+    density=st.floats(0.05, 1.0),
+    tree_width=st.sampled_from([1, 3]),
+    draft_dtype=st.sampled_from([None, "int8"]),
+    wanted=st.lists(st.integers(0, 7), min_size=1, max_size=16),
+    padding=st.integers(0, 3),
+    seed=st.integers(0, 10**6),
+)
+def test_whatever_is_chosen_the_output_is_the_dense_one(
+    family, method, density, tree_width, draft_dtype, wanted, padding, seed
+):
+    model, prompt, choices = shared_model(family), make_prompt(seed=seed), iter(wanted)
+    mask = torch.ones_like(prompt)
+    mask[:, : 0 if family in EAGER else padding] = 0  # of a row that is all masked its logits are not finite
+    options = {"max_new_tokens": 16, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    expected = model.generate(prompt, **options)
+    fields = {**METHODS[method], "density": density, "tree_width": tree_width, "draft_dtype": draft_dtype}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Controller, "num_tokens", lambda self, most: max(0, min(next(choices, 3), most)))
+        with make_sparse(model, threshold=1.0, kernel_size="auto", **fields) as twin:
+            assert torch.equal(model.generate(prompt, assistant_model=twin, **options), expected)
+            assert sum(c.advance_length for c in twin.stats.cycles) >= 15
+            assert twin.stats.num_nodes_drafted >= min(wanted[0], 1)
+
+
+def test_a_second_turn_goes_on_with_what_is_known(any_choice):
+    model = build_model()
+    with make_sparse(model, threshold=1.0, kernel_size="auto", density=1.0, draft_dtype="int8") as twin:
+        first = model.generate(make_prompt(), max_new_tokens=9, return_dict_in_generate=True, assistant_model=twin)
+        turn = torch.cat([first.sequences, make_prompt(4, seed=2)], dim=-1)
+        expected = model.generate(turn, max_new_tokens=12)
+        cache = first.past_key_values
+        outputs = model.generate(turn, max_new_tokens=12, past_key_values=cache, assistant_model=twin)
+    assert torch.equal(outputs, expected)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_counts_of_calls_in_which_some_cycles_draft_nothing(method, any_choice):
+    model, lengths = build_model(), collections.Counter()
+    with make_sparse(model, threshold=1.0, kernel_size="auto", density=0.5, **METHODS[method]) as twin:
+        for seed in range(4):
+            model.generate(make_prompt(seed=seed), max_new_tokens=20, assistant_model=twin)
+            lengths.update(len(cycle.drafted_ids) for cycle in twin.stats.cycles)
+            assert sum(cycle.advance_length for cycle in twin.stats.cycles) == 19
+        total = twin.stats.total
+    assert lengths[0] and lengths[1] and total.num_cycles == sum(lengths.values())
+    assert total.aal is not None and total.aal < 7 and 0 < total.draft_density <= 1
+    assert total.as_dict()["kernel_size"] == "auto"
+
+
+def test_stats_say_why(monkeypatch):
+    model = build_model()
+    with make_sparse(model, threshold=1.0, kernel_size="auto", density=0.05, method="griffin") as twin:
+        assert twin.stats.reason is None
+        model.generate(make_prompt(), max_new_tokens=3, assistant_model=twin)
+        assert twin.stats.reason == "a dense step is measured"
+        record = costs_of(model, twin.sirius_config)[1]
+        for _ in range(3):
+            record.step.note(99.0)
+        model.generate(make_prompt(), max_new_tokens=8, assistant_model=twin)
+        assert twin.stats.reason.startswith("drafting given up for 32 tokens: a draft step costs ")
+        assert not twin.stats.num_drafted and twin.stats.draft_density is None
+        assert twin.stats.selection_seconds == 0.0  # nothing is chosen for drafts that do not come
+    with make_sparse(model, threshold=1.0, kernel_size=4, density=0.05, method="griffin") as twin:
+        model.generate(make_prompt(), max_new_tokens=3, assistant_model=twin)
+        assert twin.stats.reason is None and twin.stats.selection_seconds > 0
