@@ -80,9 +80,8 @@ def choose_draft(model: PreTrainedModel, sites: list[MlpSite], offloaded_kernel_
         draft_dtype = max(dtypes, key=AGREEMENT.__getitem__)
         _chosen[key] = {"density": 1.0, "draft_dtype": draft_dtype, "kernel_size": offloaded_kernel_size}
     else:
-        _chosen[key] = _fastest(model, sites, sum(map(math.prod, shapes)), head, dtypes, device) | {
-            "kernel_size": "auto"
-        }
+        fastest = _fastest(model, sites, sum(map(math.prod, shapes)), head, dtypes, device)
+        _chosen[key] = fastest | {"kernel_size": "auto"}  # which finds the number, or that there is none
     return _chosen[key]
 
 
