@@ -1,5 +1,7 @@
 """How many tokens a cycle drafts, where `kernel_size="auto"`: as many as promise the least time per token, or none."""
 
+import math
+
 from transformers import PreTrainedModel
 
 from ..settings.config import SiriusConfig
@@ -10,7 +12,8 @@ from .stats import Cycle
 LONGEST = 31  # tokens of a draft
 _FIRST = 1  # token of a draft of which nothing is known
 _PROBE = 2  # tokens by which a draft that lost is tried again
-_LONGEST_WAIT = 1024  # tokens
+_LONGEST_WAIT = 256  # tokens
+_FURTHER = 2  # times as many tokens as were measured may be verified
 _CLEARLY = 0.98  # of the time of a dense step, from which a draft is worth its while
 
 
@@ -58,18 +61,21 @@ class Controller:
         record.patience = min(2 * record.patience, _LONGEST_WAIT)
         return 0
 
-    def _best(self, most: int) -> int:
+    def _best(self, num_left: int) -> int:
         """Returns how many drafted tokens promise the least time per token; none where a dense step does."""
         dense, step = self.costs.of(1), self.record.step.median
+        acceptance, nodes_per_step = self.record.acceptance, self.record.nodes_per_step
+        # What a verification of many more tokens takes is not known.
+        most = min(num_left, LONGEST, math.ceil(_FURTHER * self.costs.most_tokens / nodes_per_step))
         best, least, advance = 0, _CLEARLY * dense, 1.0
-        for num_tokens in range(1, min(most, LONGEST) + 1):
-            advance += self.record.acceptance**num_tokens
-            verification = self.costs.of(1 + num_tokens * self.record.nodes_per_step)
+        for num_tokens in range(1, most + 1):
+            advance += acceptance**num_tokens
+            verification = self.costs.of(1 + num_tokens * nodes_per_step)
             seconds = (num_tokens * step + verification) / advance
             if seconds < least:
                 best, least = num_tokens, seconds
         selection = 0.0 if self._is_selected else self.record.selection.median or 0.0
-        return best if (dense - least) * most > selection else 0
+        return best if (dense - least) * num_left > selection else 0
 
     def _told(self) -> str:
         share = self.record.step.median / self.costs.of(1)

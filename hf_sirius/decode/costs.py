@@ -1,5 +1,6 @@
 """What forwards of a model and of its drafts take on this machine, by what ran lately."""
 
+import bisect
 import collections
 import statistics
 import threading
@@ -10,30 +11,32 @@ from transformers import PreTrainedModel
 from ..settings.config import SiriusConfig
 
 
-_NUM_LATEST = 9  # of which the median is taken
+_NUM_LATEST = 33  # of which the median is taken: other work on a machine comes in bursts
+_CHEAP_TOKENS = 8
 _NUM_SETTINGS = 16  # of which a model remembers how its drafts did
-PRIOR_ACCEPTANCE, _PRIOR_TOKENS = 0.8, 2.0  # what is expected of a draft that has not been seen, and its weight
-_FADING = 0.9  # the weight of a cycle's tokens in the next one
+_PRIOR_ACCEPTANCE = 0.8  # of a draft that has not been seen, as if that had been so of one token
+_FADING = 0.98  # what a token counts when the next one is seen
 PATIENCE = 32  # tokens for which a losing draft is left at first
 
 
 class _Seconds:
     """The latest of some measurements; where others follow soon without the first, which loads and compiles what is
     used for the first time.
+
+    Attributes:
+        median: of them, `None` without any.
     """
 
     def __init__(self, is_warm: bool = False):
         self._latest: collections.deque[float] = collections.deque(maxlen=_NUM_LATEST)
         self._is_warm = is_warm
+        self.median: float | None = None
 
     def note(self, seconds: float) -> None:
         if self._is_warm:
             self._latest.append(seconds)
+            self.median = statistics.median(list(self._latest))
         self._is_warm = True
-
-    @property
-    def median(self) -> float | None:
-        return statistics.median(list(self._latest)) if self._latest else None
 
 
 class ModelCosts:
@@ -41,26 +44,37 @@ class ModelCosts:
 
     def __init__(self):
         self._of_tokens: dict[int, _Seconds] = {}
+        self._known: list[tuple[int, float]] = []  # the medians, by numbers of tokens
 
     def note(self, num_tokens: int, seconds: float) -> None:
         self._of_tokens.setdefault(num_tokens, _Seconds()).note(seconds)
+        medians = [(n, of_n.median) for n, of_n in list(self._of_tokens.items())]
+        self._known = sorted((n, median) for n, median in medians if median is not None)
 
     def of(self, num_tokens: float) -> float | None:
-        """Returns the seconds of a forward, `None` before any was measured. They lie on the straight line between the
-        two numbers of tokens around it that were measured, and beyond the last on that through the last two. What is
-        not known is taken to be cheap, so that it is tried.
+        """Returns the seconds of a forward, `None` before any was measured.
+
+        Between numbers of tokens that were measured they lie on a straight line. More than the most of them are taken
+        to be cheap, so that they are tried: up to 8 tokens as cheap as that, as often the second token costs much and
+        the next ones little, and beyond at half the price of those before.
         """
-        known = sorted((n, cost) for n, s in list(self._of_tokens.items()) if (cost := s.median) is not None)
+        known = self._known
         if not known:
             return None
-        if len(known) == 1 or num_tokens <= known[0][0]:
-            return known[0][1]
-        right = next((i for i, (n, _) in enumerate(known) if i and n >= num_tokens), len(known) - 1)
-        (first, low), (second, high) = known[right - 1], known[right]
-        slope = (high - low) / (second - first)
-        if num_tokens > second:
-            return high + max(slope, 0.0) * (num_tokens - second)
-        return low + slope * (num_tokens - first)
+        (fewest, least), (most, highest) = known[0], known[-1]
+        if num_tokens > most:
+            price = (highest - least) / (most - fewest) if len(known) > 1 else 0.0
+            return highest + max(0.0, price / 2) * max(0.0, num_tokens - max(most, _CHEAP_TOKENS))
+        i = max(1, bisect.bisect_left([place for place, _ in known], num_tokens))
+        if len(known) == 1 or num_tokens <= fewest:
+            return least
+        (first, low), (second, high) = known[i - 1], known[i]
+        return low + (high - low) * (num_tokens - first) / (second - first)
+
+    @property
+    def most_tokens(self) -> int:
+        """Returns the most tokens of which the seconds were measured."""
+        return self._known[-1][0] if self._known else 0
 
 
 class DraftRecord:
@@ -84,12 +98,12 @@ class DraftRecord:
     @property
     def acceptance(self) -> float:
         """The share of drafted tokens that are kept, as long as all before them were."""
-        seen = self.accepted + self.rejected
-        return (self.accepted + PRIOR_ACCEPTANCE * _PRIOR_TOKENS) / (seen + _PRIOR_TOKENS)
+        return (self.accepted + _PRIOR_ACCEPTANCE) / (self.accepted + self.rejected + 1)
 
     def note(self, num_accepted: int, is_rejected: bool) -> None:
-        self.accepted = _FADING * self.accepted + num_accepted
-        self.rejected = _FADING * self.rejected + is_rejected
+        fading = _FADING ** (num_accepted + is_rejected)
+        self.accepted = fading * self.accepted + num_accepted
+        self.rejected = fading * self.rejected + is_rejected
 
 
 _lock = threading.Lock()

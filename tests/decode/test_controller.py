@@ -73,7 +73,7 @@ def cycle(num_drafted: int, num_accepted: int, draft_seconds: float, verificatio
 def test_a_draft_that_loses_costs_little_and_less_the_next_time(step, per_token, acceptance, seed):
     machine = Machine(step, per_token, acceptance, seed=seed)
     seconds = [machine.call(128) for _ in range(8)]
-    assert seconds[0] <= 1.1 * 128
+    assert seconds[0] <= 1.25 * 128  # in which what verifications take is found out
     if machine.best() > 1.05:  # no draft wins
         assert sum(seconds[4:]) <= 1.03 * 4 * 128
 
@@ -111,9 +111,11 @@ def test_seconds_between_and_beyond_what_was_measured():
             costs.note(num_tokens, seconds)
         costs.note(num_tokens, 50.0)  # nor one that stands out
     assert [costs.of(n) for n in (1, 3, 5, 7, 9)] == [1.0, 1.5, 2.0, 1.75, 1.5]
-    assert costs.of(20) == 1.5  # what is not known is tried
-    costs.note(12, 1.0), costs.note(12, 1.8)
-    assert costs.of(15) == pytest.approx(2.1)
+    assert costs.most_tokens == 9 and costs.of(20) == 1.5 + 11 * (1.5 - 1.0) / 8 / 2
+    few = ModelCosts()
+    for num_tokens in (1, 1, 2, 2):
+        few.note(num_tokens, float(num_tokens))
+    assert few.of(2) == few.of(8) == 2.0  # what is not known is tried
 
 
 def test_what_is_known_ends_with_the_model_and_does_not_grow():
@@ -128,7 +130,7 @@ def test_what_is_known_ends_with_the_model_and_does_not_grow():
     assert len(counting._known) == known - 1
     for _ in range(1000):
         first.note(3, 1.0)
-    assert len(first._of_tokens[3]._latest) < 10
+    assert len(first._of_tokens[3]._latest) < 40
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def cycles(draw) -> Cycle:
 
 def make_stats(first_id: int, of_call: list[Cycle]) -> GenerationStats:
     stats = GenerationStats(6)
-    stats.record_first(first_id, 0.125, 0.0)
+    stats.record_first(first_id, 0.125)
     for cycle in of_call:
         stats.record_cycle(cycle)
     return stats
@@ -138,7 +138,7 @@ def test_a_running_call_is_told_as_a_finished_one(first_id, of_call):
     tokenizer = byte_level_tokenizer()
     tracer, stats, told = TokenTracer(tokenizer), GenerationStats(6), []
     assert list(tracer.tokens(stats, is_running=True)) == []
-    stats.record_first(first_id, 0.125, 0.0)
+    stats.record_first(first_id, 0.125)
     for cycle in of_call:
         told += tracer.tokens(stats, is_running=True)
         assert list(tracer.tokens(stats, is_running=True)) == []
