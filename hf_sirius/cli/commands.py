@@ -47,7 +47,7 @@ def demo(args) -> None:
     with tempfile.TemporaryDirectory() as directory:
         results = run_task(model, task, demo_modes(), directory, name, show_progress=True)
     show_results(results, task.columns)
-    print("\nAAL: tokens gained per cycle, of 16; effective density: parameters read per token, as a share of all.\n")
+    print("\nAAL: tokens gained per cycle, of 16; effective density: parameters needed per token, as a share of all.\n")
     show_one_answer(Console(), task, model)
 
 

@@ -10,6 +10,10 @@ from ..settings.config import SiriusConfig, rules
 from ..settings.methods import owners_of
 
 
+# What is chosen for the model where no option says what a draft is.
+CHOSEN_FOR_THE_MODEL = ("method", "density", "draft_dtype", "draft_head")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status. An error of the user's is printed in one line."""
     args = _parser().parse_args(argv)
@@ -47,13 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation_options(generate)
     _add(generate, "--stats", action="store_true", help="print the call's statistics to standard error")
     _add(generate, "--stream", action="store_true", help="print the text as it is verified")
-    _add_config_options(generate)
+    _add_config_options(generate, is_chosen=True)
 
     report = command("report", "report", "generate, and show what became of each token: one page of HTML")
     _add_generation_options(report)
     _add(report, "--output", default="report.html", help="file to write the page to (default: report.html)")
     _add(report, "--json", help="file to write its data to as well")
-    _add_config_options(report)
+    _add_config_options(report, is_chosen=True)
 
     eval_ = command("eval", "evaluate", "a task: dense, sparse alone and corrected, side by side")
     _add_task_options(eval_)
@@ -93,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         _add(parser_, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
         _add(parser_, "--device", default="cpu", help="device that computes (default: cpu)")
         _add(parser_, "--json", help="file to write the figures to; by default they go to standard output")
-        _add_config_options(parser_, method="griffin")
+        _add_config_options(parser_, is_chosen=True)
     drafts = benchmarks.add_parser("drafts", help="every kind of draft: how often it agrees, and what it takes")
     drafts.set_defaults(run="compare")
     model_help = "'reasoner' or 'smollm2', on their own prompts (default: reasoner)"
@@ -178,7 +182,9 @@ def _add_tune_options(parser) -> None:
     _add_config_options(parser, left_out=left_out)
 
 
-def _add_config_options(parser, method: str | None = None, left_out: tuple[str, ...] = ()) -> None:
+def _add_config_options(
+    parser, method: str | None = None, left_out: tuple[str, ...] = (), is_chosen: bool = False
+) -> None:
     # The defaults are the config's own, so an option that is not given stays None. The config validates the values.
     title = "what does not vary" if left_out else "sparsity and correction"
     group = parser.add_argument_group(f"{title} (SiriusConfig)")
@@ -188,6 +194,7 @@ def _add_config_options(parser, method: str | None = None, left_out: tuple[str, 
         if name in left_out:
             continue
         default = method if method and name == "method" else getattr(SiriusConfig, name)
+        default = "chosen for the model" if is_chosen and name in CHOSEN_FOR_THE_MODEL else default
         owner = f"for {' and '.join(owners_of(name))}: " if owners_of(name) else ""
         shown = "" if default is None else f" (default: {default})"
         kind = rule.read if rule.words else rule.kind  # argparse names the kind that a text is not

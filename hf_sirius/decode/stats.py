@@ -154,8 +154,8 @@ class GenerationStats:
         self._record(counts)
 
     def record_draft_density(self, draft_density: float, is_masking: bool) -> None:
-        """Notes the share of all parameters that the call's draft steps needed, on average, and whether they read the
-        rest as well.
+        """Notes the share of all parameters that the call's draft steps needed, on average, and whether they computed
+        all the rest as well.
         """
         self._record({"num_densities": 1, "density_sum": draft_density, "num_masking": is_masking})
 
@@ -185,22 +185,23 @@ class GenerationStats:
 
     @property
     def draft_density(self) -> float | None:
-        """Parameters that a draft step read / all parameters, measured when the call ends; of the total, the mean over
-        calls.
+        """Parameters that a draft step needed, such as those of the kept neurons, / all parameters, measured when the
+        call ends; of the total, the mean over calls. Where `is_masking`, it read the others all the same.
         """
         return self._density_sum / self._num_densities if self._num_densities else None
 
     @property
     def is_masking(self) -> bool | None:
-        """Whether draft steps computed what they dropped as well, so that dropping saved no time: always of teal, and
-        of cats where no kernel skips. Of the total, in any call; `None` before the end of a first one.
+        """Whether the draft computed all of what it dropped as well, so that dropping saved no time: always of teal,
+        and of cats where for most tokens no kernel skipped rows of `up`. Of the total, in any call; `None` before the
+        end of a first one.
         """
         return bool(self._num_masking) if self._num_densities else None
 
     @property
     def effective_density(self) -> float | None:
-        """Parameters read per token / all parameters: ((n - 1) * draft_density + 1) / AAL (paper, section 4), with the
-        mean of what was drafted for n - 1 where `draft_confidence` ends drafts early.
+        """Parameters needed per token / all parameters: ((n - 1) * draft_density + 1) / AAL (paper, section 4), with
+        the mean of what was drafted for n - 1 where `draft_confidence` ends drafts early.
         """
         num_full = self.num_cycles - self.num_short_cycles
         if not num_full or self.draft_density is None:

@@ -18,9 +18,9 @@ from ..model.accelerate_hooks import execution_device, is_offloaded
 from ..model.observation import evaluating, is_compiled, uncompiled
 from ..model.projections import device_of, is_projection, plain_tensors, projection_shape
 from ..model.sites import MlpSite, find_other_modules
-from ..settings.methods import method_class
-from ..weights.formats import changes, check_draft_dtype, draft_linear, num_bytes
-from ..weights.linear import kernel_products
+from ..weights.formats import changes, dense_weight, draft_linear, head_dtype, num_bytes, runs
+from ..weights.kept import cast_dtypes
+from ..weights.linear import has_kernel, kernel_products
 from ..weights.shortlist import SHORTLIST, has_shortlist, likeliest, num_read
 
 
@@ -45,10 +45,10 @@ def choose_draft(model: PreTrainedModel, sites: list[MlpSite], offloaded_kernel_
 
     A cycle of K tokens is K - 1 draft steps and a forward over K tokens, and advances by (1 - a^K) / (1 - a) tokens
     on average, where a is the share of tokens at which the draft agrees. A few forwards of one token and the products
-    of each format are timed, at the shapes of this model's MLPs; the answer is remembered as long as the process lives.
-    Weights that are offloaded are not timed: a verification takes longest by far there. The draft has to fit into half
-    of the memory that is free; where none does or can run, the draft has the model's own weights, of griffin or, where
-    neurons cannot be gathered, of cats.
+    of each format are timed, at the shapes of this model's MLPs; the answer is remembered as long as the process lives,
+    unless a lack of memory decided it. Weights that are offloaded are not timed: a verification takes longest by far
+    there. The draft has to fit into half of the memory that is free; where none does or can run, or the model's layers
+    cannot be read, the draft is of cats, which holds nothing, or of a model that is offloaded, of griffin.
 
     Args:
         model: the dense model.
@@ -60,47 +60,49 @@ def choose_draft(model: PreTrainedModel, sites: list[MlpSite], offloaded_kernel_
     projections = [module for module in others if is_projection(module)]
     projections += [part for site in sites for part in site.parts]
     shapes = tuple(map(projection_shape, projections))
-    # What was free the first time says enough: the casts that are kept since are not to change the answer.
+    head = model.get_output_embeddings()
     gate = tuple((tensor.dtype, tensor.shape) for tensor in plain_tensors(sites[0].gate))
     key = (device, model.dtype, type(sites[0].gate), gate, shapes, torch.get_num_threads(), offloaded)
+    key += (has_shortlist(head),)
     if key in _chosen:
         return _chosen[key]
-    head = model.get_output_embeddings()
-    free = _free_memory(device)
-    dtypes = [
+
+    def missing_bytes(draft_dtype: str) -> int:
+        """Returns what a draft takes beside what is kept already, which is not to change the answer."""
+        dtypes = {part: head_dtype(draft_dtype, device) if part is head else draft_dtype for part in projections}
+        missing = (part for part, dtype in dtypes.items() if not cast_dtypes(part) & {dtype, SHORTLIST})
+        return sum(num_bytes(part, dtypes[part]) for part in missing)
+
+    can_read = _can_read(sites[0].gate)
+    running = [
         draft_dtype
         for draft_dtype in AGREEMENT
-        if _runs(draft_dtype, device)
-        and all(changes(part, draft_dtype) for part in sites[0].parts)
-        and 2 * sum(num_bytes(part, "int8" if part is head else draft_dtype) for part in projections) <= free
+        if can_read and runs(draft_dtype, device) and all(changes(part, draft_dtype) for part in sites[0].parts)
     ]
+    free = _free_memory(device)
+    dtypes = [draft_dtype for draft_dtype in running if 2 * missing_bytes(draft_dtype) <= free]
+    chosen: dict[str, Any]
     if not dtypes:
-        _chosen[key] = {"method": "griffin" if offloaded or _can_gather(sites) else "cats"}
+        chosen = {"method": "griffin" if offloaded else "cats"}
     elif offloaded:
         draft_dtype = max(dtypes, key=AGREEMENT.__getitem__)
-        _chosen[key] = {"density": 1.0, "draft_dtype": draft_dtype, "kernel_size": offloaded_kernel_size}
+        chosen = {"density": 1.0, "draft_dtype": draft_dtype, "kernel_size": offloaded_kernel_size}
     else:
         fastest = _fastest(model, sites, sum(map(math.prod, shapes)), head, dtypes, device)
-        _chosen[key] = fastest | {"kernel_size": "auto"}  # which finds the number, or that there is none
-    return _chosen[key]
+        chosen = fastest | {"kernel_size": "auto"}  # which finds the number, or that there is none
+    if dtypes == running:
+        _chosen[key] = chosen
+    return chosen
 
 
 def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _runs(draft_dtype: str, device: torch.device) -> bool:
+def _can_read(projection: nn.Module) -> bool:
+    """Whether the weight of a projection can be read, without which nothing can be cast."""
     try:
-        check_draft_dtype(draft_dtype, device)
-    except (ValueError, ImportError):
-        return False
-    return True
-
-
-def _can_gather(sites: list[MlpSite]) -> bool:
-    try:
-        for site in sites:
-            method_class("griffin").replacements(site)
+        dense_weight(projection)
     except ValueError:
         return False
     return True
@@ -139,12 +141,14 @@ def _fastest(
     with evaluating(model), uncompiled(model):
         step = _seconds(lambda: model(token_id, use_cache=False), device)
         around = max(step - num_weights * product(parts, 1), 0.0)
-        with contextlib.nullcontext() if is_compiled(model) else kernel_products(parts):
+        linears = [part for part in parts if type(part) is nn.Linear and has_kernel(part)]
+        with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears):
             of_many = [product(parts, num_tokens) for num_tokens in _NUM_TOKENS]
     of_dtype = {}
     for draft_dtype in dtypes:
         casts = [draft_linear(part, draft_dtype, compute_dtype=model.dtype) for part in parts]
         of_dtype[draft_dtype] = product(casts, 1)
+    of_head = {dtype: of_dtype.get(head_dtype(dtype, device), seconds) for dtype, seconds in of_dtype.items()}
     num_head = 0 if head is None else math.prod(projection_shape(head))
     # The weights that each kind of head reads, what else it takes, and the share of tokens that it gets right.
     heads = {"full": (num_head, 0.0, 1.0)}
@@ -156,7 +160,7 @@ def _fastest(
     for draft_dtype, draft_head, kernel_size in itertools.product(dtypes, heads, KERNEL_SIZES):
         num_read_of_head, seconds_of_head, agreement = heads[draft_head]
         products = (num_weights - num_head) * of_dtype[draft_dtype]
-        products += num_read_of_head * of_dtype.get("int8", of_dtype[draft_dtype]) + seconds_of_head
+        products += num_read_of_head * of_head[draft_dtype] + seconds_of_head
         verification = around + num_weights * _between(kernel_size, _NUM_TOKENS, of_many)
         advance = sum((agreement * AGREEMENT[draft_dtype]) ** i for i in range(kernel_size))
         seconds = ((kernel_size - 1) * (around + products) + verification) / advance

@@ -34,10 +34,11 @@ def is_available() -> bool:
         return False
     try:
         _kernel("grouped")
-    except ModuleNotFoundError:
-        logger.warning("numba is missing, without which drafts on a CPU are slower: pip install hf_sirius[cpu]")
-        return False
-    except Exception:  # a version that does not go with this Python or numpy
+    except Exception as error:  # such as a version that does not go with this Python or numpy
+        told = f"numba does not work here ({error}): drafts on a CPU are slower without it"
+        if isinstance(error, ModuleNotFoundError) and error.name in ("numba", "llvmlite"):
+            told = "numba is missing, without which drafts on a CPU are slower: pip install hf_sirius[cpu]"
+        logger.warning(told)
         return False
     return True
 

@@ -48,6 +48,11 @@ def is_opaque(projection: nn.Module) -> bool:
     return weight.dtype not in _FLOATS or tuple(weight.shape) != shape
 
 
+def is_quantized(projection: nn.Module) -> bool:
+    """Whether some library, bitsandbytes or another one, has quantized a projection."""
+    return is_opaque(projection) or type(projection).__module__.startswith("bitsandbytes.")
+
+
 def projection_bias(projection: nn.Module) -> torch.Tensor | None:
     """Returns the bias of a projection, which may be a buffer, or `None`."""
     return getattr(projection, "bias", None)
@@ -86,7 +91,7 @@ def compute_dtype(projection: nn.Module) -> torch.dtype | None:
 
 @torch.no_grad()
 def products_of_columns(projection: nn.Module, start: int, stop: int) -> torch.Tensor:
-    """Returns columns `start` to `stop` of the weight of an opaque layer, transposed: [stop - start, out_features].
+    """Returns columns `start` to `stop` of the weight of a quantized layer, transposed: [stop - start, out_features].
     They are the layer's outputs for rows of the identity.
     """
     _, in_features = projection_shape(projection)
@@ -97,7 +102,7 @@ def products_of_columns(projection: nn.Module, start: int, stop: int) -> torch.T
 
 @torch.no_grad()
 def product_without_bias(projection: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """Returns the outputs of an opaque layer for inputs [num_rows, in_features], past hooks and without its bias.
+    """Returns the outputs of a quantized layer for inputs [num_rows, in_features], past hooks and without its bias.
 
     Raises:
         `ValueError` if the layer cannot compute them.
@@ -122,6 +127,7 @@ def unreadable(projection: nn.Module) -> str:
     """Says that the weight of a layer cannot be read, and what to do."""
     return (
         f"hf_sirius cannot read the weight of a {type(projection).__module__}.{type(projection).__name__}: draft by "
-        "method='cats' or method='teal' with a density below 1 and without a draft_dtype, which read none, or load the "
-        "model unquantized or quantized by another library, such as with BitsAndBytesConfig"
+        "method='cats', or method='teal' with weighting='magnitude', with a density below 1 and without a draft_dtype, "
+        "which read none, or load the model unquantized or quantized by another library, such as with "
+        "BitsAndBytesConfig"
     )

@@ -76,7 +76,7 @@ class MlpSite:
         return sum(num_parameters(part) for part in self.parts)
 
     def num_parameters_read(self, share: float, gate_in_full: bool) -> float:
-        """Parameters that a step reads with this share of the neurons; to find them it may need the whole gate."""
+        """Parameters that a step needs with this share of the neurons; to find them it may need the whole gate."""
         gate = num_parameters(self.gate)
         up = num_parameters(self.up) if self.up is not None else 0
         if self.kind.num_fused == 2:
@@ -104,7 +104,7 @@ class ProjectionSite:
         return num_parameters(self.module)
 
     def num_parameters_read(self, share: float) -> float:
-        """Parameters that a step reads with this share of the inputs."""
+        """Parameters that a step needs with this share of the inputs."""
         bias = _num_biases(self.module)
         return share * (num_parameters(self.module) - bias) + bias
 

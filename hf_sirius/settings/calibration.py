@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..model.accelerate_hooks import streamed_weight
-from ..model.projections import is_opaque, products_of_columns
+from ..model.projections import is_quantized, products_of_columns, projection_shape
 from ..model.sites import MlpSite, ProjectionSite, neuron_weight
 
 
@@ -101,7 +101,7 @@ class Calibration:
                 f"this calibration is of another model ({self.metadata}): it has thresholds for {self.probe.shape[0]} "
                 f"{'MLPs' if self.method == 'cats' else 'projections'} and this model has {probe.shape[0]}. {remedy}"
             )
-        # A cast model still has nearly the same weights; another one has a cosine near 0.
+        # A model that is cast or quantized still has nearly the same weights; another one has a cosine near 0.
         similarity = nn.functional.cosine_similarity(probe.flatten(), self.probe.flatten(), dim=0).item()
         if similarity < 0.9:
             raise ValueError(
@@ -157,8 +157,9 @@ def probe_weights(sites: list[MlpSite] | list[ProjectionSite]) -> torch.Tensor:
 
 
 def _first_weights(projection: nn.Module) -> torch.Tensor:
-    if is_opaque(projection):
-        weights = products_of_columns(projection, 0, _NUM_PROBES)[:, 0]
+    if is_quantized(projection):
+        num_columns = min(_NUM_PROBES, projection_shape(projection)[1])
+        weights = products_of_columns(projection, 0, num_columns)[:, 0]
     else:
         weights = (streamed_weight(projection) if projection.weight.is_meta else neuron_weight(projection))[0]
     return weights.detach().float().cpu()[:_NUM_PROBES]

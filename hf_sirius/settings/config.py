@@ -107,8 +107,8 @@ class SiriusConfig(PushToHubMixin):
             quantized the model). Fewer bytes to read, at a less faithful draft; the verification is the
             model's own all the same. `"int8"` has a scale for each 64 inputs on a CPU with numba (`pip install
             hf_sirius[cpu]`), one for each output without, and is bitsandbytes' elsewhere; `"int4"` has a scale and a
-            zero point for each 32 inputs, and leaves the head in 8 bits. `"nf4"` is bitsandbytes' (`pip install
-            hf_sirius[bnb]`).
+            zero point for each 32 inputs, and leaves the head in 8 bits where these run. `"nf4"` is bitsandbytes'
+            (`pip install hf_sirius[bnb]`).
         draft_scope (`str`, defaults to `"all"`):
             What `draft_dtype` casts: `"all"` every projection of the draft, `"mlp"` the MLPs alone (of `"griffin"` the
             gathered neurons). Of what is not gathered the twin keeps copies, which are made anew when the weights

@@ -37,7 +37,6 @@ def make_smollm2(package: Path) -> Path:
         except OSError:
             if not folder.is_dir():  # else another process was faster
                 raise
-        os.makedirs(made, exist_ok=True)  # which is to be removed
     return folder
 
 

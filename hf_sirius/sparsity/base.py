@@ -43,7 +43,7 @@ class SparsityMethod(ABC):
         acts_on: which of the two.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
-        is_masking: whether its draft steps computed what they dropped as well, and saved no time by it.
+        is_masking: whether its draft steps computed all of what they dropped as well, and saved no time by it.
         neuron_indices: of a method that gathers, long [num_kept] for each MLP, ascending; `None` before the choice.
     """
 
@@ -76,7 +76,7 @@ class SparsityMethod(ABC):
         """Chooses what is chosen of one site once per prompt, from what was observed so far."""
 
     def num_parameters_read(self, site: MlpSite) -> float | None:
-        """Returns how many of this site's parameters a draft step reads, on average so far; `None` before it is known.
+        """Returns how many of this site's parameters a draft step needs, on average so far; `None` before it is known.
         Here those of the gathered neurons.
         """
         neuron_indices = self.neuron_indices[site.idx]
@@ -85,7 +85,7 @@ class SparsityMethod(ABC):
         return site.num_parameters_read(len(neuron_indices) / site.num_neurons, gate_in_full=False)
 
     def draft_density(self, model: PreTrainedModel) -> float | None:
-        """Returns the parameters that a draft step read / all parameters, or `None` before the first step.
+        """Returns the parameters that a draft step needed / all parameters, or `None` before the first step.
 
         Of an embedding one row is read, unless the head is tied to it: the head is read whole. What no draft step
         passes, such as a vision tower, does not count.

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..model.observation import intercepting
+from ..model.observation import intercepting, uncompiled
 from ..model.projections import projection_shape
 from ..model.sites import ProjectionSite, find_block
 from ..settings.calibration import CALIBRATED_DENSITIES
@@ -54,10 +54,7 @@ def greedy_budgets(
     """
     if all(text.shape[1] < 2 for text in texts):
         raise ValueError("budget='greedy' compares what follows the first token: pass a text of at least 2 tokens")
-    members: dict[str, list[ProjectionSite]] = {}
-    for site in sites:
-        if (name := find_block(model, site)) is not None:
-            members.setdefault(name, []).append(site)
+    members = _blocks(model, sites)
     inputs = _block_inputs(model, [model.get_submodule(name) for name in members], texts)
     budgets = torch.tensor(CALIBRATED_DENSITIES).repeat(len(sites), 1)
     blocks = zip(members.items(), inputs, strict=True)
@@ -67,6 +64,47 @@ def greedy_budgets(
         path = torch.tensor(_descend(error_of, sizes), dtype=torch.float64) / 100
         budgets[[site.idx for site in inside]] = _at_hundredths(path, torch.tensor(sizes, dtype=torch.float64)).float()
     return budgets
+
+
+@torch.no_grad()
+def check_blocks(model: PreTrainedModel, sites: list[ProjectionSite], input_ids: torch.LongTensor) -> None:
+    """Raises `ValueError` if a block does not run by itself on what the model gives it.
+
+    Args:
+        input_ids: long [1, length].
+    """
+    names = list(_blocks(model, sites))
+    inputs = _block_inputs(model, [model.get_submodule(name) for name in names], [input_ids])
+    for name, calls in zip(names, inputs, strict=True):
+        _dense_outputs(model, name, calls)
+
+
+def _blocks(model: PreTrainedModel, sites: list[ProjectionSite]) -> dict[str, list[ProjectionSite]]:
+    """Returns the projections in each block, by its name."""
+    members: dict[str, list[ProjectionSite]] = {}
+    for site in sites:
+        if (name := find_block(model, site)) is not None:
+            members.setdefault(name, []).append(site)
+    return members
+
+
+def _dense_outputs(model: PreTrainedModel, name: str, calls: list[tuple[tuple, dict]]) -> list[torch.Tensor]:
+    """Returns a block's outputs. Raises `ValueError` if it does not run by itself."""
+    try:
+        with uncompiled(model):
+            return _outputs(model.get_submodule(name), calls)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        if should_reduce_batch_size(error):  # a full device
+            raise
+        raise ValueError(
+            f"{name} of this {type(model).__name__} does not run by itself ({error}), as budget='greedy' needs: "
+            "calibrate with budget='uniform'"
+        ) from error
+
+
+def _outputs(block: nn.Module, calls: list[tuple[tuple, dict]]) -> list[torch.Tensor]:
+    outputs = [block(*args, **kwargs) for args, kwargs in calls]
+    return [output if isinstance(output, torch.Tensor) else output[0] for output in outputs]
 
 
 def _block_inputs(
@@ -106,19 +144,9 @@ def _error_of(
 
     def run() -> list[torch.Tensor]:
         with intercepting(model, [site.module for site in sites], drop):
-            outputs = [block(*args, **kwargs) for args, kwargs in calls]
-        return [output if isinstance(output, torch.Tensor) else output[0] for output in outputs]
+            return _outputs(block, calls)
 
-    try:
-        dense = run()
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        if should_reduce_batch_size(error):  # a full device
-            raise
-        raise ValueError(
-            f"{name} of this {type(model).__name__} does not run by itself ({error}), as budget='greedy' needs: "
-            "calibrate with budget='uniform'"
-        ) from error
-
+    dense = _dense_outputs(model, name, calls)
     squares = [_squares(output).clamp(min=torch.finfo(torch.float32).tiny) for output in dense]
 
     def error_of(tried: list[int]) -> float:

@@ -13,7 +13,7 @@ from ..settings.config import SiriusConfig, rules
 from ..settings.methods import check_method_name, method_class, owners_of
 from ..weights.draft_modules import TwinModule
 from .base import TwinActivation
-from .budgets import MAX_TOKENS, greedy_budgets
+from .budgets import MAX_TOKENS, check_blocks, greedy_budgets
 from .scores import InputScores
 
 
@@ -91,9 +91,12 @@ def calibrate(
         together.
     """
     _check_options(method, weighting, budget)
+    minimum, why = 1, ""
+    if budget == "greedy":
+        minimum, why = 2, ", as budget='greedy' compares what follows the first token of a text"
     for name, value in (("max_length", max_length), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}{why}, got {value}")
     if isinstance(texts, Mapping):
         raise TypeError("texts must be an iterable of texts, got a single encoding: pass [encoding]")
     if isinstance(texts, str):
@@ -123,6 +126,8 @@ def calibrate(
                 with observing(model, sites, observed, count):
                     model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
                 if budget == "greedy" and num_tokens < MAX_TOKENS:
+                    if not sample:  # told before all of the corpus is read
+                        check_blocks(model, sites, input_ids[:, :MAX_TOKENS])
                     sample.append(input_ids[:, : MAX_TOKENS - num_tokens].clone())  # the text itself is let go
                 num_texts += 1
                 num_tokens += input_ids.shape[1]

@@ -30,7 +30,7 @@ class Cats(SparsityMethod):
         self._num_kept: list[torch.Tensor | int] = [0] * len(sites)
         self._num_tokens = [0] * len(sites)
         self._latest_masks: list[torch.Tensor | None] = [None] * len(sites)
-        self._has_skipped = False
+        self._num_dropping = self._num_skipping = 0  # tokens at all MLPs, and those that dropped rows of up unread
 
     @classmethod
     def replacements(cls, site):
@@ -41,7 +41,7 @@ class Cats(SparsityMethod):
 
     @property
     def is_masking(self):
-        return any(self._num_tokens) and not self._has_skipped
+        return self._num_dropping > 2 * self._num_skipping
 
     def needs_prefill(self):
         return self.config.selection == "threshold" and self.config.calibration is None
@@ -72,6 +72,7 @@ class Cats(SparsityMethod):
             neuron_mask = magnitudes.to(dtype) >= self.cutoffs[site_idx]
         self._num_kept[site_idx] += neuron_mask.sum()
         self._num_tokens[site_idx] += neuron_mask[..., 0].numel()
+        self._num_dropping += activations[..., 0].numel()
         self._latest_masks[site_idx] = neuron_mask
         return activations * neuron_mask
 
@@ -89,7 +90,7 @@ class Cats(SparsityMethod):
             rows = neuron_mask.flatten(0, -2).any(dim=0).nonzero().flatten()
             outputs = read_rows(projection, inputs, rows)
             if outputs is not None:
-                self._has_skipped = True
+                self._num_skipping += inputs[..., 0].numel()
                 return outputs
         return run(projection, inputs)
 

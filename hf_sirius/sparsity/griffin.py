@@ -2,7 +2,7 @@
 
 import torch
 
-from ..model.sites import projection_shape
+from ..model.projections import projection_shape
 from ..weights.formats import num_kept_neurons
 from .base import SparsityMethod
 

@@ -1,5 +1,6 @@
-"""Compares drafts of one model: how often they agree, how many bytes a step reads, and what a generation takes."""
+"""Compares drafts of one model: how often they agree, how many bytes a step needs, and what a generation takes."""
 
+import itertools
 import math
 import statistics
 from typing import Any
@@ -51,14 +52,25 @@ def compare_drafts(
     Returns:
         dict: `machine`, `model`, `kernel_size`; `left_out`, the drafts that do not run here; `rows`, one for each other
         draft, with its fields, `agreement` (the share of the dense output's tokens that are the draft's argmax behind
-        the tokens before them, all neurons chosen by the prompt), `aal`, `bytes` (what the weights that a step reads
+        the tokens before them, all neurons chosen by the prompt), `aal`, `bytes` (what the weights that a step needs
         take, as a share of the model's in bfloat16), `ratio` (the median over prompts of the time of a whole
-        generation, over the dense one's), and `num_identical` outputs.
+        generation, over the dense one's), and `num_identical` outputs. Prompts whose answer is a single token, behind
+        which no draft reads anything, do not count.
+
+    Raises:
+        `ValueError` if every answer is a single token.
     """
     path = model_path(model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     prompts = [tokenize(text, tokenizer, chat).to(device) for text, chat in own_prompts(model)[:num_prompts]]
+    answers = [timed_run(loaded, None, prompt, max_new_tokens=min(max_new_tokens, 2)) for prompt in prompts]
+    prompts = list(itertools.compress(prompts, (answer.num_tokens > 1 for answer in answers)))
+    if not prompts:
+        raise ValueError(
+            f"every answer ({len(answers)} of num_prompts={num_prompts}) is a single token, behind which a draft has "
+            f"nothing to read: take more prompts, and a max_new_tokens of at least 2, got {max_new_tokens}"
+        )
     rows = []
     left_out = []
     for fields in tqdm(SETTINGS, desc="drafts"):
@@ -115,7 +127,7 @@ def read_along(
 
     Returns:
         whether each token is the draft's argmax behind those before it, bool [num_tokens - 1] (the first one is the
-        dense model's in any case); and the bytes of the projections that a step reads, over those of the model in
+        dense model's in any case); and the bytes of the projections that a step needs, over those of the model in
         bfloat16.
     """
     with twin.new_call() as call:

@@ -131,7 +131,7 @@ def candidate_grid(
         for threshold in sorted({1.0, *thresholds})
     ]
     if not any(grid):
-        raise ValueError("methods, densities and kernel_sizes must each name one candidate at least")
+        raise ValueError("methods, densities, kernel_sizes and draft_dtypes must each name one candidate at least")
     return grid
 
 

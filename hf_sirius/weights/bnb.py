@@ -10,7 +10,6 @@ from .linear import DraftLinear, frozen
 NF4_BLOCK = 64  # values that share a scale, along a row
 NF4_ROWS = 32  # bitsandbytes' CPU kernel takes tiles of so many
 INT8_COLUMNS = 8  # integer products want their rows in whole words
-GATHERED_AS = torch.float16  # by what is quantized to 8 bits
 
 
 def is_8bit(module: nn.Module) -> bool:
@@ -57,8 +56,8 @@ def quantized_to_8bit(source: Selection, bias: torch.Tensor | None) -> DraftLine
     scales = torch.empty(len(values), dtype=torch.float32, device=values.device)
     for place, piece in source.pieces():
         values[place, : piece.shape[1]], scales[place], _ = int8_vectorwise_quant(
-            # Its CUDA kernel reads the memory as it lies, and a Conv1D is stored the other way about.
-            piece.to(GATHERED_AS).contiguous()
+            # Its CUDA kernel wants float16, and reads the memory as it lies: a Conv1D is stored the other way about.
+            piece.to(torch.float16).contiguous()
         )
     return int8_linear(values, scales, bias, threshold=0.0)
 

@@ -54,6 +54,12 @@ def _samples(projection: nn.Module) -> list[torch.Tensor]:
     return [p.detach().flatten()[:: max(p.shape[-1] - 1, 255) if p.ndim > 1 else 1] for p in plain_tensors(projection)]
 
 
+def cast_dtypes(projection: nn.Module) -> set[str | int]:
+    """Returns the dtypes of the casts of a projection that are kept, which a further twin has for nothing."""
+    with _lock:
+        return set(_shared.get(projection, ()))
+
+
 class _Buffer:
     """Memory that one call at a time may write to."""
 

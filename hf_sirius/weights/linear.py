@@ -142,7 +142,7 @@ class DraftLinear(nn.Module):
 
     def __init__(self, linear: nn.Module, input_dtypes: Sequence[torch.dtype], out_features: int):
         super().__init__()
-        self.linear = linear
+        self.linear, self.device = linear, linear.weight.device
         self.input_dtypes = tuple(input_dtypes)
         self.in_features, self.out_features = linear.in_features, out_features
 
@@ -153,6 +153,8 @@ class DraftLinear(nn.Module):
     def forward(self, hidden_states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         # What need not be done is not, as small products take no longer than it.
         inputs, linear = hidden_states, self._modules["linear"]
+        if inputs.device != self.device:  # as accelerate's hook does; outputs stay, as they do behind it
+            inputs = inputs.to(self.device)
         if inputs.dtype not in self.input_dtypes:
             inputs = inputs.to(self.input_dtypes[0])
         if padding := self.in_features - inputs.shape[-1]:
@@ -180,7 +182,9 @@ def _without_onednn() -> Iterator[None]:
 
 
 def is_native_faster(module: nn.Module) -> bool:
-    """Whether what a draft holds is a weight in bfloat16, on a CPU, as it is."""
+    """Whether what a draft holds is a weight in bfloat16, on a CPU, as it is, which no kernel reads."""
+    if cpu.is_available():  # asked of all that a draft holds, which `has_kernel` takes too long for
+        return False
     linear = getattr(module, "linear", module)
     weight = getattr(linear, "weight", None)
     return isinstance(linear, nn.Linear) and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
-from ..model.projections import is_projection
+from ..model.projections import device_of, is_projection
 from ..model.sites import MlpSite, find_other_modules
 from ..settings.config import SiriusConfig, memory_bytes
-from .formats import changes, gathered_shapes, num_bytes
+from .formats import changes, gathered_shapes, head_dtype, num_bytes
 from .shortlist import SHORTLIST
 
 
@@ -55,9 +55,9 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
         is_head = getattr(owner, name) is head
         if is_head and config.draft_head == SHORTLIST:
             return Resident(owner, name, SHORTLIST)
-        # A head in 4 bits costs a small model more tokens than it saves bytes.
-        draft_dtype = "int8" if is_head and config.draft_dtype == "int4" else config.draft_dtype
-        return Resident(owner, name, draft_dtype if is_cast else None)
+        if is_head and is_cast:
+            return Resident(owner, name, head_dtype(config.draft_dtype, device_of(head)))
+        return Resident(owner, name, config.draft_dtype if is_cast else None)
 
     others = [other(*place) for place in find_other_modules(model, sites)]
     in_mlps = [Resident(site.owner, name, config.draft_dtype) for site in sites for name in site.part_names]

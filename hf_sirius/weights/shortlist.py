@@ -1,5 +1,6 @@
 """A head for drafts: a sketch of few columns scores all tokens, and the model's own rows score the likeliest again."""
 
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -8,9 +9,9 @@ from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import execution_device
 from ..model.observation import evaluating, uncompiled
-from ..model.projections import is_opaque
+from ..model.projections import is_opaque, is_projection, is_quantized
 from .gather import Selection, padded
-from .linear import DraftLinear, frozen, plain_linear
+from .linear import DraftLinear, frozen, plain_linear, read_rows
 from .packed import int8_bytes, int8_linear
 
 
@@ -37,17 +38,19 @@ class ShortlistHead(nn.Module):
 
     def __init__(self, head: nn.Linear, inputs: torch.Tensor):
         super().__init__()
-        bias = None if head.bias is None else head.bias.detach()
-        self.__dict__["rows"] = plain_linear(head.weight.detach(), bias)  # not a submodule: they are the model's
-        inputs = inputs.to(head.weight.device, torch.float32)
+        self._head = weakref.ref(head)  # whose weight is to go when the model is cast or moved
+        self.device, self.input_dtypes = head.weight.device, (head.weight.dtype,)
+        inputs = inputs.to(self.device, torch.float32)
         inputs = inputs[inputs.isfinite().all(dim=-1)]  # in float16 some may not be
-        left, right = _factors(head.weight.detach(), inputs, _rank(head.in_features))
+        with torch.autocast(self.device.type, enabled=False):  # which has no decompositions
+            left, right = _factors(head.weight.detach(), inputs, _rank(head.in_features))
+            self.sketch = _sketch(head, left)
         self.right = frozen(right)
-        self.sketch = _sketch(head, left)
-        self.input_dtypes = (head.weight.dtype,)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inputs = hidden_states.flatten(0, -2)
+        if inputs.device != self.device:  # as for a `DraftLinear`
+            inputs = inputs.to(self.device)
         logits = self.sketch(inputs.float() @ self.right)
         for i, token_ids in enumerate(likeliest(logits)):
             logits[i, token_ids] = self._exact(inputs[i : i + 1], token_ids).to(logits.dtype)
@@ -55,10 +58,11 @@ class ShortlistHead(nn.Module):
 
     def _exact(self, inputs: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Returns the head's logits of some tokens, [num_tokens]."""
-        if self.rows.reads_rows(num_tokens=1):
-            return self.rows(inputs, token_ids)[0, token_ids]
-        bias = None if self.rows.bias is None else self.rows.bias[token_ids]
-        return nn.functional.linear(inputs, self.rows.weight[token_ids], bias)[0]
+        head = self._head()
+        if (logits := read_rows(head, inputs, token_ids)) is not None:
+            return logits[0, token_ids]
+        bias = None if head.bias is None else head.bias.detach()[token_ids]
+        return nn.functional.linear(inputs, head.weight.detach()[token_ids], bias)[0]
 
 
 def likeliest(logits: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -130,12 +134,20 @@ def has_shortlist(head: nn.Module | None) -> bool:
 def check_head(model: PreTrainedModel) -> None:
     """Raises `ValueError` for a model without a head of which a [`ShortlistHead`] can be made."""
     head = model.get_output_embeddings()
-    if not has_shortlist(head):
-        what = "no head" if head is None else f"a head of type {type(head).__name__}, or one that is offloaded"
-        raise ValueError(
-            f"draft_head='shortlist' reads rows of the head's weight in memory, but {type(model).__name__} has {what}: "
-            "use draft_head='full'"
-        )
+    if has_shortlist(head):
+        return
+    if head is None:
+        what = "no head"
+    elif is_projection(head) and is_quantized(head):
+        what = f"one that a library has quantized (a {type(head).__module__}.{type(head).__name__})"
+    elif type(head) is not nn.Linear:
+        what = f"one of type {type(head).__module__}.{type(head).__name__}, which is no torch.nn.Linear"
+    else:
+        what = "one that is offloaded"
+    raise ValueError(
+        f"draft_head='shortlist' reads rows of the head's weight in memory, but {type(model).__name__} has {what}: use "
+        "draft_head='full'"
+    )
 
 
 @torch.no_grad()

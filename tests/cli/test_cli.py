@@ -15,6 +15,7 @@ from hf_sirius import SiriusConfig, calibrate, reasoner_path, reasoner_problems
 from hf_sirius.cli import commands, options
 from hf_sirius.cli import main as cli
 from hf_sirius.cli.main import main
+from hf_sirius.draft.choice import CHOSEN
 from hf_sirius.study import named_models
 from hf_sirius.study.problems import final_answer, problem_prompt
 
@@ -40,6 +41,21 @@ def test_stats_go_to_standard_error(capsys):
     main([*GENERATE, "--stats", "--kernel-size", "5", "--density", "0.25"])
     printed = capsys.readouterr()
     assert "kernel_size=5" in printed.err and "draft_density=0." in printed.err and "kernel_size" not in printed.out
+
+
+@pytest.mark.parametrize(
+    ("command", "is_chosen"),
+    [(["generate"], True), (["report"], True), (["bench", "decode"], True), (["bench", "offload"], True),
+     (["eval"], False), (["sweep"], False), (["tune"], False)],
+)  # fmt: skip
+def test_help_tells_what_is_chosen_for_the_model(command, is_chosen, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    options = capsys.readouterr().out.split("\n  --")
+    told = [option.split()[0] for option in options if "(default: chosen for the model)" in option]
+    assert told == (["method", "density", "draft_dtype", "draft_head"] if is_chosen else [])
+    assert set(cli.CHOSEN_FOR_THE_MODEL) <= set(CHOSEN)
 
 
 def test_a_saved_config_is_used_and_options_win_over_it(tmp_path, capsys):

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 from accelerate import cpu_offload
-from families import tiny_model
 from tiny import build_model, make_prompt
+from torch import nn
 
 from hf_sirius import SiriusConfig, make_sparse
 from hf_sirius.draft import choice
 from hf_sirius.model.sites import find_mlps
+from hf_sirius.weights import formats
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +19,9 @@ def nothing_is_remembered():
     choice._chosen.clear()
 
 
-def test_the_choice_is_made_once_and_told():
-    model = build_model(dtype=torch.float32)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # whose layers are Conv1Ds
+def test_the_choice_is_made_once_and_told(family):
+    model = build_model(family, dtype=torch.float32)
     with make_sparse(model) as twin, make_sparse(model, threshold=1.0) as other:
         chosen = twin.sirius_config
         assert chosen.draft_dtype in choice.AGREEMENT and chosen.density == 1.0
@@ -70,16 +72,58 @@ def test_the_least_time_per_token_wins(monkeypatch):
     )
 
 
-def test_without_room_for_a_copy_griffin_drafts(monkeypatch):
+@pytest.mark.parametrize("offload, method", [(lambda model: model, "cats"), (cpu_offload, "griffin")])
+def test_without_room_for_a_copy_cats_drafts_which_holds_nothing(offload, method, monkeypatch):
     monkeypatch.setattr(choice, "_free_memory", lambda device: 1000)
-    with make_sparse(build_model(dtype=torch.float32)) as twin:
-        assert twin.sirius_config.method == "griffin" and twin.sirius_config.draft_dtype is None
+    with make_sparse(offload(build_model(dtype=torch.float32))) as twin:
+        assert twin.sirius_config.method == method and twin.sirius_config.draft_dtype is None
+        assert method == "griffin" or not twin._twin.resident
 
 
-def test_where_neurons_cannot_be_gathered_cats_drafts(monkeypatch):
-    monkeypatch.setattr(choice, "_free_memory", lambda device: 1000)
-    with make_sparse(tiny_model("bitnet")) as twin:
-        assert twin.sirius_config.method == "cats"
+def test_what_a_lack_of_memory_decided_is_not_remembered(monkeypatch):
+    model = build_model(dtype=torch.float32, hidden_size=128, intermediate_size=256)
+    free = {"bytes": 1000}
+    monkeypatch.setattr(choice, "_free_memory", lambda device: free["bytes"])
+
+    def chosen():
+        with make_sparse(model) as twin:
+            return twin.sirius_config.draft_dtype
+
+    assert chosen() is None
+    free["bytes"] = 1.6 * model.num_parameters()  # half of which holds 4 bits and their scales, and not 8
+    assert chosen() == "int4"
+    with make_sparse(model) as first:
+        free["bytes"] = 0
+        assert first.sirius_config.draft_dtype == chosen() == "int4", "it shares what the first one has"
+    assert chosen() is None
+
+
+def test_a_head_without_a_shortlist_is_remembered_apart(monkeypatch):
+    class OtherHead(nn.Linear):
+        pass
+
+    def fastest(model, sites, num_weights, head, dtypes, device):
+        draft_head = "shortlist" if choice.has_shortlist(head) else "full"
+        return {"density": 1.0, "draft_dtype": "int8", "draft_head": draft_head}
+
+    monkeypatch.setattr(choice, "_fastest", fastest)
+    model, other = build_model(dtype=torch.float32), build_model(dtype=torch.float32)
+    other.lm_head.__class__ = OtherHead
+    for each, draft_head in ((model, "shortlist"), (other, "full"), (model, "shortlist")):
+        with make_sparse(each) as twin:
+            assert twin.sirius_config.draft_head == draft_head
+
+
+def test_without_8_bits_the_head_has_4(monkeypatch):
+    def check(draft_dtype, device):
+        if draft_dtype == "int8":
+            raise ImportError("needs bitsandbytes")
+
+    monkeypatch.setattr(formats, "check_draft_dtype", check)
+    model = build_model(dtype=torch.float32)
+    with make_sparse(model) as twin:
+        assert twin.sirius_config.draft_dtype == "int4" and twin._twin.resident[model.lm_head] == "int4"
+        assert model.generate(make_prompt(), assistant_model=twin, max_new_tokens=8).shape == (1, 19)
 
 
 def test_what_is_kept_since_changes_no_answer(monkeypatch):

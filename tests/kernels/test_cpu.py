@@ -110,18 +110,29 @@ def test_memory_that_a_kernel_cannot_read_is_refused():
             cpu.grouped_product(wrong, values, scales)
 
 
-@pytest.mark.parametrize("error", [ImportError, AttributeError, SystemError])
-def test_a_numba_that_does_not_work_is_none(error, monkeypatch):
-    monkeypatch.setattr(cpu, "_kernel", mock.Mock(side_effect=error("no")))
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("no"), AttributeError("no"), SystemError("no"), ModuleNotFoundError("no", name="numpy")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_numba_that_does_not_work_is_told_once(error, monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "_kernel", mock.Mock(side_effect=error))
     cpu.is_available.cache_clear()
     try:
-        assert not cpu.is_available()
+        assert not cpu.is_available() and not cpu.is_available()
     finally:
         cpu.is_available.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "numba does not work here (no): drafts on a CPU are slower without it"
+    ]
 
 
-def test_a_missing_numba_is_told_once(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "numba", None)
+@pytest.mark.parametrize("missing", ["numba", "llvmlite"])
+def test_a_missing_numba_is_told_once(missing, monkeypatch, caplog):
+    if missing == "numba":
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+        monkeypatch.setattr(cpu, "_kernel", mock.Mock(side_effect=ModuleNotFoundError("no", name="llvmlite")))
     cpu.is_available.cache_clear()
     cpu._compiled.cache_clear()
     try:

@@ -279,6 +279,13 @@ def test_a_corpus_of_single_tokens_has_no_budgets():
     assert measure(shared_model(), texts, budget="uniform").budgets is None
 
 
+@pytest.mark.parametrize("name", ["max_length", "max_tokens"])
+def test_texts_that_are_cut_to_single_tokens_have_no_budgets(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 2, as budget='greedy' compares .*, got 1"):
+        measure(shared_model(), **{name: 1})
+    assert measure(shared_model(), budget="uniform", **{name: 1}).budgets is None
+
+
 @pytest.mark.parametrize(
     "error, told, words",
     [
@@ -286,20 +293,21 @@ def test_a_corpus_of_single_tokens_has_no_budgets():
         (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, "out of memory"),
     ],
 )
-def test_a_block_that_does_not_run_by_itself_is_told(error, told, words):
+def test_a_block_that_does_not_run_by_itself_is_told_before_the_corpus_is_read(error, told, words):
     model = build_model()
-    block, calls = model.model.layers[1], []
+    block, calls, texts = model.model.layers[1], [], iter(corpus())
     forward = block.forward
 
-    def once_a_text(*args, **kwargs):
-        if len(calls) == 2 * len(corpus()):
+    def within_the_model(*args, **kwargs):
+        if len(calls) == 2:  # while the text is counted, and while what the block is given is recorded
             raise error
         calls.append(1)
         return forward(*args, **kwargs)
 
-    block.forward = once_a_text
+    block.forward = within_the_model
     with pytest.raises(told, match=words):
-        measure(model)
+        measure(model, texts)
+    assert len(list(texts)) == len(corpus()) - 1
 
 
 @pytest.mark.parametrize(

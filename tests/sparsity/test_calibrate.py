@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import build_model, build_tokenizer, make_prompt, shared_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_sirius import Calibration, SiriusConfig, calibrate, make_sparse
 from hf_sirius.model.sites import find_mlps
@@ -326,6 +327,25 @@ def test_a_cast_model_is_known_again(dtype):
     with make_sparse(model, calibration=calibration, density=0.3) as twin:
         model.generate(make_prompt(), assistant_model=twin, max_new_tokens=8)
         assert twin.stats.num_drafted > 0
+
+
+@pytest.mark.parametrize("method", ["cats", "teal"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("hidden_size", [64, 8])
+def test_a_quantized_model_is_known_again(hidden_size, bits, method, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install hf_sirius[bnb]")
+    model = build_model(dtype=torch.float32, hidden_size=hidden_size, intermediate_size=128)
+    model.save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
+    fields = {"method": method, "density": 0.3}
+    with make_sparse(quantized, **fields, calibration=measure(model, method=method)) as twin:
+        twin.generate(make_prompt(), max_new_tokens=4)
+    with make_sparse(model, **fields, calibration=measure(quantized, method=method)):
+        pass
+    with pytest.raises(ValueError, match="other weights"):
+        other = build_model(seed=1, dtype=torch.float32, hidden_size=hidden_size, intermediate_size=128)
+        make_sparse(quantized, **fields, calibration=measure(other, method=method))
 
 
 def test_a_first_row_of_zeros_is_known_again():

@@ -447,6 +447,17 @@ def test_of_many_leaves_stats_say_that_all_is_read(draft_dtype):
         assert twin.stats.is_masking is True
 
 
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("tree_width, is_masking", [(1, False), (3, False), (8, True)])
+def test_stats_say_what_becomes_of_most_tokens(tree_width, is_masking):
+    """The first level of a tree is a single token, for which rows are skipped in any case."""
+    model = build_model("llama", dtype=torch.float32)
+    fields = {"density": 0.3, "tree_width": tree_width, "branch_cutoff": 1.0, "kernel_size": 6}
+    with make_sparse(model, **fields) as twin:
+        model.generate(make_prompt(), assistant_model=twin, max_new_tokens=14)
+        assert twin.stats.is_masking is is_masking
+
+
 def test_where_no_row_is_left_out_stats_say_so():
     for kind, name, is_masking in (("fused", "cats-topk", True), ("gated", "teal", True), ("gated", "griffin", False)):
         model = build_kind(kind)

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from hf_sirius import reasoner_problems
 from hf_sirius.cli import main as cli
 from hf_sirius.study import drafts
+from hf_sirius.study.problems import problem_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +49,19 @@ def test_each_draft_has_its_figures_and_what_does_not_run_is_told(tmp_path, caps
     shown = ("whole int8", "whole, shortlist int8", "griffin 0.5", "teal 0.5, by column")
     assert all(name in told for name in shown) and "…" not in printed
     assert "Left out: griffin 0.5 nf4: needs bitsandbytes: pip install hf_sirius[bnb]" in told
+
+
+def test_a_prompt_behind_which_there_is_nothing_to_read_is_passed_over(monkeypatch):
+    monkeypatch.setattr(drafts, "SETTINGS", drafts.SETTINGS[:1])
+    problem = reasoner_problems()[0]
+    open_, solved = problem_prompt(problem["question"]), f"{problem_prompt(problem['question'])} {problem['answer']}"
+    rows = []
+    for texts in ([open_], [solved, open_]):
+        monkeypatch.setattr(drafts, "own_prompts", lambda model, texts=texts: [(text, False) for text in texts])
+        figures = drafts.compare_drafts(max_new_tokens=12, kernel_size=4)
+        assert figures["num_prompts"] == 1
+        rows.append({**figures["rows"][0], "ratio": None})
+    assert rows[0] == rows[1]
+    monkeypatch.setattr(drafts, "own_prompts", lambda model: [(solved, False)])
+    with pytest.raises(ValueError, match=r"every answer \(1 of num_prompts=6\) is a single token.*at least 2, got 12"):
+        drafts.compare_drafts(max_new_tokens=12)

@@ -258,6 +258,7 @@ def test_offloaded_models_take_griffin(tmp_path):
         ({"methods": ["grifin"]}, "Did you mean 'griffin'"),
         ({"methods": []}, "must each name one candidate"),
         ({"kernel_sizes": []}, "must each name one candidate"),
+        ({"draft_dtypes": []}, "kernel_sizes and draft_dtypes must each name one candidate"),
         ({"kernel_sizes": [1]}, "kernel_size must be at least 2"),
         ({"densities": [0.5, 1.5]}, "density must be in"),
         ({"agreement": 1.0}, r"agreement must be in \(0, 1\), a share of the tokens, got 1.0"),

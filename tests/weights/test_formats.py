@@ -15,11 +15,20 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_sirius import make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.cli import main as cli
+from hf_sirius.kernels import cpu
 from hf_sirius.settings.config import DRAFT_DTYPES
 from hf_sirius.study.problems import problem_prompt
 from hf_sirius.weights import gather
 from hf_sirius.weights.bnb import is_4bit, is_8bit, quantized_to_4bit, quantized_to_8bit
-from hf_sirius.weights.formats import changes, check_draft_dtype, dense_weight, draft_linear, num_bytes, num_elements
+from hf_sirius.weights.formats import (
+    changes,
+    check_draft_dtype,
+    dense_weight,
+    draft_linear,
+    head_dtype,
+    num_bytes,
+    num_elements,
+)
 from hf_sirius.weights.gather import Selection
 from hf_sirius.weights.linear import DraftLinear, native_products
 
@@ -245,19 +254,24 @@ def test_make_sparse_draws_no_random_number():
     assert len(set(draws)) == 1
 
 
+@pytest.mark.parametrize("has_kernels", [False, True])
 @pytest.mark.parametrize("tree_width", [1, 2])
 @pytest.mark.parametrize(
     "dtype, draft_dtype", [(torch.bfloat16, None), (torch.float32, "bfloat16"), (torch.float32, None)]
 )
-def test_bfloat16_drafts_run_past_onednn(dtype, draft_dtype, tree_width):
-    """But for trees, whose steps are of several tokens."""
+def test_bfloat16_drafts_run_past_onednn(dtype, draft_dtype, tree_width, has_kernels, monkeypatch):
+    """But for trees, whose steps are of several tokens, and where kernels read the weights."""
+    if has_kernels:
+        pytest.importorskip("numba", reason="numba is not installed")
+    else:
+        monkeypatch.setattr(cpu, "is_available", lambda: False)
     model, seen = build_model(dtype=dtype), []
     with make_sparse(model, method="griffin", draft_dtype=draft_dtype, tree_width=tree_width) as sparse:
         note = sparse.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
         model.generate(make_prompt(), assistant_model=sparse, max_new_tokens=8)
         note.remove()
     is_bfloat16 = torch.bfloat16 in (dtype, getattr(torch, draft_dtype or "float32"))
-    is_past = is_bfloat16 and tree_width == 1
+    is_past = is_bfloat16 and tree_width == 1 and not has_kernels
     assert seen and set(seen) == {not is_past and torch.backends.mkldnn.enabled}
 
 
@@ -298,12 +312,21 @@ def test_a_4bit_projection_is_no_other_in_its_own_format(kind):
 # What cannot be
 
 
-def test_bitsandbytes_missing(monkeypatch, capsys):
-    draft_dtype = "nf4"
+@pytest.fixture
+def no_bitsandbytes(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find_spec(name, *a)
     )
+
+
+def test_a_head_is_in_8_bits_where_the_device_runs_them(no_bitsandbytes):
+    assert [head_dtype(dtype, torch.device("cpu")) for dtype in ("int4", "int8", None)] == ["int8", "int8", None]
+    assert [head_dtype(dtype, torch.device("cuda")) for dtype in ("int4", "nf4", None)] == ["int4", "nf4", None]
+
+
+def test_bitsandbytes_missing(no_bitsandbytes, capsys):
+    draft_dtype = "nf4"
     model = build_model()
     with pytest.raises(ImportError, match=rf"'{draft_dtype}' needs bitsandbytes: pip install hf_sirius\[bnb\]"):
         make_sparse(model, method="griffin", draft_dtype=draft_dtype)

@@ -20,8 +20,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 @needs_numba
-@settings(deadline=None)
 @torch.no_grad()
+@settings(deadline=None)
 @given(
     in_features=st.integers(1, 90), out_features=st.integers(1, 40), num_tokens=st.integers(1, 4),
     dtype=st.sampled_from(list(TOLERANCES)), draft_dtype=st.sampled_from([None, "bfloat16", "int8"]),
@@ -58,6 +58,14 @@ def test_other_rows_are_not_read(draft_dtype):
     assert torch.equal(read_rows(module, inputs, rows), right)
     weight.data[1] = 77
     assert not torch.equal(read_rows(module, inputs, rows), right)
+
+
+@torch.no_grad()
+def test_inputs_go_to_the_device_of_the_weight():
+    """As accelerate's hook sends them to a dense layer, behind which the outputs stay where they are."""
+    linear = draft_linear(nn.Linear(8, 6, device="meta"), "bfloat16")
+    outputs = linear(torch.randn(1, 1, 8))
+    assert (outputs.device.type, outputs.dtype, outputs.shape) == ("meta", torch.float32, (1, 1, 6))
 
 
 CASES = ["another dtype", "a view", "float64", "a hook", "a forward of its own", "gradients", "autocast", "no tokens",

@@ -209,9 +209,15 @@ class Broken(PackedLayer):
 @pytest.mark.parametrize("layer_class, reason", [(Rectified, "no product with a weight"), (Broken, "no kernel")])
 def test_a_layer_that_cannot_be_read_is_named(layer_class, reason):
     model = pack(build_model(), layer_class)
-    with pytest.raises(ValueError, match=rf"{layer_class.__name__}: draft by method='cats'.*BitsAndBytes.*{reason}"):
+    told = rf"{layer_class.__name__}: draft by method='cats', or method='teal' with weighting='magnitude'.*{reason}"
+    with pytest.raises(ValueError, match=told):
         make_sparse(model, draft_dtype="int8", density=1.0)
+    with pytest.raises(ValueError, match=told):
+        check_output(model, method="teal", weighting="column")
     check_output(model, method="cats")
+    check_output(model, method="teal")
+    with make_sparse(model) as twin:
+        assert twin.sirius_config.method == "cats" and twin.sirius_config.draft_dtype is None
 
 
 def test_a_full_device_is_not_taken_for_a_layer_that_cannot_be_read(monkeypatch):

@@ -1,5 +1,7 @@
 """A head whose likeliest tokens are scored by the model's own rows, and the others by a sketch."""
 
+import weakref
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -10,7 +12,7 @@ from torch import nn
 
 from hf_sirius import make_sparse
 from hf_sirius.weights import shortlist
-from hf_sirius.weights.shortlist import ShortlistHead, head_inputs, likeliest
+from hf_sirius.weights.shortlist import ShortlistHead, check_head, head_inputs, likeliest
 
 
 VOCAB_SIZE, HIDDEN_SIZE = 9600, 256
@@ -47,6 +49,33 @@ def test_the_directions_of_the_inputs_are_what_counts():
     right = head(inputs[512:])
     wrong = [(ShortlistHead(head, of)(inputs[512:]) - right).norm() for of in (inputs[:512], others)]
     assert wrong[0] < 0.5 * wrong[1]
+
+
+@torch.no_grad()
+def test_autocast_leaves_the_sketch_as_it_is():
+    head, inputs = make_head()
+    plain = ShortlistHead(head, inputs[:512])
+    with torch.autocast("cpu", torch.bfloat16):
+        made = ShortlistHead(head, inputs[:512])
+    assert all(map(torch.equal, made.parameters(), plain.parameters()))
+
+
+@torch.no_grad()
+def test_hidden_states_go_to_the_device_of_the_head():
+    class Elsewhere(torch.Tensor):
+        """On another device, as far as one asks."""
+
+        device = torch.device("meta")
+
+        def to(self, where):
+            sent.append(where)
+            return self.as_subclass(torch.Tensor)
+
+    sent: list[torch.device] = []
+    head, inputs = make_head()
+    stand_in = ShortlistHead(head, inputs[:512])
+    right = stand_in(inputs[None, 512:])
+    assert torch.equal(stand_in(inputs[None, 512:].as_subclass(Elsewhere)), right) and sent == [torch.device("cpu")]
 
 
 @settings(deadline=None)
@@ -117,6 +146,19 @@ def test_a_head_that_changes_has_another_sketch():
         assert twin._twin.kept.casts()[model.lm_head] is not before
 
 
+def test_the_weight_of_a_head_goes_when_the_model_is_cast():
+    model = build_model(dtype=torch.float32)
+    values = model.lm_head.weight.detach().numpy().copy()
+    memory = weakref.ref(values)
+    model.lm_head.weight = nn.Parameter(torch.from_numpy(values))
+    del values
+    with make_sparse(model, density=1.0, draft_head="shortlist", threshold=1.0) as twin:
+        model.bfloat16()
+        assert memory() is None
+        output = model.generate(make_prompt(), assistant_model=twin, max_new_tokens=8)
+        assert output.shape == (1, 19) and twin.stats.num_accepted
+
+
 def test_inputs_are_those_of_the_models_head_and_no_users_numbers():
     model, seen = build_model(), []
     state = torch.random.get_rng_state()
@@ -130,8 +172,33 @@ def test_inputs_are_those_of_the_models_head_and_no_users_numbers():
     assert torch.equal(seen[0].flatten(0, 1), inputs)
 
 
-def test_a_head_that_is_offloaded_has_no_shortlist():
+class OtherHead(nn.Linear):
+    pass
+
+
+def without_head(model):
+    model.get_output_embeddings = lambda: None
+
+
+def of_another_type(model):
+    model.lm_head.__class__ = OtherHead
+
+
+def quantized(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (without_head, "has no head"),
+        (of_another_type, r"has one of type .*OtherHead, which is no torch\.nn\.Linear"),
+        (quantized, r"has one that a library has quantized \(a torch\.nn\..*Linear\)"),
+        (cpu_offload, "has one that is offloaded"),
+    ],
+)
+def test_a_head_whose_rows_cannot_be_read_has_no_shortlist(change, told):
     model = build_model()
-    cpu_offload(model)
-    with pytest.raises(ValueError, match="one that is offloaded: use draft_head='full'"):
-        make_sparse(model, method="griffin", draft_head="shortlist")
+    change(model)
+    with pytest.raises(ValueError, match=f"but LlamaForCausalLM {told}: use draft_head='full'"):
+        check_head(model)
