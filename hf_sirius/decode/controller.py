@@ -93,7 +93,7 @@ class Controller:
         if not cycle.num_steps:
             return
         self.record.step.note(cycle.draft_seconds / cycle.num_steps)
-        self.record.nodes_per_step = (num_read - 1) / cycle.num_steps
         num_drafted = len(cycle.drafted_ids)
-        if num_drafted:
+        if num_drafted:  # else EOS or a criterion would have come first
+            self.record.nodes_per_step = max(1.0, (num_read - 1) / cycle.num_steps)
             self.record.note(cycle.num_accepted, is_rejected=cycle.num_accepted < num_drafted)

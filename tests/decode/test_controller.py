@@ -133,6 +133,24 @@ def test_what_is_known_ends_with_the_model_and_does_not_grow():
     assert len(first._of_tokens[3]._latest) < 40
 
 
+@pytest.mark.parametrize("tree_width", [1, 3])
+def test_calls_that_end_at_any_token_go_on_as_they_are(tree_width):
+    model = build_model()
+    with make_sparse(
+        model, threshold=1.0, kernel_size="auto", density=0.6, method="griffin", tree_width=tree_width
+    ) as twin:
+        record = costs_of(model, twin.sirius_config)[1]
+        num_ended = 0
+        for seed in range(12):
+            for _ in range(3):  # whatever they took, drafts seem to be cheap
+                record.step.note(1e-6)
+            prompt, eos = make_prompt(seed=seed), {"eos_token_id": list(range(seed, 48, 5)), "pad_token_id": 0}
+            expected = model.generate(prompt, max_new_tokens=20, **eos)
+            assert torch.equal(model.generate(prompt, max_new_tokens=20, assistant_model=twin, **eos), expected)
+            num_ended += any(c.num_steps and not c.drafted_ids for c in twin.stats.cycles)
+        assert (num_ended or tree_width > 1) and twin.stats.total.num_accepted
+
+
 @pytest.fixture
 def any_choice(monkeypatch):
     """Has the controller choose by chance, and remember nothing."""
