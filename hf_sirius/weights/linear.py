@@ -13,7 +13,7 @@ from ..model.shared import SharedContext
 
 
 _MAX_TOKENS = 4  # up to which cats reads rows by themselves: of more most are kept by one or another
-_MIN_WEIGHTS = 2**16  # below which a call of a kernel takes longer than the product
+_MIN_PRODUCTS = 2**18  # of a token and a weight, below which the call of a kernel takes longer than they do
 
 
 def run(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -51,11 +51,12 @@ def kernel_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | No
     """Returns linear(inputs), hooks aside, by a kernel; `None` where there is none, or where torch is faster."""
     # Not by getattr, which takes as long as a small product.
     weight = linear._parameters.get("weight")
+    num_tokens = inputs.numel() // inputs.shape[-1]
     if (
         type(weight) is not nn.Parameter
-        or weight.numel() < _MIN_WEIGHTS
+        or num_tokens * weight.numel() < _MIN_PRODUCTS
         or _has_own_forward(linear)
-        or not cpu.is_faster(weight.dtype, inputs.numel() // inputs.shape[-1])
+        or not cpu.is_faster(weight.dtype, num_tokens)
     ):
         return None
     return _product(linear, inputs) if has_kernel(linear) else None

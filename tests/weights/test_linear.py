@@ -77,7 +77,7 @@ def kernels(monkeypatch):
     """Has every kernel be taken, and tells which layers' weights were read by one."""
     read, product = [], cpu.product
     monkeypatch.setattr(cpu, "is_faster", lambda dtype, num_tokens: dtype in cpu.DTYPES and cpu.is_available())
-    monkeypatch.setattr("hf_sirius.weights.linear._MIN_WEIGHTS", 0)
+    monkeypatch.setattr("hf_sirius.weights.linear._MIN_PRODUCTS", 0)
     monkeypatch.setattr(
         cpu, "product", lambda inputs, weight, rows: read.append(weight) or product(inputs, weight, rows)
     )
