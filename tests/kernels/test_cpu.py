@@ -159,6 +159,20 @@ def test_what_is_not_finite_stays_so(dtype):
             )
 
 
+def test_defaults_of_the_user_change_nothing():
+    inputs, values, scales = make(5, 8, 2)
+    right = cpu.grouped_product(inputs.bfloat16(), values, scales)
+    cpu._is_faster.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(cpu.grouped_product(inputs.bfloat16(), values, scales), right)
+            assert cpu.is_faster(torch.bfloat16, 5) in (True, False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        cpu._is_faster.cache_clear()
+
+
 def test_numbers_are_rounded_to_bfloat16_as_torch_rounds_them():
     # One input of 1: the outputs are the weights. Every upper half, with what lies below, at and above the middle.
     lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
