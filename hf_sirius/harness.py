@@ -119,12 +119,10 @@ def _parse(name: str, value: Any) -> Any:
         return value
     if name == "calibration":
         return Calibration.from_pretrained(value)
-    rule = _FIELDS[name]
     try:
-        return rule.read(value)
+        return _FIELDS[name].read(value)
     except ValueError as error:
-        what = " or ".join(["an integer" if rule.kind is int else "a number", *map(repr, rule.words)])
-        raise ValueError(f"{name} must be {what}, got {value!r}") from error
+        raise ValueError(f"{name} {error}") from error
 
 
 if __name__ == "__main__":

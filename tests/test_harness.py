@@ -227,7 +227,7 @@ def test_a_model_may_be_given():
     [
         ({"density": 2}, "density must be in"),
         ({"density": "half"}, "density must be a number, got 'half'"),
-        ({"kernel_size": "8.5"}, "kernel_size must be an integer or 'auto', got '8.5'"),
+        ({"kernel_size": "8.5"}, "kernel_size must be an int or 'auto', got '8.5'"),
         ({"method": "griffon"}, "griffon"),
         ({"densty": 0.5}, "field of SiriusConfig .*'densty'"),
     ],

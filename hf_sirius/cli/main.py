@@ -4,9 +4,10 @@ import argparse
 import functools
 import importlib
 import sys
+from typing import Any
 
 from .. import __version__
-from ..settings.config import SiriusConfig, rules
+from ..settings.config import Rule, SiriusConfig, rules
 from ..settings.methods import owners_of
 
 
@@ -197,8 +198,14 @@ def _add_config_options(
         default = "chosen for the model" if is_chosen and name in CHOSEN_FOR_THE_MODEL else default
         owner = f"for {' and '.join(owners_of(name))}: " if owners_of(name) else ""
         shown = "" if default is None else f" (default: {default})"
-        kind = rule.read if rule.words else rule.kind  # argparse names the kind that a text is not
-        _add(group, f"--{name}", type=kind, default=None, help=owner + rule.help + shown)
+        _add(group, f"--{name}", type=functools.partial(_read, rule), default=None, help=owner + rule.help + shown)
+
+
+def _read(rule: Rule, text: str) -> Any:
+    try:
+        return rule.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error  # of others argparse shows no words
 
 
 def _at_least(minimum: int, text: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from ..decode.attach import KERNEL_SIZE
 from ..draft.choice import CHOSEN
 from ..settings.calibration import Calibration
 from ..settings.config import SiriusConfig
@@ -22,7 +23,11 @@ def twin_options(args) -> dict:
     """
     config = sirius_config(args)  # a wrong value is told before anything is loaded
     given = _given_fields(args)
-    return {"config": config} if args.config or any(name in CHOSEN for name in given) else given
+    if args.config or any(name in CHOSEN for name in given):
+        return {"config": config}
+    # Behind a seed the same text comes again, which "auto", by the clock, does not promise.
+    is_seeded = getattr(args, "do_sample", False)
+    return {"kernel_size": KERNEL_SIZE, **given} if is_seeded else given
 
 
 def _given_fields(args) -> dict:

@@ -62,7 +62,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.controller = Controller(call.model, self.config) if self.config.kernel_size == "auto" else None
         self.proposal: Proposal | None = None  # what is being verified
         self.verdict: Verdict | None = None  # about its tree
-        self._is_selected = self._is_cut = False
+        self._is_cut = False  # whether the length cut the draft short
         self._draft_seconds = self._verification_start = 0.0
 
     def get_candidates(
@@ -89,7 +89,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         # The last token before `max_length` is the dense model's.
         most = self.max_length - input_ids.shape[1] - 1
         wanted = self.config.kernel_size - 1 if self.controller is None else self.controller.num_tokens(most)
-        if wanted and not self._is_selected:
+        if wanted and self.controller is not None and not self.controller.is_selected:
             self._select()
         start = time.perf_counter()
         self.proposal = proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
@@ -167,7 +167,6 @@ class SiriusCandidateGenerator(CandidateGenerator):
         """Chooses neurons from what was observed, and gathers them; where drafts may never come, before the first."""
         start = time.perf_counter()
         self.call.draft.select()
-        self._is_selected = True
         seconds = time.perf_counter() - start
         self.call.stats.record_selection(seconds)
         if self.controller is not None:

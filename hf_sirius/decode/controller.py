@@ -32,7 +32,7 @@ class Controller:
     def __init__(self, model: PreTrainedModel, config: SiriusConfig):
         self.costs, self.record = costs_of(model, config)
         self.reason: str | None = None  # of the latest choice, in words
-        self._is_selected = False  # whether neurons were chosen in this call
+        self.is_selected = False  # whether neurons were chosen in this call
 
     def num_tokens(self, most: int) -> int:
         """Returns how many tokens, of at most so many before the call ends, the next cycle drafts; maybe none."""
@@ -74,7 +74,7 @@ class Controller:
             seconds = (num_tokens * step + verification) / advance
             if seconds < least:
                 best, least = num_tokens, seconds
-        selection = 0.0 if self._is_selected else self.record.selection.median or 0.0
+        selection = 0.0 if self.is_selected else self.record.selection.median or 0.0
         return best if (dense - least) * num_left > selection else 0
 
     def _told(self) -> str:
@@ -83,7 +83,7 @@ class Controller:
 
     def note_selection(self, seconds: float) -> None:
         """Takes note of what choosing and gathering neurons took in this call."""
-        self._is_selected = True
+        self.is_selected = True
         self.record.selection.note(seconds)
 
     def note(self, cycle: Cycle) -> None:

@@ -39,6 +39,7 @@ class Draft:
         self.method = method_of(twin.config)(twin.config, twin.method_sites)
         self.held: dict[nn.Module, nn.Module] = {}
         self._memory: dict[nn.Module, torch.Tensor] = {}
+        self._linears = [] if is_compiled(model) else twin.linears
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Draft":
@@ -119,7 +120,7 @@ class Draft:
 
     def verifying(self) -> contextlib.AbstractContextManager:
         """Within the block, the dense model's products of a few tokens are made as fast as they can be here."""
-        return contextlib.nullcontext() if is_compiled(self.model) else kernel_products(self.twin.linears)
+        return kernel_products(self._linears)
 
     def step(self, input_ids: torch.LongTensor, model_kwargs: dict) -> Any:
         """Returns the twin's outputs for the last of `input_ids`, long [num_rows, length]: `logits` are [num_rows, 1,

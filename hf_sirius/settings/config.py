@@ -49,15 +49,23 @@ class Rule:
         elif self.kind is not str:
             kinds = (int, float) if self.kind is float else int
             if isinstance(value, bool) or not isinstance(value, kinds):
-                whats = ["a number" if self.kind is float else "an int", *map(repr, self.words)]
-                what = " or ".join([*whats, *(["None"] if self.is_optional else [])])
+                what = " or ".join([self.expected, *(["None"] if self.is_optional else [])])
                 raise TypeError(f"{name} must be {what}, a number {self.allowed}, got {value!r}")
             if not math.isfinite(value) or not self.is_allowed(value):
                 raise ValueError(f"{name} must be {self.allowed}, got {value!r}")
 
+    @property
+    def expected(self) -> str:
+        """Returns what a value is, in words."""
+        kinds = {float: "a number", int: "an int", str: "a text"}
+        return " or ".join([kinds[self.kind], *map(repr, self.words)])
+
     def read(self, text: str) -> Any:
         """Returns the value that a text stands for. Raises `ValueError` for one that is no number where it must be."""
-        return text if text in self.words else self.kind(text)
+        try:
+            return text if text in self.words else self.kind(text)
+        except ValueError as error:
+            raise ValueError(f"must be {self.expected}, got {text!r}") from error
 
 
 def _field(default: Any, kind: type, *args: Any, **kwargs: Any) -> Any:

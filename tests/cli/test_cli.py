@@ -80,6 +80,18 @@ def test_chat_template_and_sampling(capsys):
     assert capsys.readouterr().out == first != "\n"
 
 
+def test_tokens_per_cycle_are_a_number_or_auto(capsys):
+    assert main([*GENERATE, "--stats", "--kernel_size", "auto", "--max_new_tokens", "5"]) == 0
+    assert "kernel_size=auto" in capsys.readouterr().err
+    assert main([*GENERATE, "--stats", "--max_new_tokens", "5"]) == 0
+    assert "kernel_size=auto" in capsys.readouterr().err
+    assert main([*GENERATE, "--stats", "--do_sample", "--max_new_tokens", "5"]) == 0  # by its seed the same again
+    assert "kernel_size=16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*GENERATE, "--kernel_size", "8.5"])
+    assert "--kernel-size: must be an int or 'auto', got '8.5'" in capsys.readouterr().err
+
+
 def test_prompt_from_standard_input(monkeypatch, capsys):
     import io
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -159,9 +160,7 @@ def test_verifications_in_several_threads_leave_nothing(kernels):
             if (outputs - right).norm() > 1e-5 * right.norm():
                 wrong.append(outputs)
 
-    threads = [threading.Thread(target=verify) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for thread in [pool.submit(verify) for _ in range(4)]:
+            thread.result()
     assert not wrong and "forward" not in vars(linear) and len(kernels) == 200
