@@ -96,6 +96,8 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     check_draft_dtype(config.draft_dtype, execution_device(model))
     if config.draft_head == SHORTLIST:
         check_head(model)
+    if config.compile_draft:
+        _check_compiled(model, config, offloaded)
     if config.tree_width > 1:
         check_tree(model)
     if config.calibration is not None:
@@ -105,6 +107,21 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     user = sparse_twin(twin, model)
     bind(user, twin.kept.bag, model)
     return user
+
+
+def _check_compiled(model: PreTrainedModel, config: SiriusConfig, offloaded: bool) -> None:
+    """Raises `ValueError` unless the step of such a draft can be compiled."""
+    if config.tree_width > 1:
+        raise ValueError(f"compile_draft compiles a step of one token, and tree_width is {config.tree_width}: use 1")
+    if not method_of(config).is_steady:
+        raise ValueError(
+            f"method={config.method!r} at a density of {config.density} chooses anew for every token, which is not "
+            "compiled: use method='griffin' or density=1.0, or leave compile_draft out"
+        )
+    if offloaded:
+        raise ValueError("the step of an offloaded model's draft cannot be compiled: leave compile_draft out")
+    if not model._can_compile_fullgraph:
+        raise ValueError(f"transformers cannot compile a {type(model).__name__} as a whole: leave compile_draft out")
 
 
 def _prepare_quantized(model: PreTrainedModel, offloaded: bool) -> None:

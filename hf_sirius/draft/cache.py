@@ -18,7 +18,8 @@ class RoomyLayer(DynamicLayer):
     all that it holds for every token, which took a quarter of a draft step.
 
     Layers become one for the time of a call, and `keys` and `values` stay what they are: float [batch_size, num_heads,
-    length, head_dim], here views into larger tensors: what is rolled back is written over.
+    length, head_dim], here views into larger tensors: what is rolled back is written over. The states of a token lie
+    side by side, so that no view depends on how much room there is.
     """
 
     _key_room: torch.Tensor | None = None
@@ -33,6 +34,14 @@ class RoomyLayer(DynamicLayer):
         self.values, self._value_room = _append(self.values, value_states, self._value_room)
         return self.keys, self.values
 
+    def reserve(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the tensors that begin with the keys and the values, with room for so many tokens more."""
+        length = self.keys.shape[-2]
+        self._key_room = _room(self.keys, length + num_tokens, self._key_room)
+        self._value_room = _room(self.values, length + num_tokens, self._value_room)
+        self.keys, self.values = self._key_room.narrow(-2, 0, length), self._value_room.narrow(-2, 0, length)
+        return self._key_room, self._value_room
+
 
 def _append(
     states: torch.Tensor, new: torch.Tensor, room: torch.Tensor | None
@@ -41,15 +50,23 @@ def _append(
     if states.dtype != new.dtype or states.shape[:2] != new.shape[:2]:
         return torch.cat([states, new], dim=-2), None
     start, end = states.shape[-2], states.shape[-2] + new.shape[-2]
-    # Whoever reorders or moves a cache puts other tensors there.
-    is_in_room = room is not None and states.data_ptr() == room.data_ptr() and states.stride() == room.stride()
-    # Nor may tensors of an inference mode be written to outside of it.
-    if not is_in_room or room.is_inference() != torch.is_inference_mode_enabled() or end > room.shape[-2]:
-        room = states.new_empty(*states.shape[:2], end + _ROOM, states.shape[-1])
-        room.narrow(-2, 0, start).copy_(states)
+    room = _room(states, end, room)
     # By `narrow`, as indexing takes twice as long, and this comes twice a layer for every token.
     room.narrow(-2, start, end - start).copy_(new)
     return room.narrow(-2, 0, end), room
+
+
+def _room(states: torch.Tensor, length: int, room: torch.Tensor | None) -> torch.Tensor:
+    """Returns a tensor that begins with these states, and has room for so many tokens: `room`, if it is one."""
+    # Whoever reorders or moves a cache puts other tensors there.
+    is_in_room = room is not None and states.data_ptr() == room.data_ptr() and states.stride() == room.stride()
+    # Nor may tensors of an inference mode be written to outside of it.
+    if is_in_room and room.is_inference() == torch.is_inference_mode_enabled() and length <= room.shape[-2]:
+        return room
+    batch_size, num_heads, num_tokens, head_dim = states.shape
+    room = states.new_empty(batch_size, length + _ROOM, num_heads, head_dim).transpose(1, 2)
+    room.narrow(-2, 0, num_tokens).copy_(states)
+    return room
 
 
 @contextlib.contextmanager

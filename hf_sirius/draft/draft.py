@@ -1,7 +1,7 @@
 """A draft: the twin of one call, with the neurons that its method chose and the weights that it holds."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..weights.draft_modules import reading
 from ..weights.formats import changes, draft_linear, gather_neurons
 from ..weights.linear import is_native_faster, kernel_products, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
+from .compiled import CompiledChain, is_fit
 from .twin import Twin
 
 
@@ -122,6 +123,23 @@ class Draft:
         """Within the block, the dense model's products of a few tokens are made as fast as they can be here."""
         return kernel_products(self._linears)
 
+    @contextlib.contextmanager
+    def chain(
+        self, input_ids: torch.LongTensor, model_kwargs: dict, num_tokens: int
+    ) -> Iterator[Callable[[torch.LongTensor], torch.Tensor | None]]:
+        """Within the block, forwards of the twin are sparse. Yields the steps of a draft of up to `num_tokens` tokens
+        behind `input_ids`, long [1, length]: given these and what was drafted, one returns the logits of the next token,
+        [1, vocab_size], or `None` where there is none to be had.
+        """
+        compiled = self.twin.compiled
+        with self.drafting(), contextlib.ExitStack() as undo:
+            if compiled is not None and not self.model.training:
+                inputs = self.inputs(input_ids, model_kwargs)
+                if is_fit(inputs) and undo.enter_context(compiled.running(self.held)):
+                    yield CompiledChain(compiled, inputs, num_tokens)
+                    return
+            yield _Chain(self, model_kwargs)
+
     def step(self, input_ids: torch.LongTensor, model_kwargs: dict) -> Any:
         """Returns the twin's outputs for the last of `input_ids`, long [num_rows, length]: `logits` are [num_rows, 1,
         vocab_size]. The KV-cache of `model_kwargs` holds all but the last.
@@ -142,3 +160,17 @@ class Draft:
     def next_kwargs(self, outputs: Any, model_kwargs: dict) -> dict:
         """Returns the `model_kwargs` of the step after the one that had these outputs."""
         return self.twin.module._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+
+class _Chain:
+    """The steps of one draft, by the twin's own forward, into the KV-cache of `model_kwargs`."""
+
+    def __init__(self, draft: Draft, model_kwargs: dict):
+        self.draft, self.model_kwargs = draft, dict(model_kwargs)
+        self._outputs: Any = None
+
+    def __call__(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        if self._outputs is not None:
+            self.model_kwargs = self.draft.next_kwargs(self._outputs, self.model_kwargs)
+        self._outputs = self.draft.step(input_ids, self.model_kwargs)
+        return self._outputs.logits[:, -1]

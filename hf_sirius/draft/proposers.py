@@ -79,18 +79,23 @@ class ChainProposer:
         A greedy draft ends just before a token at which the call would stop (EOS, any criterion): that token is then
         the dense model's own. A sampled draft ends with it, as leaving out what was drawn would skew the distribution.
         """
-        start, draft_kwargs = input_ids.shape[1], dict(model_kwargs)
+        start = input_ids.shape[1]
         all_scores: list[torch.Tensor] = []
         confidence = self.config.draft_confidence
         num_steps, stops = 0, False
         cache = CacheView(model_kwargs["past_key_values"])
         cache.mark()
         try:
-            with self.draft.drafting(), stepwise_windows(cache.cache):
+            with (
+                stepwise_windows(cache.cache),
+                self.draft.chain(input_ids, model_kwargs, num_tokens) as next_logits,
+            ):
                 for _ in range(num_tokens):
-                    outputs = self.draft.step(input_ids, draft_kwargs)
+                    logits = next_logits(input_ids)
+                    if logits is None:
+                        break
                     num_steps += 1
-                    logits = outputs.logits[:, -1].to(dtype=torch.float32, device=input_ids.device, copy=True)
+                    logits = logits.to(dtype=torch.float32, device=input_ids.device, copy=True)
                     scores = self.logits_processor(input_ids, logits)
                     if not scores.max().isfinite():  # such as a draft in float16 whose activations overflow
                         break
@@ -109,7 +114,6 @@ class ChainProposer:
                     # Ends with the doubtful token, as leaving out what was drawn would skew the distribution.
                     if confidence and likelihood(next_ids[0], scores, self.config.temperature).item() < confidence:
                         break
-                    draft_kwargs = self.draft.next_kwargs(outputs, draft_kwargs)
         finally:
             cache.roll_back(num_steps)
         return Proposal(

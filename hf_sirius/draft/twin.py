@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import operator
+import threading
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from accelerate.hooks import ModelHook
@@ -27,8 +30,13 @@ from ..weights.kept import Kept
 from ..weights.linear import has_kernel
 from ..weights.residency import find_resident
 from ..weights.shortlist import head_inputs
+from .choice import CHOSEN
+from .compiled import CompiledStep
 
 
+# module of a model -> what a draft is -> its step, as long as any twin has it
+_compiled: "WeakKeyDictionary[nn.Module, WeakValueDictionary[tuple, CompiledStep]]" = WeakKeyDictionary()
+_lock = threading.Lock()
 _CAPTURED = ("output_attentions", "output_hidden_states")
 # Names within transformers.
 _IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_capturing_hook"
@@ -47,6 +55,7 @@ class Twin:
     kept: Kept  # what stays from call to call
     is_offloaded: bool  # whether accelerate streams weights of the dense model
     linears: list[nn.Linear]  # layers of the dense model whose weight a kernel reads as it is
+    compiled: CompiledStep | None  # the step as one graph, where `compile_draft` asks for it
     # each copied or replaced module with the dense model's that it stands for, but for the root
     copies: list[tuple[nn.Module, nn.Module]]
 
@@ -122,6 +131,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
             dense = getattr(owners[owner_id], name)
             pairs.append((new, dense if isinstance(dense, nn.Module) else owners[owner_id]))
     held = {place.module: place.draft_dtype for place in resident}
+    compiled = _compiled_step(model, root, config) if config.compile_draft else None
     return Twin(
         module=root,
         config=config,
@@ -132,15 +142,17 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
             {module: draft_dtype for module, draft_dtype in held.items() if streaming_hook(module) is None},
             reusable_bytes(sites, config) if method.gathers else {},
             functools.partial(head_inputs, model),
+            [] if compiled is None else [compiled],
         ),
         is_offloaded=is_offloaded(model),
         linears=linears,
+        compiled=compiled,
         copies=pairs,
     )
 
 
 def _copied(
-    module: nn.Module, replacements: Mapping[int, dict[str, nn.Module]], copies: dict[int, nn.Module]
+    module: nn.Module, replacements: Mapping[int, dict[str, nn.Module | None]], copies: dict[int, nn.Module]
 ) -> nn.Module:
     """Returns the module with replacements, by the id of their owner, somewhere in it; itself where there are none."""
     if id(module) in copies:
@@ -154,6 +166,39 @@ def _copied(
         twin.__dict__.pop(name, None)  # an activation may be a plain function
         twin._modules[name] = replacement
     return twin
+
+
+def _compiled_step(model: PreTrainedModel, root: nn.Module, config: SiriusConfig) -> CompiledStep:
+    """Returns the compiled step of a twin, that of an earlier twin where its drafts were the same."""
+    dense_modules = [module for module in model.modules() if module is not model]
+    settings = tuple(getattr(config, name) for name in CHOSEN if name != "calibration")
+    with _lock:
+        of_settings = _compiled.setdefault(dense_modules[0], WeakValueDictionary())
+        step = of_settings.get(settings)
+        if step is None or not _are_same(step.dense_modules, dense_modules):
+            step = of_settings[settings] = CompiledStep(*_with_places(root), dense_modules)
+    return step
+
+
+def _are_same(some: list[nn.Module], others: list[nn.Module]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _with_places(root: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, str, TwinModule]]]:
+    """Returns a twin's tree with places in it for what stands in for dense modules, and what stood there."""
+    found = [
+        (owner, name, child)
+        for owner in root.modules()
+        for name, child in owner._modules.items()
+        if isinstance(child, TwinModule)
+    ]
+    replacements: dict[int, dict[str, nn.Module | None]] = {}
+    for owner, name, _ in found:
+        replacements.setdefault(id(owner), {})[name] = None
+    copies: dict[int, nn.Module] = {}
+    module = _copied(root, replacements, copies)
+    module = shallow_copy(root) if module is root else module
+    return module, [(copies[id(owner)], name, child) for owner, name, child in found]
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:

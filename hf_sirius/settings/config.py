@@ -30,7 +30,7 @@ _DOWNLOAD_OPTIONS = (
 class Rule:
     """What a field may be, for the checks, the command line and the harness."""
 
-    kind: type  # `float`, `int` or `str`
+    kind: type  # `float`, `int`, `str` or `bool`
     allowed: str = ""  # the range of a number, in words
     is_allowed: Callable[[Any], bool] = lambda value: True  # whether a number lies in it
     choices: tuple[str, ...] = ()  # the strings that are allowed
@@ -46,6 +46,9 @@ class Rule:
             if value not in self.choices:
                 allowed = [*(["None"] if self.is_optional else []), *map(repr, self.choices)]
                 raise ValueError(f"{name} must be one of [{', '.join(allowed)}], got {value!r}")
+        elif self.kind is bool:
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         elif self.kind is not str:
             kinds = (int, float) if self.kind is float else int
             if isinstance(value, bool) or not isinstance(value, kinds):
@@ -57,14 +60,16 @@ class Rule:
     @property
     def expected(self) -> str:
         """Returns what a value is, in words."""
-        kinds = {float: "a number", int: "an int", str: "a text"}
+        kinds = {float: "a number", int: "an int", str: "a text", bool: "true or false"}
         return " or ".join([kinds[self.kind], *map(repr, self.words)])
 
     def read(self, text: str) -> Any:
         """Returns the value that a text stands for. Raises `ValueError` for one that is no number where it must be."""
         try:
+            if self.kind is bool:
+                return {"true": True, "false": False}[text.lower()]
             return text if text in self.words else self.kind(text)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(f"must be {self.expected}, got {text!r}") from error
 
 
@@ -140,6 +145,10 @@ class SiriusConfig(PushToHubMixin):
             longest acceptable one. 1 drafts a single one.
         branch_cutoff (`float`, defaults to 0.95):
             Where the twin finds a token at least this likely, a tree does not branch, in [0, 1].
+        compile_draft (`bool`, defaults to `False`):
+            Compile the draft step by `torch.compile`, in the first draft: a minute or more, seconds where torch's cache
+            on disk has it. For drafts without a tree that choose nothing anew for every token: those of `"griffin"`,
+            and of any method at a density of 1.
     """
 
     method: str = _field("cats", str)
@@ -164,6 +173,7 @@ class SiriusConfig(PushToHubMixin):
     )
     tree_width: int = _field(1, int, "in 1 to 16 (1 drafts no tree)", lambda value: 1 <= value <= 16)
     branch_cutoff: float = _field(0.95, float, "in [0, 1], a likelihood", lambda value: 0 <= value <= 1)
+    compile_draft: bool = _field(False, bool)
 
     def __post_init__(self):
         check_method_name(self.method)

@@ -41,6 +41,7 @@ class SparsityMethod(ABC):
 
     Attributes:
         acts_on: which of the two.
+        is_steady: whether it chooses nothing anew for every token, so that a step can be compiled.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
         is_masking: whether its draft steps computed all of what they dropped as well, and saved no time by it.
@@ -48,6 +49,7 @@ class SparsityMethod(ABC):
     """
 
     acts_on: ClassVar[Literal["mlps", "projections"]] = "mlps"
+    is_steady: ClassVar[bool] = False
     observed: ClassVar[Observed]
     gathers: ClassVar[bool] = False
     is_masking: bool = False

@@ -15,6 +15,7 @@ class Griffin(SparsityMethod):
     prefill adds to it.
     """
 
+    is_steady = True
     observed = "neurons"
     gathers = True
 

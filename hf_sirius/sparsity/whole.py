@@ -6,6 +6,7 @@ from .base import SparsityMethod
 class Whole(SparsityMethod):
     """Keeps all neurons."""
 
+    is_steady = True
     observed = "neurons"
 
     def needs_prefill(self):

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -77,6 +78,7 @@ class Kept:
         dtypes: projection -> the `draft_dtype` of its cast.
         num_bytes: projection -> how much memory its neurons take.
         head_inputs: returns hidden states such as the head reads, for a shortlist.
+        others: what else is to be in `bag`.
     """
 
     def __init__(
@@ -84,9 +86,10 @@ class Kept:
         dtypes: Mapping[nn.Module, str],
         num_bytes: Mapping[nn.Module, int],
         head_inputs: Callable[[], torch.Tensor],
+        others: Sequence[Any] = (),
     ):
-        self._dtypes, self._head_inputs = dict(dtypes), head_inputs
-        self.bag: list[_Cast | _Buffer] = []
+        self._dtypes, self._head_inputs, self._others = dict(dtypes), head_inputs, list(others)
+        self.bag: list[Any] = []
         self._is_cleared = False
         self._buffers: dict[nn.Module, _Buffer] = {}
         with _lock:
@@ -111,7 +114,7 @@ class Kept:
                 if cast is None or not cast.is_of(projection):
                     cast = of_projection[draft_dtype] = _Cast(projection, draft_dtype, self._head_inputs)
                 casts[projection] = cast
-            self.bag[:] = [] if self._is_cleared else [*casts.values(), *self._buffers.values()]
+            self.bag[:] = [] if self._is_cleared else [*casts.values(), *self._buffers.values(), *self._others]
         return {projection: cast.linear for projection, cast in casts.items()}
 
     @contextlib.contextmanager
@@ -128,5 +131,5 @@ class Kept:
     def clear(self) -> None:
         """Lets go of all, for good: it is freed unless another twin has it or a call is using it."""
         with _lock:
-            self._is_cleared, self._buffers = True, {}
+            self._is_cleared, self._buffers, self._others = True, {}, []
             self.bag.clear()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from ..kernels import cpu
+from ..kernels import cpu, operators
 from ..model.projections import is_opaque
 from ..model.shared import SharedContext
 
@@ -44,13 +44,29 @@ def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor) -> to
     is_hooked = module._forward_hooks or module._forward_pre_hooks or _has_own_forward(module)
     if type(module) is not nn.Linear or is_hooked or num_tokens > _MAX_TOKENS or not has_kernel(module):
         return None
-    return _product(module, inputs, rows)
+    return _product(inputs, module.weight, module.bias, rows)
+
+
+def some_outputs(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor
+) -> torch.Tensor:
+    """Returns outputs [num_tokens, num_rows] of a product, by a kernel that reads these rows in place if there is one.
+
+    Args:
+        inputs: [num_tokens, in_features].
+        rows: long [num_rows].
+    """
+    if _is_readable(weight) and (outputs := _product(inputs, weight, bias, rows)) is not None:
+        return outputs[:, rows]
+    return nn.functional.linear(inputs, weight[rows], None if bias is None else bias[rows])
 
 
 def kernel_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | None:
     """Returns linear(inputs), hooks aside, by a kernel; `None` where there is none, or where torch is faster."""
     # Not by getattr, which takes as long as a small product.
     weight = linear._parameters.get("weight")
+    if torch.compiler.is_compiling():
+        return operators.linear(inputs, weight, linear._parameters.get("bias")) if weight.is_cpu else None
     num_tokens = inputs.numel() // inputs.shape[-1]
     if (
         type(weight) is not nn.Parameter
@@ -59,19 +75,23 @@ def kernel_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | No
         or not cpu.is_faster(weight.dtype, num_tokens)
     ):
         return None
-    return _product(linear, inputs) if has_kernel(linear) else None
+    return _product(inputs, weight, linear._parameters["bias"]) if has_kernel(linear) else None
 
 
 def has_kernel(module: nn.Module) -> bool:
     """Whether a kernel reads the weight of a layer as it is."""
     if not isinstance(module, nn.Linear) or is_opaque(module):
         return False
-    weight = module.weight
+    return _is_readable(module.weight)
+
+
+def _is_readable(weight: torch.Tensor) -> bool:
     return weight.dtype in cpu.DTYPES and weight.is_cpu and weight.is_contiguous() and cpu.is_available()
 
 
-def _product(linear: nn.Linear, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor | None:
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+def _product(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor | None = None
+) -> torch.Tensor | None:
     is_plain = inputs.dtype == weight.dtype and inputs.is_cpu and inputs.numel() > 0
     if not is_plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
@@ -128,7 +148,7 @@ class PlainLinear(nn.Linear):
         return num_tokens <= _MAX_TOKENS and has_kernel(self)
 
     def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        outputs = kernel_product(self, inputs) if rows is None else _product(self, inputs, rows)
+        outputs = kernel_product(self, inputs) if rows is None else _product(inputs, self.weight, self.bias, rows)
         return super().forward(inputs) if outputs is None else outputs
 
 
@@ -196,6 +216,13 @@ native_products = SharedContext(_without_onednn)
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def plain_over(linear: nn.Linear) -> PlainLinear:
+    """Returns a layer over the same parameters that takes its products by a kernel, where that is faster."""
+    plain = PlainLinear(linear.in_features, linear.out_features, device="meta")
+    plain._parameters = linear._parameters
+    return plain
 
 
 def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> PlainLinear:

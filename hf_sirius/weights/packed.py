@@ -66,7 +66,10 @@ class PackedLinear(nn.Module):
         if columns is not None:
             inputs = inputs * columns
         chosen = () if rows is None else (rows,)
-        outputs = self.product(inputs.reshape(-1, self.in_features).contiguous(), weight, scales, *chosen)
+        product = self.product
+        if torch.compiler.is_compiling() and product is cpu.grouped_product:
+            product = torch.ops.hf_sirius.grouped_product
+        outputs = product(inputs.reshape(-1, self.in_features).contiguous(), weight, scales, *chosen)
         if bias is not None:
             outputs += bias
         return outputs.view(*inputs.shape[:-1], -1)

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..kernels import operators
 from ..model.accelerate_hooks import execution_device
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection, is_quantized
 from .gather import Selection, padded
-from .linear import DraftLinear, frozen, plain_linear, read_rows
+from .linear import DraftLinear, frozen, plain_linear, some_outputs
 from .packed import int8_bytes, int8_linear
 
 
@@ -52,17 +53,28 @@ class ShortlistHead(nn.Module):
         if inputs.device != self.device:  # as for a `DraftLinear`
             inputs = inputs.to(self.device)
         logits = self.sketch(inputs.float() @ self.right)
-        for i, token_ids in enumerate(likeliest(logits)):
-            logits[i, token_ids] = self._exact(inputs[i : i + 1], token_ids).to(logits.dtype)
+        head = self._head()
+        rescored = torch.ops.hf_sirius.rescored if torch.compiler.is_compiling() else _rescored
+        bias = None if head.bias is None else head.bias.detach()
+        logits = rescored(logits, inputs, head.weight.detach(), bias)
         return logits.view(*hidden_states.shape[:-1], -1).to(hidden_states.dtype)
 
-    def _exact(self, inputs: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Returns the head's logits of some tokens, [num_tokens]."""
-        head = self._head()
-        if (logits := read_rows(head, inputs, token_ids)) is not None:
-            return logits[0, token_ids]
-        bias = None if head.bias is None else head.bias.detach()[token_ids]
-        return nn.functional.linear(inputs, head.weight.detach()[token_ids], bias)[0]
+
+def _rescored(
+    logits: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns logits [num_tokens, vocab_size] of which the likeliest are those of a head."""
+    logits = logits.clone()
+    for i, token_ids in enumerate(likeliest(logits)):
+        logits[i, token_ids] = some_outputs(inputs[i : i + 1], weight, bias, token_ids)[0].to(logits.dtype)
+    return logits
+
+
+operators.define(
+    "rescored(Tensor logits, Tensor inputs, Tensor weight, Tensor? bias) -> Tensor",
+    _rescored,
+    lambda logits, *_: torch.empty_like(logits),
+)
 
 
 def likeliest(logits: torch.Tensor) -> Iterator[torch.Tensor]:

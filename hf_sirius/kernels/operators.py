@@ -1,0 +1,38 @@
+"""The kernels as operators of torch, for graphs that torch.compile makes. A library defines each once for a process."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from . import cpu
+
+
+_library = torch.library.Library("hf_sirius", "DEF")
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Returns inputs @ weight.T + bias in a graph, by a kernel where that is faster, which is seen as it runs."""
+    outputs = torch.ops.hf_sirius.linear(inputs.reshape(-1, inputs.shape[-1]), weight)
+    return (outputs if bias is None else outputs + bias).view(*inputs.shape[:-1], -1)
+
+
+def define(signature: str, compute: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
+    """Defines `torch.ops.hf_sirius.<name>` for a device's tensors, and by `fake` for those of a trace."""
+    name = signature.partition("(")[0]
+    _library.define(signature)
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hf_sirius::{name}", fake, lib=_library)
+
+
+def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    is_ours = inputs.dtype == weight.dtype and cpu.is_faster(weight.dtype, len(inputs))
+    return cpu.product(inputs, weight) if is_ours else nn.functional.linear(inputs, weight)
+
+
+def _outputs(inputs: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
+    return inputs.new_empty(inputs.shape[0], weight.shape[0])
+
+
+define("linear(Tensor inputs, Tensor weight) -> Tensor", _linear, _outputs)
+define("grouped_product(Tensor inputs, Tensor values, Tensor scales) -> Tensor", cpu.grouped_product, _outputs)
