@@ -18,8 +18,7 @@ class RoomyLayer(DynamicLayer):
     all that it holds for every token, which took a quarter of a draft step.
 
     Layers become one for the time of a call, and `keys` and `values` stay what they are: float [batch_size, num_heads,
-    length, head_dim], here views into larger tensors: what is rolled back is written over. The states of a token lie
-    side by side, so that no view depends on how much room there is.
+    length, head_dim], here views into larger tensors: what is rolled back is written over.
     """
 
     _key_room: torch.Tensor | None = None
@@ -35,7 +34,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reserve(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the tensors that begin with the keys and the values, with room for so many tokens more."""
+        """Returns the tensors that begin with the keys and the values, and have room for so many tokens more."""
         length = self.keys.shape[-2]
         self._key_room = _room(self.keys, length + num_tokens, self._key_room)
         self._value_room = _room(self.values, length + num_tokens, self._value_room)
@@ -63,9 +62,15 @@ def _room(states: torch.Tensor, length: int, room: torch.Tensor | None) -> torch
     # Nor may tensors of an inference mode be written to outside of it.
     if is_in_room and room.is_inference() == torch.is_inference_mode_enabled() and length <= room.shape[-2]:
         return room
-    batch_size, num_heads, num_tokens, head_dim = states.shape
-    room = states.new_empty(batch_size, length + _ROOM, num_heads, head_dim).transpose(1, 2)
-    room.narrow(-2, 0, num_tokens).copy_(states)
+    return room_for(states, length + _ROOM)
+
+
+def room_for(states: torch.Tensor, length: int, dim: int = 2) -> torch.Tensor:
+    """Returns a tensor that begins with these states, and has so many places along their tokens' dimension."""
+    shape = list(states.shape)
+    num_tokens, shape[dim] = shape[dim], length
+    room = states.new_empty(shape)
+    room.narrow(dim, 0, num_tokens).copy_(states)
     return room
 
 

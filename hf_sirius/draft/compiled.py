@@ -16,13 +16,16 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.linear import has_kernel, plain_over
-from .cache import RoomyLayer
+from .cache import RoomyLayer, room_for
 
 
 logger = logging.getLogger(__name__)
 
-# What a step is given beside, and can do without.
-_IGNORED = ("attention_mask", "cache_position", "input_ids", "logits_to_keep", "past_key_values", "use_cache")
+# What a step may be given; of these the graph takes the last token and its position.
+_KNOWN = (
+    "attention_mask", "cache_position", "input_ids", "logits_to_keep", "past_key_values", "position_ids", "use_cache",
+)  # fmt: skip
+_LONGEST_REASON = 500  # characters of an error
 
 
 class CompiledStep:
@@ -45,11 +48,12 @@ class CompiledStep:
         self._plain: dict[nn.Module, nn.Module] = {}
         self._lock = threading.Lock()
         self._is_warm = False
-        self.problem: str | None = None  # why it cannot run, in words
+        self._is_broken = False
+        self.reason: str | None = None  # why drafts ran eagerly at last, in words
 
         def step(input_ids, position_ids, seen, keys, values, are_sliding):
             layers = [
-                _SeenLayer(k[None], v[None], seen.shape[0], is_sliding)
+                _SeenLayer(k, v, seen.shape[0], is_sliding)
                 for k, v, is_sliding in zip(keys, values, are_sliding, strict=True)
             ]
             outputs = module(
@@ -65,7 +69,7 @@ class CompiledStep:
     @contextlib.contextmanager
     def running(self, held: Mapping[nn.Module, nn.Module]) -> Iterator[bool]:
         """Within the block the graph has the modules that a draft holds; yields whether it is free, and runs."""
-        if self.problem is not None or not self._lock.acquire(blocking=False):
+        if self._is_broken or not self._lock.acquire(blocking=False):
             yield False
             return
         try:
@@ -94,8 +98,8 @@ class CompiledStep:
             input_ids: long [1, 1], the token.
             position_ids: long [..., 1, 1].
             seen: [length], of which the length alone counts: the tokens before.
-            keys, values: float [num_heads, num_visible, head_dim] of each layer, of the tokens that this one sees, and
-                at the end a place for its own.
+            keys, values: float [1, num_heads, num_places, head_dim] of each layer, of the tokens that this one sees,
+                behind them a place for its own and, without a window, room.
             are_sliding: whether each layer has a sliding window.
         """
         try:
@@ -103,14 +107,19 @@ class CompiledStep:
         except Exception as error:  # of many kinds: a forward that cannot be traced, a missing C++ compiler
             if should_reduce_batch_size(error):  # the device is full
                 raise
-            import os; (os.environ.get("DBG") and print(str(error)[:2500]))
-            self.problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            logger.warning("the draft step cannot be compiled, and runs eagerly (%s)", self.problem)
+            self._is_broken = True
+            self.tell(f"{type(error).__name__}: {str(error).strip()[:_LONGEST_REASON]}")
             return None
+
+    def tell(self, reason: str) -> None:
+        """Says, once, that drafts run eagerly."""
+        if self.reason is None:
+            logger.warning("compile_draft has no effect here, drafts run eagerly: %s", reason)
+        self.reason = reason
 
     def _compile(self, *inputs: Any) -> torch.Tensor:
         _, _, seen, keys, values, _ = inputs
-        for lengths, dim in (([seen], 0), ([*keys, *values], 1)):
+        for lengths, dim in (([seen], 0), ([*keys, *values], 2)):
             for tensor in lengths:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
         with tqdm(total=1, desc="Compiling the draft step, once", bar_format="{desc}: {elapsed}") as progress:
@@ -121,10 +130,13 @@ class CompiledStep:
 
 
 class _SeenLayer(CacheLayerMixin):
-    """A layer of a KV-cache, as a single token sees it that comes behind `length` others."""
+    """A layer of a KV-cache, as a single token sees it that comes behind `length` others. It has the states that the
+    token sees, a place for the token's own, and without a window room behind it.
+    """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int, is_sliding: bool):
         self.keys, self.values, self.length, self.is_sliding = keys, values, length, is_sliding
+        self.num_visible = keys.shape[-2] if is_sliding else length + 1
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -133,13 +145,14 @@ class _SeenLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[:, :, -1:].copy_(key_states)
-        self.values[:, :, -1:].copy_(value_states)
-        return self.keys, self.values
+        for room, states in ((self.keys, key_states), (self.values, value_states)):
+            room.narrow(-2, self.num_visible - 1, 1).copy_(states)
+        return self.keys.narrow(-2, 0, self.num_visible), self.values.narrow(-2, 0, self.num_visible)
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        num_visible = self.keys.shape[-2]
-        return num_visible, self.length + 1 - num_visible
+        # Of the token's own place, as it sees all that it is given: a mask of one column goes with any number of them,
+        # and how many there are is no question for which another graph would be made.
+        return 1, self.length
 
     def get_seq_length(self) -> int:
         return self.length
@@ -162,17 +175,16 @@ class CompiledChain:
         self._step, self._num_steps = step, 0
         self._length, self._position_ids = int(cache.get_seq_length()), inputs["position_ids"]
         self._seen = torch.empty(1, dtype=torch.bool, device="cpu").expand(self._length + num_tokens)
-        self._rooms = [_reserve(layer, num_tokens) for layer in cache.layers]
         self._are_sliding = tuple(bool(layer.is_sliding) for layer in cache.layers)
+        # One place is never seen: without it, a view would be the whole room at last, for which another graph is made.
+        self._rooms = [
+            _Window(layer, num_tokens) if layer.is_sliding else layer.reserve(num_tokens + 1) for layer in cache.layers
+        ]
 
     def __call__(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
         """Returns the logits behind the last of `input_ids`, as [`CompiledStep`] does."""
-        keys, values = [], []
-        for key_room, value_room, num_seen, window in self._rooms:
-            end = num_seen + self._num_steps + 1
-            start = max(0, end - window)
-            keys.append(key_room[0].narrow(-2, start, end - start))
-            values.append(value_room[0].narrow(-2, start, end - start))
+        rooms = [room.seen(self._num_steps) if isinstance(room, _Window) else room for room in self._rooms]
+        keys, values = zip(*rooms, strict=True)
         seen = self._seen.narrow(0, 0, self._length + self._num_steps)
         position_ids = self._position_ids + self._num_steps
         logits = self._step(input_ids[0, -1].view(1, 1), position_ids, seen, keys, values, self._are_sliding)
@@ -180,30 +192,34 @@ class CompiledChain:
         return logits
 
 
-def _reserve(layer: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """Returns a layer's keys and values with room for tokens to come, how many they are, and how many a token sees."""
-    num_states = layer.keys.shape[-2]
-    if isinstance(layer, RoomyLayer):
-        return *layer.reserve(num_tokens), num_states, num_states + num_tokens
-    rooms = []
-    for states in (layer.keys, layer.values):
-        batch_size, num_heads, _, head_dim = states.shape
-        room = states.new_empty(batch_size, num_states + num_tokens, num_heads, head_dim).transpose(1, 2)
-        room.narrow(-2, 0, num_states).copy_(states)
-        rooms.append(room)
-    return *rooms, num_states, layer.sliding_window
+class _Window:
+    """A copy of the states of a layer with a sliding window, with room for a draft."""
+
+    def __init__(self, layer: DynamicSlidingWindowLayer, num_tokens: int):
+        self.size, self.num_states = layer.sliding_window, layer.keys.shape[-2]
+        # A token's states lie side by side, so that the strides of a view do not depend on the room.
+        self.rooms = [
+            room_for(states.transpose(1, 2), self.num_states + num_tokens, dim=1).transpose(1, 2)
+            for states in (layer.keys, layer.values)
+        ]
+
+    def seen(self, num_steps: int) -> list[torch.Tensor]:
+        """Returns the keys and the values that the token of a step sees, with a place for its own at the end."""
+        end = self.num_states + num_steps + 1
+        start = max(0, end - self.size)
+        return [room.narrow(-2, start, end - start) for room in self.rooms]
 
 
-def is_fit(inputs: Mapping[str, Any]) -> bool:
-    """Whether a graph takes these inputs of a step: one sequence without padding, over a stock KV-cache."""
-    others = [name for name, value in inputs.items() if value is not None and name not in (*_IGNORED, "position_ids")]
-    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-    return (
-        not others
-        and inputs.get("position_ids") is not None
-        and inputs["input_ids"].shape == (1, 1)
-        and all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-        and (mask is None or (torch.is_tensor(mask) and mask.ndim == 2 and bool(mask.all())))
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(inputs["input_ids"].device.type)
-    )
+def misfit(inputs: Mapping[str, Any]) -> str | None:
+    """Returns why a graph does not take these inputs of a step, in words; `None` if it does."""
+    cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+    others = [name for name, value in inputs.items() if value is not None and name not in _KNOWN]
+    if others or inputs.get("position_ids") is None:
+        return f"the model takes {', '.join(others) or 'no position_ids'}"
+    if wrong := {type(layer) for layer in cache.layers} - {RoomyLayer, DynamicSlidingWindowLayer}:
+        return f"the KV-cache has layers of type {', '.join(sorted(layer.__name__ for layer in wrong))}"
+    if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2 and mask.all()):
+        return "the prompt is padded"
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(inputs["input_ids"].device.type):
+        return "gradients or autocast are on"
+    return None

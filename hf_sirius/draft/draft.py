@@ -16,7 +16,7 @@ from ..weights.draft_modules import reading
 from ..weights.formats import changes, draft_linear, gather_neurons
 from ..weights.linear import is_native_faster, kernel_products, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
-from .compiled import CompiledChain, is_fit
+from .compiled import CompiledChain, misfit
 from .twin import Twin
 
 
@@ -133,9 +133,12 @@ class Draft:
         """
         compiled = self.twin.compiled
         with self.drafting(), contextlib.ExitStack() as undo:
-            if compiled is not None and not self.model.training:
+            if compiled is not None:
                 inputs = self.inputs(input_ids, model_kwargs)
-                if is_fit(inputs) and undo.enter_context(compiled.running(self.held)):
+                reason = "the model is in training" if self.model.training else misfit(inputs)
+                if reason is not None:
+                    compiled.tell(reason)
+                elif undo.enter_context(compiled.running(self.held)):
                     yield CompiledChain(compiled, inputs, num_tokens)
                     return
             yield _Chain(self, model_kwargs)

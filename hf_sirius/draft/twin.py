@@ -198,6 +198,8 @@ def _with_places(root: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, str,
     copies: dict[int, nn.Module] = {}
     module = _copied(root, replacements, copies)
     module = shallow_copy(root) if module is root else module
+    for copied in (module, *copies.values()):
+        copied.training = False
     return module, [(copies[id(owner)], name, child) for owner, name, child in found]
 
 

@@ -264,6 +264,16 @@ def test_choosing_how_many_tokens_are_drafted_keeps_the_dense_distribution(monke
     assert p_value(counts, exact_probabilities(model)) > 1e-3
 
 
+def test_a_compiled_draft_keeps_the_dense_distribution(monkeypatch):
+    model, compile_as_traced = sampled_model(), functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compile_as_traced)
+    with make_sampling_twin(model, compile_draft=True) as sparse:
+        counts = sample(model, 400, assistant_model=sparse, top_k=0)
+        assert 0.1 < sparse.stats.total.acceptance_rate < 0.9
+        assert sparse._twin.compiled.reason is None
+    assert p_value(counts, exact_probabilities(model)) > 1e-3
+
+
 def test_ending_drafts_in_doubt_keeps_the_dense_distribution():
     model = sampled_model()
     with make_sampling_twin(model, draft_confidence=0.4) as sparse:
