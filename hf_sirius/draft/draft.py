@@ -127,9 +127,9 @@ class Draft:
     def chain(
         self, input_ids: torch.LongTensor, model_kwargs: dict, num_tokens: int
     ) -> Iterator[Callable[[torch.LongTensor], torch.Tensor | None]]:
-        """Within the block, forwards of the twin are sparse. Yields the steps of a draft of up to `num_tokens` tokens
-        behind `input_ids`, long [1, length]: given these and what was drafted, one returns the logits of the next token,
-        [1, vocab_size], or `None` where there is none to be had.
+        """Within the block, forwards of the twin are sparse. Yields the step of a draft of up to `num_tokens` tokens
+        behind `input_ids`, long [1, length]: given these and what was drafted so far, it returns the logits of the next
+        token, [1, vocab_size], or `None` where there is none to be had.
         """
         compiled = self.twin.compiled
         with self.drafting(), contextlib.ExitStack() as undo:

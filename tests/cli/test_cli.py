@@ -108,6 +108,7 @@ def test_prompt_from_standard_input(monkeypatch, capsys):
         (["--kernel_size", "1"], "kernel_size must be at least 2"),
         (["--calibration", "nowhere"], "no calibration at"),
         (["--method", "teal", "--budget", "greedy"], "budget='greedy' needs a calibration"),
+        (["--compile_draft", "--tree_width", "2", "--method", "griffin"], "compile_draft compiles a step of one token"),
         (["--dtype", "float23"], "--dtype must be auto, float32"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--device", "gpu"], "--device gpu cannot be used"),

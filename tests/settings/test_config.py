@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from hf_sirius import Calibration, SiriusConfig
 from hf_sirius.settings.calibration import CALIBRATION_NAME
-from hf_sirius.settings.config import CONFIG_NAME, DRAFT_DTYPES, memory_bytes
+from hf_sirius.settings.config import CONFIG_NAME, DRAFT_DTYPES, memory_bytes, rules
 
 
 FIELDS = [field.name for field in dataclasses.fields(SiriusConfig)]
@@ -53,6 +53,7 @@ def valid_configs(draw):
         fields["calibration"] = make_calibration(num_sites=draw(st.integers(1, 3)), seed=draw(st.integers(0, 9)))
     fields["draft_dtype"] = draw(st.sampled_from([None, *DRAFT_DTYPES]))
     fields["draft_scope"] = draw(st.sampled_from(["mlp", "all"])) if fields["draft_dtype"] else "all"
+    fields["compile_draft"] = draw(st.booleans())
     fields["draft_memory"] = draw(st.one_of(st.none(), st.integers(1), st.sampled_from(["6GiB", "500MB"])))
     if kind.startswith("teal"):
         fields["weighting"] = draw(st.sampled_from(["magnitude", "column"]))
@@ -96,6 +97,7 @@ BAD_VALUES = [
     ("reselect_every", 1.5, TypeError, "int"),
     *(("draft_confidence", value, ValueError, r"in [0, 1)") for value in [-0.1, 1.0, math.nan]),
     *(("selection", value, ValueError, "['threshold', 'topk']") for value in ["top-k", "", None, 3]),
+    *(("compile_draft", value, TypeError, "True or False") for value in [1, None, "true"]),
     *(("method", value, ValueError, "['griffin', 'cats', 'teal']") for value in ["grifin", ""]),
     *(("method", value, TypeError, "['griffin', 'cats', 'teal']") for value in [None, 3, ["cats"]]),
 ]
@@ -195,6 +197,13 @@ def test_a_dtype_of_torch_is_taken_by_its_name():
 @pytest.mark.parametrize("value, expected", [(7, 7), ("1000", 1000), ("6GiB", 6 * 2**30), ("500MB", 500_000_000)])
 def test_a_number_of_bytes(value, expected):
     assert memory_bytes(SiriusConfig(method="griffin", draft_memory=value).draft_memory) == expected
+
+
+def test_truths_are_read_from_words():
+    rule = rules()["compile_draft"]
+    assert rule.read("true") is rule.read("True") is True and rule.read("false") is False
+    with pytest.raises(ValueError, match="must be true or false, got 'yes'"):
+        rule.read("yes")
 
 
 @pytest.mark.parametrize("fields", [{"density": 1}, {"threshold": 0}, {"threshold": 1.0}, {"kernel_size": 2}])
