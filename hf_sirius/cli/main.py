@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     model_help = "'reasoner', which is widened, 'smollm2', or an id or path, taken as it is (default: reasoner)"
     _add(decode, "--model", default="reasoner", help=model_help)
     _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
+    help_ = "time prompt lookup, and a copy in 4 bits as a stock assistant, as well"
+    _add(decode, "--with_rivals", action="store_true", help=help_)
     offload = benchmarks.add_parser("offload", help="the widened reasoner, its weights on disk, and a resident draft")
     _add(offload, "--lengths", type=_over_one, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
     _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")

@@ -111,7 +111,12 @@ def show_drafts(figures: dict) -> None:
 
 def bench_lines(figures: dict) -> list[str]:
     if "lengths" not in figures:
-        return [_ratios(figures)]
+        others = [
+            f"{name}: {run['num_identical']} of {figures['num_problems']} answers identical; time / dense: "
+            f"decode {run['ratio_decode']:.3f}, whole generation {run['ratio_whole']:.3f}"
+            for name, run in figures["others"].items()
+        ]
+        return [_ratios(figures), *others]
     total = figures["model"]["num_bytes"]
     lines = []
     for length, run in figures["lengths"].items():

@@ -4,7 +4,8 @@ import contextlib
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..weights.memory import PeakMemory, StreamedBytes
 from ..weights.offload import check_is_empty, offload_to_folder
 from .named_models import model_path, own_prompts
 from .problems import tokenize
+from .rivals import rivals
 from .timing import TimedRun, agreement_of, describe_machine, generator, timed_run
 from .widening import wide_reasoner
 
@@ -29,16 +31,21 @@ def _alternate(
     max_new_tokens: int,
     memory: PeakMemory,
     streamed: StreamedBytes | None = None,
+    others: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Times the model's answers, dense and corrected in turn; returns medians, and medians of the pairs' ratios."""
-    runs: dict[str, list[TimedRun]] = {"dense": [], "sirius": []}
-    figures: dict[str, list[dict]] = {"dense": [], "sirius": []}
+    """Times the model's answers, dense, corrected and in other ways in turn; returns medians, and medians of the pairs'
+    ratios.
+    """
+    ways: dict[str, tuple[SparseTwin | None, dict]] = {"dense": (None, {}), "sirius": (sparse, {})}
+    ways |= {name: (None, options) for name, options in others.items()}
+    runs: dict[str, list[TimedRun]] = {name: [] for name in ways}
+    figures: dict[str, list[dict]] = {name: [] for name in ways}
     sparse.stats.reset()
     for prompt in prompts * num_repeats:
-        for name, twin in (("dense", None), ("sirius", sparse)):
+        for name, (twin, options) in ways.items():
             memory.restart()
             bytes_before = streamed.num_bytes if streamed else 0
-            run = timed_run(model, twin, prompt.to(memory.device), max_new_tokens=max_new_tokens)
+            run = timed_run(model, twin, prompt.to(memory.device), max_new_tokens=max_new_tokens, **options)
             of_run = {
                 "num_tokens": run.num_tokens,
                 "seconds_to_first_token": run.to_first_token,
@@ -56,14 +63,20 @@ def _alternate(
         values = [of_run[key] for of_run in figures[name]]
         return None if None in values else statistics.median(values)
 
-    pairs = list(zip(runs["sirius"], runs["dense"], strict=True))
-    return {
-        **{name: {key: median(name, key) for key in figures[name][0]} for name in figures},
-        **{
-            f"ratio_{part}": statistics.median(s.per_token[part] / d.per_token[part] for s, d in pairs)
+    def beside_dense(name: str) -> dict[str, Any]:
+        pairs = list(zip(runs[name], runs["dense"], strict=True))
+        ratios = {
+            f"ratio_{part}": statistics.median(run.per_token[part] / dense.per_token[part] for run, dense in pairs)
             for part in ("steps", "decode", "whole")
-        },
-        "num_identical": sum(torch.equal(s.output_ids, d.output_ids) for s, d in pairs[: len(prompts)]),
+        }
+        is_identical = [torch.equal(run.output_ids, dense.output_ids) for run, dense in pairs]
+        return {**ratios, "num_identical": sum(is_identical[: len(prompts)])}
+
+    medians = {name: {key: median(name, key) for key in figures[name][0]} for name in ways}
+    return {
+        **{name: medians[name] for name in ("dense", "sirius")},
+        **beside_dense("sirius"),
+        "others": {name: {**medians[name], **beside_dense(name)} for name in others},
         "num_problems": len(prompts),
         "agreement": agreement_of(runs["sirius"]),
         "stats": sparse.stats.total.as_dict(),
@@ -100,6 +113,7 @@ def bench_decode(
     max_new_tokens: int = 120,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    with_rivals: bool = False,
     **fields: Any,
 ) -> dict[str, Any]:
     """Times a model, dense and with a twin, in memory.
@@ -112,11 +126,13 @@ def bench_decode(
         model: `"reasoner"`, which is widened, with its long problems; `"smollm2"` with its own prompts; or any other id
             or path, with the reasoner's.
         hidden_factor, neuron_factor: how far the reasoner is widened, by default 9 and 16 times; for no other model.
+        with_rivals: whether transformers' own ways are timed as well (`study/rivals.py`).
 
     Returns:
         dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_steps`,
         `ratio_decode` and `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of
-        `num_problems`; `agreement`, the share of tokens that are the dense model's argmax; `stats`.
+        `num_problems`; `others`, the same of each rival; `agreement`, the share of tokens that are the dense model's
+        argmax; `stats`.
     """
     _check_lengths(max_new_tokens)
     factors = {"hidden_factor": hidden_factor, "neuron_factor": neuron_factor}
@@ -130,9 +146,12 @@ def bench_decode(
         loaded = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=dtype)
     loaded = loaded.to(device)
     memory = _warm_up(loaded, prompts[0].to(device))
+    others = rivals(loaded) if with_rivals else {}
     with make_sparse(loaded, config, **fields) as sparse:
         _warm_up(loaded, prompts[0].to(device), sparse)
-        figures = _alternate(loaded, sparse, prompts, num_repeats, max_new_tokens, memory)
+        for options in others.values():
+            loaded.generate(**prompts[0].to(device), max_new_tokens=8, do_sample=False, **options)
+        figures = _alternate(loaded, sparse, prompts, num_repeats, max_new_tokens, memory, others=others)
         return {**_describe(model, loaded, sparse, loaded.device), **figures}
 
 

@@ -7,8 +7,11 @@ import torch
 from tiny import build_model, make_prompt
 
 from hf_sirius import SiriusConfig
+from hf_sirius.cli.tables import bench_lines
 from hf_sirius.study.benchmark import bench_decode, bench_offload
+from hf_sirius.study.rivals import int4_copy
 from hf_sirius.study.widening import widen
+from hf_sirius.weights.linear import DraftLinear
 from hf_sirius.weights.memory import PeakMemory
 
 
@@ -34,6 +37,29 @@ def test_only_the_reasoner_is_widened(factor, monkeypatch):
     monkeypatch.setattr("hf_sirius.study.benchmark.AutoModelForCausalLM", None)
     with pytest.raises(ValueError, match=f"only the reasoner can be widened, .* smollm2: leave {factor} out"):
         bench_decode(SiriusConfig(method="griffin"), "smollm2", **{factor: 1})
+
+
+def test_rivals_are_timed_beside_the_twin():
+    sizes = {"hidden_factor": 1, "neuron_factor": 1, "num_problems": 2, "num_repeats": 1, "max_new_tokens": 12}
+    figures = bench_decode(SiriusConfig(method="griffin", threshold=1.0), with_rivals=True, **sizes)
+    assert figures["others"].keys() == {"int4 copy as assistant", "prompt lookup"}
+    for run in figures["others"].values():
+        assert run["num_tokens"] == 12 and run["num_identical"] == 2 and run["ratio_whole"] > 0
+    assert [line.partition(":")[0] for line in bench_lines(figures)[1:]] == list(figures["others"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_rival_of_4_bits_shares_nothing_with_the_model(tied):
+    model = build_model(tie_word_embeddings=tied, dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assistant = int4_copy(model)
+    names = {name: type(module) for name, module in model.named_modules()}
+    assert {names[name] for name, m in assistant.named_modules() if isinstance(m, DraftLinear)} == {torch.nn.Linear}
+    assert len([m for m in assistant.modules() if isinstance(m, DraftLinear)]) == 7 * 2 + 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected = model.generate(make_prompt(), max_new_tokens=12, do_sample=False)
+    options = {"assistant_model": assistant, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(make_prompt(), **options), expected)
 
 
 @pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
