@@ -200,10 +200,10 @@ def _add_config_options(
         default = "chosen for the model" if is_chosen and name in CHOSEN_FOR_THE_MODEL else default
         owner = f"for {' and '.join(owners_of(name))}: " if owners_of(name) else ""
         shown = "" if default is None else f" (default: {default})"
-        kind = {"type": functools.partial(_read, rule)}
         if rule.kind is bool:
-            kind, shown = {"action": "store_const", "const": True}, ""
-        _add(group, f"--{name}", **kind, default=None, help=owner + rule.help + shown)
+            _add(group, f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=owner + rule.help)
+            continue
+        _add(group, f"--{name}", type=functools.partial(_read, rule), default=None, help=owner + rule.help + shown)
 
 
 def _read(rule: Rule, text: str) -> Any:

@@ -37,9 +37,9 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     twins of one model can live side by side. While any lives, the model has a class of the same name over its own; with
     the last one, be it that nobody holds it any more, it is as it was.
 
-    What the calls share is kept with the model for its next twin: the casts that `draft_dtype` asks for and, of
-    `griffin` on a CPU, the memory for gathered neurons that are not quantized. `twin.detach()`, the twin as a context
-    manager, a twin of other settings, or the model's own end let go of it.
+    What the calls share is kept with the model for its next twin: the casts that `draft_dtype` asks for, the graph of
+    `compile_draft` and, of `griffin` on a CPU, the memory for gathered neurons that are not quantized.
+    `twin.detach()`, the twin as a context manager, a twin of other settings, or the model's own end let go of it.
 
     Args:
         model: the dense model, with its weights loaded.
@@ -52,8 +52,9 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value
         that is not allowed, a model without an MLP of a known kind, one without its weights, one that is quantized
         and offloaded as well, quantized weights that cannot be read, a twin, a calibration of another model, a
-        `draft_memory` too small, or a `draft_dtype` that the device cannot run; `ImportError` for a package that a
-        `draft_dtype` needs; `FileNotFoundError` if offloaded weights are gone.
+        `draft_memory` too small, a draft or a model of which `compile_draft` can make no graph, or a `draft_dtype` that
+        the device cannot run; `ImportError` for a package that a `draft_dtype` needs; `FileNotFoundError` if offloaded
+        weights are gone.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
@@ -85,6 +86,8 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     sites = find_mlps(model)
     if not is_chosen:
         config = config.replace(**{**choose_draft(model, sites, OFFLOADED_KERNEL_SIZE), **fields})
+        if config.compile_draft and not method_of(config).is_steady:
+            config = config.replace(density=1.0)
     if offloaded and config.density < 1 and config.draft_dtype is None and not method_of(config).gathers:
         raise ValueError(
             f"{type(model).__name__} is offloaded by accelerate: a draft of method={config.method!r}, which gathers no "
@@ -120,8 +123,9 @@ def _check_compiled(model: PreTrainedModel, config: SiriusConfig, offloaded: boo
         )
     if offloaded:
         raise ValueError("the step of an offloaded model's draft cannot be compiled: leave compile_draft out")
-    if not model._can_compile_fullgraph:
-        raise ValueError(f"transformers cannot compile a {type(model).__name__} as a whole: leave compile_draft out")
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if not model._can_compile_fullgraph or "chunked_attention" in layer_types:
+        raise ValueError(f"a step of {type(model).__name__} cannot be compiled as a whole: leave compile_draft out")
 
 
 def _prepare_quantized(model: PreTrainedModel, offloaded: bool) -> None:

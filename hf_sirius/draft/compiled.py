@@ -1,21 +1,23 @@
 """The draft step as one compiled graph, and the KV-cache as that graph sees it."""
 
 import contextlib
+import copy
 import logging
 import threading
+import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from tqdm import tqdm
-from transformers import Cache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.utils import logging as transformers_logging
 
 from ..weights.draft_modules import TwinModule, TwinProjection
-from ..weights.linear import has_kernel, plain_over
+from ..weights.linear import has_kernel, is_bare_linear, plain_over
 from .cache import RoomyLayer, room_for
 
 
@@ -24,109 +26,144 @@ logger = logging.getLogger(__name__)
 # What a step may be given; of these the graph takes the last token and its position.
 _KNOWN = (
     "attention_mask", "cache_position", "input_ids", "logits_to_keep", "past_key_values", "position_ids", "use_cache",
+    "output_attentions", "output_hidden_states", "return_dict",
 )  # fmt: skip
+_MORE = 2  # than a size: those of 0 and 1 are constants of a graph
 _LONGEST_REASON = 500  # characters of an error
 
 
-class CompiledStep:
-    """One token through a twin, as torch.compile makes it: a graph without breaks, for any length of the context.
+def new_graph() -> Callable[..., torch.Tensor]:
+    """Returns one token's forward through a module, as torch.compile makes it when it is first used: without breaks,
+    for any length of the context. Modules and weights are inputs: it keeps none, and serves all that are alike.
+    """
 
-    The graph cannot ask in which call it runs, as the twin's modules do. It has a tree of its own, into which the
+    def step(module, input_ids, position_ids, seen, keys, values, are_sliding):
+        length = seen.shape[0] - _MORE
+        layers = [
+            _SeenLayer(k, v, length, is_sliding) for k, v, is_sliding in zip(keys, values, are_sliding, strict=True)
+        ]
+        outputs = module(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=Cache(layers=layers), use_cache=True,
+            output_attentions=False, output_hidden_states=False, return_dict=True,
+        )  # fmt: skip
+        return outputs.logits[:, -1]
+
+    # torch keeps compiled code with the code object, which else all graphs would share.
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
+    return torch.compile(own, fullgraph=True)
+
+
+class CompiledStep:
+    """One token through a twin, by a graph.
+
+    The graph cannot ask in which call it runs, as the twin's modules do. So there is a second tree, into which the
     modules of the running draft are put before; one draft at a time has it, and others run eagerly meanwhile.
 
     Args:
         module: that tree; of the model's class.
         places: where it wants a module, an owner and an attribute, and what stands there in the twin.
-        dense_modules: of the model, itself aside, whose places they are.
+        graph: of [`new_graph`].
+        config: of the model.
+
+    Attributes:
+        compile_seconds: what compiling took so far.
     """
 
     def __init__(
-        self, module: nn.Module, places: list[tuple[nn.Module, str, TwinModule]], dense_modules: list[nn.Module]
+        self,
+        module: nn.Module,
+        places: list[tuple[nn.Module, str, TwinModule]],
+        graph: Callable[..., torch.Tensor],
+        config: PreTrainedConfig,
     ):
-        self.dense_modules = dense_modules
-        self._places = places
+        self._module, self._places, self._graph, self._config = module, places, graph, config
+        self._are_sliding = [layer.is_sliding for layer in DynamicCache(config=config).layers]
         self._plain: dict[nn.Module, nn.Module] = {}
         self._lock = threading.Lock()
-        self._is_warm = False
+        self._known: set[tuple] = set()  # for what it was compiled
+        self._told: set[str] = set()
         self._is_broken = False
-        self.reason: str | None = None  # why drafts ran eagerly at last, in words
+        self.compile_seconds = 0.0
 
-        def step(input_ids, position_ids, seen, keys, values, are_sliding):
-            layers = [
-                _SeenLayer(k, v, seen.shape[0], is_sliding)
-                for k, v, is_sliding in zip(keys, values, are_sliding, strict=True)
-            ]
-            outputs = module(
-                input_ids=input_ids, position_ids=position_ids, past_key_values=Cache(layers=layers), use_cache=True,
-                output_attentions=False, output_hidden_states=False, return_dict=True,
-            )  # fmt: skip
-            return outputs.logits[:, -1]
-
-        # torch keeps compiled code with the code object, which all closures of a function share.
-        own = types.FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
-        self._step = torch.compile(own, fullgraph=True)
+    def __deepcopy__(self, memo: dict) -> "CompiledStep":
+        module, places = copy.deepcopy((self._module, self._places), memo)
+        return CompiledStep(module, places, self._graph, self._config)
 
     @contextlib.contextmanager
     def running(self, held: Mapping[nn.Module, nn.Module]) -> Iterator[bool]:
-        """Within the block the graph has the modules that a draft holds; yields whether it is free, and runs."""
+        """Within the block the tree has the modules that a draft holds; yields whether it is free, and runs."""
         if self._is_broken or not self._lock.acquire(blocking=False):
             yield False
             return
         try:
             for owner, name, twin_module in self._places:
-                owner._modules[name] = self._module(twin_module, held)
+                module = held.get(twin_module.dense, twin_module.dense)
+                if isinstance(twin_module, TwinProjection) and is_bare_linear(module) and has_kernel(module):
+                    module = self._plain.get(module) or self._plain.setdefault(module, plain_over(module))
+                owner._modules[name] = module
             yield True
         finally:
             for owner, name, _ in self._places:
                 owner._modules[name] = None
             self._lock.release()
 
-    def _module(self, twin_module: TwinModule, held: Mapping[nn.Module, nn.Module]) -> nn.Module:
-        dense = twin_module.dense
-        module = held.get(dense, dense)
-        if not isinstance(twin_module, TwinProjection) or type(module) is not nn.Linear or not has_kernel(module):
-            return module
-        if module not in self._plain:
-            self._plain[module] = plain_over(module)
-        return self._plain[module]
+    def misfit(self, inputs: Mapping[str, Any]) -> str | None:
+        """Returns why the graph does not take these inputs of a step, in words; `None` if it does."""
+        cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+        others = [name for name, value in inputs.items() if value is not None and name not in _KNOWN]
+        if others or inputs.get("position_ids") is None:
+            return f"the model is given {', '.join(others) or 'no position_ids'}"
+        are_fit = [
+            type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in cache.layers
+        ]
+        are_sliding = [layer.is_sliding for layer in cache.layers]
+        if not all(are_fit) or are_sliding != self._are_sliding or getattr(cache, "offloading", False):
+            return "the KV-cache is not the one that generate makes for this model"
+        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2 and mask.all()):
+            return "the prompt is padded"
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(inputs["input_ids"].device.type):
+            return "gradients or autocast are on"
+        return None
 
     def __call__(self, *inputs: Any) -> torch.Tensor | None:
-        """Returns the logits of the token behind, [1, vocab_size]; `None` where the graph cannot be compiled, which is
-        told once.
+        """Returns the logits of the token behind, [1, vocab_size]; `None` where the graph cannot be compiled.
 
         Args:
             input_ids: long [1, 1], the token.
             position_ids: long [..., 1, 1].
-            seen: [length], of which the length alone counts: the tokens before.
+            seen: [length + 2], of which the length alone counts: that of the tokens before.
             keys, values: float [1, num_heads, num_places, head_dim] of each layer, of the tokens that this one sees,
                 behind them a place for its own and, without a window, room.
             are_sliding: whether each layer has a sliding window.
         """
+        states = inputs[3][0]
+        kind = states.dtype, states.device, states.is_inference()
         try:
-            return self._step(*inputs) if self._is_warm else self._compile(*inputs)
+            if kind in self._known:
+                return self._graph(self._module, *inputs)
+            start = time.perf_counter()
+            bar = "{desc}: {elapsed}"
+            with transformers_logging.tqdm(total=1, desc="Compiling the draft step", bar_format=bar) as progress:
+                logits = self._graph(self._module, *inputs)
+                progress.update()
+            self.compile_seconds += time.perf_counter() - start
+            self._known.add(kind)
+            return logits
         except Exception as error:  # of many kinds: a forward that cannot be traced, a missing C++ compiler
             if should_reduce_batch_size(error):  # the device is full
                 raise
             self._is_broken = True
-            self.tell(f"{type(error).__name__}: {str(error).strip()[:_LONGEST_REASON]}")
+            self.tell(
+                f"it cannot be compiled; once that is mended make the twin anew ({type(error).__name__}: "
+                f"{str(error).strip()[:_LONGEST_REASON]})"
+            )
             return None
 
     def tell(self, reason: str) -> None:
-        """Says, once, that drafts run eagerly."""
-        if self.reason is None:
-            logger.warning("compile_draft has no effect here, drafts run eagerly: %s", reason)
-        self.reason = reason
-
-    def _compile(self, *inputs: Any) -> torch.Tensor:
-        _, _, seen, keys, values, _ = inputs
-        for lengths, dim in (([seen], 0), ([*keys, *values], 2)):
-            for tensor in lengths:
-                torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        with tqdm(total=1, desc="Compiling the draft step, once", bar_format="{desc}: {elapsed}") as progress:
-            logits = self._step(*inputs)
-            progress.update()
-        self._is_warm = True
-        return logits
+        """Says, once for a reason, why the step runs eagerly."""
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.warning("compile_draft: the draft step runs eagerly, as %s", reason)
 
 
 class _SeenLayer(CacheLayerMixin):
@@ -174,18 +211,22 @@ class CompiledChain:
         cache = inputs["past_key_values"]
         self._step, self._num_steps = step, 0
         self._length, self._position_ids = int(cache.get_seq_length()), inputs["position_ids"]
-        self._seen = torch.empty(1, dtype=torch.bool, device="cpu").expand(self._length + num_tokens)
+        self._seen = torch.empty(1, dtype=torch.bool, device="cpu").expand(self._length + num_tokens + _MORE)
         self._are_sliding = tuple(bool(layer.is_sliding) for layer in cache.layers)
         # One place is never seen: without it, a view would be the whole room at last, for which another graph is made.
         self._rooms = [
             _Window(layer, num_tokens) if layer.is_sliding else layer.reserve(num_tokens + 1) for layer in cache.layers
         ]
+        for room in self._rooms:
+            if not isinstance(room, _Window):
+                _mark_lengths(*room)
 
     def __call__(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
         """Returns the logits behind the last of `input_ids`, as [`CompiledStep`] does."""
         rooms = [room.seen(self._num_steps) if isinstance(room, _Window) else room for room in self._rooms]
         keys, values = zip(*rooms, strict=True)
-        seen = self._seen.narrow(0, 0, self._length + self._num_steps)
+        seen = self._seen.narrow(0, 0, self._length + self._num_steps + _MORE)
+        torch._dynamo.maybe_mark_dynamic(seen, 0)
         position_ids = self._position_ids + self._num_steps
         logits = self._step(input_ids[0, -1].view(1, 1), position_ids, seen, keys, values, self._are_sliding)
         self._num_steps += 1
@@ -207,19 +248,12 @@ class _Window:
         """Returns the keys and the values that the token of a step sees, with a place for its own at the end."""
         end = self.num_states + num_steps + 1
         start = max(0, end - self.size)
-        return [room.narrow(-2, start, end - start) for room in self.rooms]
+        views = [room.narrow(-2, start, end - start) for room in self.rooms]
+        _mark_lengths(*views)
+        return views
 
 
-def misfit(inputs: Mapping[str, Any]) -> str | None:
-    """Returns why a graph does not take these inputs of a step, in words; `None` if it does."""
-    cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
-    others = [name for name, value in inputs.items() if value is not None and name not in _KNOWN]
-    if others or inputs.get("position_ids") is None:
-        return f"the model takes {', '.join(others) or 'no position_ids'}"
-    if wrong := {type(layer) for layer in cache.layers} - {RoomyLayer, DynamicSlidingWindowLayer}:
-        return f"the KV-cache has layers of type {', '.join(sorted(layer.__name__ for layer in wrong))}"
-    if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2 and mask.all()):
-        return "the prompt is padded"
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(inputs["input_ids"].device.type):
-        return "gradients or autocast are on"
-    return None
+def _mark_lengths(*all_states: torch.Tensor) -> None:
+    """Has a graph not take for a constant how many tokens these states are of, [1, num_heads, num_places, head_dim]."""
+    for states in all_states:
+        torch._dynamo.maybe_mark_dynamic(states, 2)

@@ -16,7 +16,7 @@ from ..weights.draft_modules import reading
 from ..weights.formats import changes, draft_linear, gather_neurons
 from ..weights.linear import is_native_faster, kernel_products, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
-from .compiled import CompiledChain, misfit
+from .compiled import CompiledChain
 from .twin import Twin
 
 
@@ -40,7 +40,8 @@ class Draft:
         self.method = method_of(twin.config)(twin.config, twin.method_sites)
         self.held: dict[nn.Module, nn.Module] = {}
         self._memory: dict[nn.Module, torch.Tensor] = {}
-        self._linears = [] if is_compiled(model) else twin.linears
+        self._is_compiled = is_compiled(model)
+        self._linears = [] if self._is_compiled else twin.linears
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Draft":
@@ -119,6 +120,11 @@ class Draft:
         with self.method.drafting(), reading(self.held), native_products() if is_native else contextlib.nullcontext():
             yield
 
+    @property
+    def compile_seconds(self) -> float:
+        """Returns what compiling the twin's step has taken so far."""
+        return 0.0 if self.twin.compiled is None else self.twin.compiled.compile_seconds
+
     def verifying(self) -> contextlib.AbstractContextManager:
         """Within the block, the dense model's products of a few tokens are made as fast as they can be here."""
         return kernel_products(self._linears)
@@ -131,17 +137,22 @@ class Draft:
         behind `input_ids`, long [1, length]: given these and what was drafted so far, it returns the logits of the next
         token, [1, vocab_size], or `None` where there is none to be had.
         """
-        compiled = self.twin.compiled
+        compiled = self.twin.compiled if num_tokens else None
         with self.drafting(), contextlib.ExitStack() as undo:
             if compiled is not None:
                 inputs = self.inputs(input_ids, model_kwargs)
-                reason = "the model is in training" if self.model.training else misfit(inputs)
+                reason = self._not_compiled_as() or compiled.misfit(inputs)
                 if reason is not None:
                     compiled.tell(reason)
                 elif undo.enter_context(compiled.running(self.held)):
                     yield CompiledChain(compiled, inputs, num_tokens)
                     return
             yield _Chain(self, model_kwargs)
+
+    def _not_compiled_as(self) -> str | None:
+        if self._is_compiled:
+            return "the model itself is compiled, whose KV-cache has no room for drafts"
+        return "the model is in training" if self.model.training else None
 
     def step(self, input_ids: torch.LongTensor, model_kwargs: dict) -> Any:
         """Returns the twin's outputs for the last of `input_ids`, long [num_rows, length]: `logits` are [num_rows, 1,

@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import operator
 import threading
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -31,11 +30,12 @@ from ..weights.linear import has_kernel
 from ..weights.residency import find_resident
 from ..weights.shortlist import head_inputs
 from .choice import CHOSEN
-from .compiled import CompiledStep
+from .compiled import CompiledStep, new_graph
 
 
-# module of a model -> what a draft is -> its step, as long as any twin has it
-_compiled: "WeakKeyDictionary[nn.Module, WeakValueDictionary[tuple, CompiledStep]]" = WeakKeyDictionary()
+# model -> what a draft is -> the graph of its step, as long as any twin has it
+_graphs: "WeakKeyDictionary[PreTrainedModel, WeakValueDictionary[tuple, Callable[..., torch.Tensor]]]"
+_graphs = WeakKeyDictionary()
 _lock = threading.Lock()
 _CAPTURED = ("output_attentions", "output_hidden_states")
 # Names within transformers.
@@ -131,7 +131,10 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
             dense = getattr(owners[owner_id], name)
             pairs.append((new, dense if isinstance(dense, nn.Module) else owners[owner_id]))
     held = {place.module: place.draft_dtype for place in resident}
-    compiled = _compiled_step(model, root, config) if config.compile_draft else None
+    compiled, graphs = None, []
+    if config.compile_draft:
+        graphs.append(_graph_of(model, config))
+        compiled = CompiledStep(*_with_places(root), *graphs, model.config)
     return Twin(
         module=root,
         config=config,
@@ -142,7 +145,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
             {module: draft_dtype for module, draft_dtype in held.items() if streaming_hook(module) is None},
             reusable_bytes(sites, config) if method.gathers else {},
             functools.partial(head_inputs, model),
-            [] if compiled is None else [compiled],
+            graphs,
         ),
         is_offloaded=is_offloaded(model),
         linears=linears,
@@ -168,20 +171,15 @@ def _copied(
     return twin
 
 
-def _compiled_step(model: PreTrainedModel, root: nn.Module, config: SiriusConfig) -> CompiledStep:
-    """Returns the compiled step of a twin, that of an earlier twin where its drafts were the same."""
-    dense_modules = [module for module in model.modules() if module is not model]
+def _graph_of(model: PreTrainedModel, config: SiriusConfig) -> Callable[..., torch.Tensor]:
+    """Returns the graph of a twin's drafts, that of an earlier twin where these were the same."""
     settings = tuple(getattr(config, name) for name in CHOSEN if name != "calibration")
     with _lock:
-        of_settings = _compiled.setdefault(dense_modules[0], WeakValueDictionary())
-        step = of_settings.get(settings)
-        if step is None or not _are_same(step.dense_modules, dense_modules):
-            step = of_settings[settings] = CompiledStep(*_with_places(root), dense_modules)
-    return step
-
-
-def _are_same(some: list[nn.Module], others: list[nn.Module]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
+        of_model = _graphs.setdefault(model, WeakValueDictionary())
+        graph = of_model.get(settings)
+        if graph is None:
+            graph = of_model[settings] = new_graph()
+    return graph
 
 
 def _with_places(root: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, str, TwinModule]]]:

@@ -27,7 +27,7 @@ def define(signature: str, compute: Callable[..., torch.Tensor], fake: Callable[
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     is_ours = inputs.dtype == weight.dtype and cpu.is_faster(weight.dtype, len(inputs))
-    return cpu.product(inputs, weight) if is_ours else nn.functional.linear(inputs, weight)
+    return cpu.product(inputs.contiguous(), weight) if is_ours else nn.functional.linear(inputs, weight)
 
 
 def _outputs(inputs: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:

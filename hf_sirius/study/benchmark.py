@@ -145,8 +145,8 @@ def bench_decode(
     else:
         loaded = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=dtype)
     loaded = loaded.to(device)
+    others = rivals(loaded) if with_rivals else {}  # before memory is measured
     memory = _warm_up(loaded, prompts[0].to(device))
-    others = rivals(loaded) if with_rivals else {}
     with make_sparse(loaded, config, **fields) as sparse:
         _warm_up(loaded, prompts[0].to(device), sparse)
         for options in others.values():

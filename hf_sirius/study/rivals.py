@@ -4,9 +4,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from ..model.projections import is_projection
 from ..weights.formats import changes, draft_linear, head_dtype
 
 
@@ -24,7 +24,7 @@ def int4_copy(model: PreTrainedModel) -> PreTrainedModel:
     assistant = copy.deepcopy(model)
     for owner in list(assistant.modules()):
         for name, child in list(owner.named_children()):
-            if isinstance(child, nn.Linear) and changes(child, "int4"):
+            if is_projection(child) and changes(child, "int4"):
                 draft_dtype = "int4"
                 if child is assistant.get_output_embeddings():
                     draft_dtype = head_dtype(draft_dtype, child.weight.device)

@@ -23,12 +23,17 @@ def run(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         module: what a draft runs: a projection of the model, or what is held in its place.
         inputs: [..., in_features].
     """
-    # Hooks are not passed by.
-    if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
+    if is_bare_linear(module):
         outputs = kernel_product(module, inputs)
         if outputs is not None:
             return outputs
     return module(inputs)
+
+
+def is_bare_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` with no hook and no other forward over it, which are not passed by."""
+    is_hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and not is_hooked and not _has_own_forward(module)
 
 
 def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
@@ -41,8 +46,7 @@ def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor) -> to
     num_tokens = inputs.numel() // inputs.shape[-1]
     if isinstance(module, DraftLinear):
         return module(inputs, rows) if module.reads_rows(num_tokens) else None
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or _has_own_forward(module)
-    if type(module) is not nn.Linear or is_hooked or num_tokens > _MAX_TOKENS or not has_kernel(module):
+    if not is_bare_linear(module) or num_tokens > _MAX_TOKENS or not has_kernel(module):
         return None
     return _product(inputs, module.weight, module.bias, rows)
 
@@ -65,15 +69,13 @@ def kernel_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | No
     """Returns linear(inputs), hooks aside, by a kernel; `None` where there is none, or where torch is faster."""
     # Not by getattr, which takes as long as a small product.
     weight = linear._parameters.get("weight")
-    if torch.compiler.is_compiling():
-        return operators.linear(inputs, weight, linear._parameters.get("bias")) if weight.is_cpu else None
     num_tokens = inputs.numel() // inputs.shape[-1]
-    if (
-        type(weight) is not nn.Parameter
-        or num_tokens * weight.numel() < _MIN_PRODUCTS
-        or _has_own_forward(linear)
-        or not cpu.is_faster(weight.dtype, num_tokens)
-    ):
+    if type(weight) is not nn.Parameter or num_tokens * weight.numel() < _MIN_PRODUCTS:
+        return None
+    if torch.compiler.is_dynamo_compiling():
+        is_read = weight.is_cpu and weight.dtype in cpu.DTYPES
+        return operators.linear(inputs, weight, linear._parameters["bias"]) if is_read else None
+    if _has_own_forward(linear) or not cpu.is_faster(weight.dtype, num_tokens):
         return None
     return _product(inputs, weight, linear._parameters["bias"]) if has_kernel(linear) else None
 

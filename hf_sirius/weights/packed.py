@@ -67,7 +67,7 @@ class PackedLinear(nn.Module):
             inputs = inputs * columns
         chosen = () if rows is None else (rows,)
         product = self.product
-        if torch.compiler.is_compiling() and product is cpu.grouped_product:
+        if torch.compiler.is_dynamo_compiling() and product is cpu.grouped_product:
             product = torch.ops.hf_sirius.grouped_product
         outputs = product(inputs.reshape(-1, self.in_features).contiguous(), weight, scales, *chosen)
         if bias is not None:

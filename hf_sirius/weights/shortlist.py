@@ -54,7 +54,7 @@ class ShortlistHead(nn.Module):
             inputs = inputs.to(self.device)
         logits = self.sketch(inputs.float() @ self.right)
         head = self._head()
-        rescored = torch.ops.hf_sirius.rescored if torch.compiler.is_compiling() else _rescored
+        rescored = torch.ops.hf_sirius.rescored if torch.compiler.is_dynamo_compiling() else _rescored
         bias = None if head.bias is None else head.bias.detach()
         logits = rescored(logits, inputs, head.weight.detach(), bias)
         return logits.view(*hidden_states.shape[:-1], -1).to(hidden_states.dtype)
@@ -63,8 +63,7 @@ class ShortlistHead(nn.Module):
 def _rescored(
     logits: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns logits [num_tokens, vocab_size] of which the likeliest are those of a head."""
-    logits = logits.clone()
+    """Returns logits, [num_tokens, vocab_size], after those of the likeliest tokens are made a head's own, in place."""
     for i, token_ids in enumerate(likeliest(logits)):
         logits[i, token_ids] = some_outputs(inputs[i : i + 1], weight, bias, token_ids)[0].to(logits.dtype)
     return logits
@@ -72,7 +71,7 @@ def _rescored(
 
 operators.define(
     "rescored(Tensor logits, Tensor inputs, Tensor weight, Tensor? bias) -> Tensor",
-    _rescored,
+    lambda logits, *head: _rescored(logits.clone(), *head),
     lambda logits, *_: torch.empty_like(logits),
 )
 

@@ -1,9 +1,11 @@
 """`compile_draft`: the draft step as one graph. The same drafts, for any length of the context, compiled once."""
 
+import copy
 import functools
 import gc
 import logging
 import threading
+import time
 import weakref
 
 import pytest
@@ -12,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_model, make_prompt
 from torch._dynamo.utils import counters
+from transformers import DynamicCache
 
 from hf_sirius import make_sparse
 from hf_sirius.draft import compiled
+from hf_sirius.kernels import cpu
+from hf_sirius.weights.formats import draft_linear
+from hf_sirius.weights.linear import plain_over
 
 
 FIELDS = {"density": 1.0, "threshold": 1.0, "kernel_size": 5}
@@ -36,7 +42,6 @@ def compiler(request, monkeypatch):
     counters.clear()
     backend = "inductor" if request.node.get_closest_marker("slow") else "aot_eager"
     monkeypatch.setattr(torch, "compile", functools.partial(_compile, backend=backend))
-    monkeypatch.setattr(compiled, "tqdm", functools.partial(compiled.tqdm, disable=True))
 
 
 def num_graphs() -> int:
@@ -51,8 +56,9 @@ def told(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("hf_sirius")]
 
 
-def assert_compiled(twin):
-    assert twin._twin.compiled.reason is None and num_graphs() == 1
+def assert_compiled(twin, num: int = 1):
+    compiled_step = twin._twin.compiled
+    assert not compiled_step._told and compiled_step._known and num_graphs() == num
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,7 @@ def test_drafts_are_those_of_the_eager_twin(family, draft):
     model = build_model(family, dtype=torch.float64 if draft in ("whole", "griffin") else torch.float32)
     fields = {**FIELDS, **DRAFTS[draft]}
     with make_sparse(model, **fields) as eager, make_sparse(model, compile_draft=True, **fields) as twin:
-        for length, max_new_tokens in ((11, 40), (3, 5), (40, 100)):  # beyond windows and beyond room
+        for length, max_new_tokens in ((1, 40), (11, 5), (40, 100)):  # beyond windows and beyond room
             prompt = make_prompt(length, seed=length)
             outputs = [generate(model, t, prompt, max_new_tokens=max_new_tokens) for t in (None, eager, twin)]
             assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
@@ -113,6 +119,8 @@ def test_any_conversation_is_the_dense_models(family, draft, lengths, max_new_to
             tokens = torch.cat([turn.sequences, make_prompt(length, seed + i)], dim=1)
         outputs.append(turn.sequences)
     assert torch.equal(*outputs)
+    assert twin.stats.total.acceptance_rate == 1 or draft != "whole"
+    assert not twin._twin.compiled._told
 
 
 def test_twins_of_the_same_draft_share_the_graph():
@@ -133,14 +141,90 @@ def test_twins_of_the_same_draft_share_the_graph():
     assert num_graphs() == 2
 
 
-def test_a_twin_made_later_has_the_layers_of_then():
+def replace_a_layer(model):
+    model.model.layers[1].mlp = build_model(seed=1).model.layers[1].mlp
+
+
+def steer_a_layer(model):
+    model.model.layers[0].register_forward_hook(lambda _, args, output: output * 1.5)
+
+
+def steer_a_projection(model):
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, args, output: output * 3)
+
+
+def add_an_adapter(model):
+    torch.manual_seed(0)
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False), model)
+
+
+@pytest.mark.parametrize("change", [replace_a_layer, steer_a_layer, steer_a_projection, add_an_adapter])
+def test_a_twin_made_later_drafts_as_the_model_is_then(change):
     model, fields = build_model(), {**FIELDS, "compile_draft": True}
     with make_sparse(model, **fields) as before:
         generate(model, before)
-        model.model.layers[1].mlp = build_model(seed=1).model.layers[1].mlp
+        was = generate(model)
+        change(model)
         with make_sparse(model, **fields) as twin:
-            assert torch.equal(generate(model, twin), generate(model))
-            assert twin.stats.acceptance_rate == 1
+            expected = generate(model)
+            assert torch.equal(generate(model, twin), expected) and not torch.equal(expected, was)
+            assert twin.stats.acceptance_rate == 1 and not twin._twin.compiled._told
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_cache_without_the_models_windows_is_drafted_into_eagerly(family, caplog):
+    model, options = build_model(family), {"max_new_tokens": 40}
+    with make_sparse(model, **FIELDS, compile_draft=True) as twin, caplog.at_level(logging.WARNING, "hf_sirius"):
+        expected = generate(model, past_key_values=DynamicCache(), **options)
+        assert torch.equal(generate(model, twin, past_key_values=DynamicCache(), **options), expected)
+        assert twin.stats.acceptance_rate == 1
+        assert bool(told(caplog)) == (family == "mistral")
+
+
+def test_a_copy_of_a_twin_has_a_step_of_its_own():
+    model = build_model()
+    with make_sparse(model, **FIELDS, compile_draft=True) as twin:
+        generate(model, twin)
+        clone = copy.deepcopy(twin)
+        assert clone._twin.compiled._module is not twin._twin.compiled._module
+        assert_compiled(twin)
+
+
+def test_what_compiling_takes_is_no_draft_steps(monkeypatch):
+    model, graph = build_model(), compiled.new_graph
+
+    def slow_graph():
+        step, seen = graph(), []
+        return lambda *inputs: (seen or time.sleep(1), seen.append(1), step(*inputs))[-1]
+
+    monkeypatch.setattr(compiled, "new_graph", slow_graph)
+    monkeypatch.setattr("hf_sirius.draft.twin.new_graph", slow_graph)
+    with make_sparse(model, **{**FIELDS, "kernel_size": "auto"}, compile_draft=True) as twin:
+        generate(model, twin)
+        assert twin._twin.compiled.compile_seconds > 1
+        assert sum(cycle.draft_seconds for cycle in twin.stats.cycles) < 1
+
+
+def test_states_asked_for_are_the_full_models():
+    model, options = build_model(), {"output_hidden_states": True, "return_dict_in_generate": True}
+    expected = generate(model, **options)
+    with make_sparse(model, **FIELDS, compile_draft=True) as twin:
+        output = generate(model, twin, **options)
+        assert torch.equal(output.sequences, expected.sequences) and output.hidden_states
+        assert_compiled(twin)
+
+
+@pytest.mark.parametrize("draft_dtype", [None, "int8"])
+def test_weights_are_read_by_kernels(draft_dtype):
+    """Of sizes for which they are made: tiny models have none."""
+    linear, inputs, graphs = torch.nn.Linear(512, 1024), torch.randn(1, 1, 512), []
+    layer = plain_over(linear) if draft_dtype is None else draft_linear(linear, draft_dtype)
+    with torch.no_grad():
+        step = _compile(layer.forward, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+        torch.testing.assert_close(step(inputs), layer(inputs))
+    called = [str(node.target) for node in graphs[0].graph.nodes]
+    assert any(name.startswith("hf_sirius") for name in called) == cpu.is_available()
 
 
 def test_what_is_cast_and_loaded_later_is_in_the_draft():
@@ -152,10 +236,10 @@ def test_what_is_cast_and_loaded_later_is_in_the_draft():
         assert num_graphs() == 1
         model.to(torch.float32)
         generate(model, twin)
-        assert twin.stats.acceptance_rate == 1 and twin._twin.compiled.reason is None
+        assert twin.stats.acceptance_rate == 1 and not twin._twin.compiled._told
         with torch.inference_mode():
             generate(model, twin)
-        assert twin.stats.acceptance_rate == 1 and twin._twin.compiled.reason is None
+        assert twin.stats.acceptance_rate == 1 and not twin._twin.compiled._told
 
 
 def test_a_call_beside_another_one_drafts_eagerly():
@@ -176,6 +260,7 @@ def test_a_call_beside_another_one_drafts_eagerly():
         for thread in threads:
             thread.join()
         assert all(map(torch.equal, outputs, expected))
+        assert twin.stats.total.acceptance_rate == 1
         assert_compiled(twin)
         with twin._twin.compiled.running({}) as is_free, twin._twin.compiled.running({}) as is_free_too:
             assert is_free and not is_free_too
@@ -185,12 +270,14 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, caplog):
     model = build_model()
     expected = generate(model)
     with make_sparse(model, **FIELDS, compile_draft=True) as twin, caplog.at_level(logging.WARNING, "hf_sirius"):
-        monkeypatch.setattr(twin._twin.compiled, "_step", lambda *args: 1 / 0)
+        monkeypatch.setattr(twin._twin.compiled, "_graph", lambda *args: 1 / 0)
+        padded = {"attention_mask": torch.tensor([[0] + [1] * 10])}
+        generate(model, twin, **padded)
         for _ in range(2):
             assert torch.equal(generate(model, twin), expected)
             assert twin.stats.num_accepted
-        (message,) = told(caplog)
-        assert "drafts run eagerly: ZeroDivisionError: division by zero" in message
+        for message, words in zip(told(caplog), ["the prompt is padded", "ZeroDivisionError: division"], strict=True):
+            assert "runs eagerly" in message and words in message
 
 
 @pytest.mark.parametrize(
@@ -198,7 +285,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, caplog):
     [
         ("the prompt is padded", lambda model: None, {"attention_mask": torch.tensor([[0, 0] + [1] * 9])}),
         ("the model is in training", lambda model: model.train(), {}),
-        ("layers of type DynamicLayer", lambda model: model.compile(backend="eager"), {}),
+        ("the model itself is compiled", lambda model: model.compile(backend="eager"), {}),
     ],
 )
 def test_calls_that_the_graph_does_not_take_draft_eagerly(reason, prepare, options, caplog):
@@ -213,6 +300,7 @@ def test_calls_that_the_graph_does_not_take_draft_eagerly(reason, prepare, optio
 
 def test_nothing_is_left_of_a_call_or_a_model():
     model = build_model()
+    model.model.layers[0].register_forward_hook(functools.partial(lambda *args: None, model))  # which holds the model
     twin = make_sparse(model, method="griffin", density=0.4, kernel_size=4, compile_draft=True)
     generate(model, twin)
     assert all(owner._modules[name] is None for owner, name, _ in twin._twin.compiled._places)
@@ -238,5 +326,5 @@ def test_drafts_that_are_not_compiled_are_refused(fields, words):
 def test_a_model_that_transformers_cannot_compile_is_refused(monkeypatch):
     model = build_model()
     monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
-    with pytest.raises(ValueError, match="cannot compile a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="a step of LlamaForCausalLM cannot be compiled"):
         make_sparse(model, compile_draft=True, **FIELDS)
