@@ -114,8 +114,6 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
 
 def _check_compiled(model: PreTrainedModel, config: SiriusConfig, offloaded: bool) -> None:
     """Raises `ValueError` unless the step of such a draft can be compiled."""
-    if config.tree_width > 1:
-        raise ValueError(f"compile_draft compiles a step of one token, and tree_width is {config.tree_width}: use 1")
     if not method_of(config).is_steady:
         raise ValueError(
             f"method={config.method!r} at a density of {config.density} chooses anew for every token, which is not "

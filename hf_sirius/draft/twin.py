@@ -173,6 +173,8 @@ def _copied(
 
 def _graph_of(model: PreTrainedModel, config: SiriusConfig) -> Callable[..., torch.Tensor]:
     """Returns the graph of a twin's drafts, that of an earlier twin where these were the same."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return new_graph()  # torch does not look whether the hooks of another one are the same
     settings = tuple(getattr(config, name) for name in CHOSEN if name != "calibration")
     with _lock:
         of_model = _graphs.setdefault(model, WeakValueDictionary())

@@ -57,16 +57,24 @@ def is_faster(dtype: torch.dtype, num_tokens: int) -> bool:
 def _is_faster(dtype: torch.dtype, num_tokens: int, num_threads: int, with_onednn: bool) -> bool:
     shapes = (num_tokens, 1024), (4, 1024, 1024)
     inputs, weights = (torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes)
-    seconds: dict[Callable, list[float]] = {product: [], nn.functional.linear: []}
+
+    def all_by(compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        for weight in weights:
+            compute(inputs, weight)
+
+    return takes_less(lambda: all_by(product), lambda: all_by(nn.functional.linear))
+
+
+def takes_less(ours: Callable[[], Any], theirs: Callable[[], Any]) -> bool:
+    """Whether one computation clearly takes less time than another, as medians of some rounds."""
+    seconds: dict[Callable, list[float]] = {ours: [], theirs: []}
     with torch.inference_mode():
         for _ in range(_NUM_ROUNDS):
             for compute, times in seconds.items():
                 start = time.perf_counter()
-                for weight in weights:
-                    compute(inputs, weight)
+                compute()
                 times.append(time.perf_counter() - start)
-    ours, theirs = (statistics.median(times) for times in seconds.values())
-    return ours < _CLEARLY * theirs
+    return statistics.median(seconds[ours]) < _CLEARLY * statistics.median(seconds[theirs])
 
 
 def product(inputs: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,6 +107,25 @@ def grouped_product(
         [num_tokens, out_features], of the inputs' dtype.
     """
     return _run("grouped", inputs, values, scales, rows)
+
+
+def int4_product(
+    inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns inputs @ weight.T, where weight[i, j] = q[i, j] * scales[i, j // 32, 0] + scales[i, j // 32, 1], as
+    [`product`] does.
+
+    Args:
+        inputs: float32 or bfloat16 [num_tokens, in_features]; in_features is a multiple of 64.
+        values: uint8 [out_features, in_features / 2]: of each 64 inputs the byte j has q of input j in its lower 4
+            bits, and of input j + 32 in its upper ones.
+        scales: bfloat16 [out_features, in_features / 32, 2].
+        rows: long [num_rows], the outputs that are needed, all by default.
+
+    Returns:
+        [num_tokens, out_features], of the inputs' dtype.
+    """
+    return _run("int4", inputs, values, scales, rows)
 
 
 def _run(

@@ -25,21 +25,23 @@ _WIDTH = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8  #
 _FAST = ("reassoc", "contract", "nsz")  # sums in any order; infinities and NaN stay what they are
 
 _FLOAT, _INT, _ADDRESS = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_STORED = {"float32": _FLOAT, "bfloat16": ir.IntType(16), "grouped": ir.IntType(8)}
-_NUM_BYTES = {"float32": 4, "bfloat16": 2, "grouped": 1}
+_STORED = {"float32": _FLOAT, "bfloat16": ir.IntType(16), "grouped": ir.IntType(8), "int4": ir.IntType(8)}
+_NUM_BYTES = {"float32": 4, "bfloat16": 2, "grouped": 1, "int4": 1}
+_SCALE_BYTES = {"float32": 4, "bfloat16": 4, "grouped": 4, "int4": 8}  # of each chunk
 
 
 def compiled(stored: str, symbols: dict[str, int]) -> Any:
     """Returns a compiled kernel, whose `address` is that of a C function for each of OpenMP's threads.
 
     It takes the address of 11 int64: the addresses of inputs [num_tokens, in_features], weight
-    [out_features, in_features], scales [out_features, in_features / 64], rows [num_rows] and outputs
-    [num_tokens, out_features], then num_tokens, out_features, in_features, num_rows (-1: all of them), whether inputs
-    and outputs are bfloat16 (in place of float32), and, if so, the address of float32
-    [num_threads, num_tokens, in_features] to compute with.
+    [out_features, in_features], scales, rows [num_rows] and outputs [num_tokens, out_features], then num_tokens,
+    out_features, in_features, num_rows (-1: all of them), whether inputs and outputs are bfloat16 (in place of
+    float32), and, if so, the address of float32 [num_threads, num_tokens, in_features] to compute with.
 
     Args:
-        stored: how the weight's numbers are: `"float32"`, `"bfloat16"`, or `"grouped"`, int8 with scales.
+        stored: how the weight's numbers are: `"float32"`; `"bfloat16"`; `"grouped"`, int8 with float32 scales
+            [out_features, in_features / 64]; or `"int4"`, of each 64 inputs 32 bytes with those of the first half in
+            their lower bits, and bfloat16 steps and least values [out_features, in_features / 32, 2].
         symbols: the addresses of OpenMP's functions `omp_get_thread_num` and `omp_get_num_threads`.
     """
     thread_num, num_threads = (_c_function(*symbol) for symbol in symbols.items())
@@ -131,9 +133,29 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
             rows = cgutils.unpack_tuple(builder, arguments[1])
             places = [builder.add(arguments[2], _ADDRESS(token)) for token in tokens]
             states = [_at(builder, inputs, 4, builder.mul(place, in_features)) for place in places]
-            weights = [_at(builder, weight, _NUM_BYTES[stored], builder.mul(row, in_features)) for row in rows]
             num_chunks = builder.udiv(in_features, _ADDRESS(CHUNK))
-            scales = [_at(builder, scales, 4, builder.mul(row, num_chunks)) for row in rows]
+            row_size = builder.udiv(in_features, _ADDRESS(2)) if stored == "int4" else in_features
+            weights = [_at(builder, weight, _NUM_BYTES[stored], builder.mul(row, row_size)) for row in rows]
+            scales = [_at(builder, scales, _SCALE_BYTES[stored], builder.mul(row, num_chunks)) for row in rows]
+
+            def add_chunk_of_4_bits(sums, chunk):
+                """Adds the products of a chunk, whose numbers are made first: vectors by row, token and part."""
+                steps = [
+                    [_of_upper_half(builder, place, builder.add(builder.mul(chunk, _ADDRESS(4)), _ADDRESS(i)))
+                     for i in range(4)]
+                    for place in scales
+                ]  # fmt: skip
+                for k in range(0, CHUNK, _WIDTH):
+                    half, which = 2 * k // CHUNK, k // _WIDTH % num_sums
+                    j = builder.add(builder.mul(chunk, _ADDRESS(CHUNK)), _ADDRESS(k))
+                    at = builder.add(builder.mul(chunk, _ADDRESS(CHUNK // 2)), _ADDRESS(k % (CHUNK // 2)))
+                    vectors = [_load(builder, state, 4, j, _FLOAT, _WIDTH) for state in states]
+                    for row, (first, low, second, other_low), of_row in zip(weights, steps, sums, strict=True):
+                        step, least = (second, other_low) if half else (first, low)
+                        numbers = _of_4_bits(builder, _load(builder, row, 1, at, _STORED[stored], _WIDTH), half)
+                        numbers = _add(builder, least, numbers, step)
+                        for token in tokens:
+                            of_row[token][which] = _add(builder, of_row[token][which], numbers, vectors[token])
 
             def add_products(sums, j, width):
                 """Adds the products of `width` inputs from j on to vectors by row and token."""
@@ -153,7 +175,9 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
                     ]
                     for of_row in totals
                 ]
-                for k in range(0, CHUNK, _WIDTH):
+                if stored == "int4":
+                    add_chunk_of_4_bits(parts, chunk.index)
+                for k in range(0, CHUNK if stored != "int4" else 0, _WIDTH):
                     which = k // _WIDTH % num_sums
                     sums = [[of_token[which] for of_token in of_row] for of_row in parts]
                     add_products(sums, builder.add(builder.mul(chunk.index, _ADDRESS(CHUNK)), _ADDRESS(k)), _WIDTH)
@@ -168,7 +192,7 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
                                 part = _add(builder, builder.load(total), part, _repeated(builder, scale))
                             builder.store(part, total)
             rest = [[_variable(builder, 1) for _ in tokens] for _ in rows]
-            if stored != "grouped":
+            if stored in ("float32", "bfloat16"):
                 first = builder.mul(num_chunks, _ADDRESS(CHUNK))
                 with cgutils.for_range_slice(builder, first, in_features, _ADDRESS(1), _ADDRESS) as (j, _):
                     sums = [[builder.load(total) for total in of_row] for of_row in rest]
@@ -205,6 +229,23 @@ def _widened(builder: ir.IRBuilder, stored: str, vector: ir.Value, width: int) -
     if stored == "bfloat16":
         return builder.bitcast(builder.shl(builder.zext(vector, ints), ir.Constant(ints, [16] * width)), floats)
     return builder.sitofp(builder.sext(vector, ints), floats) if stored == "grouped" else vector
+
+
+def _of_4_bits(builder: ir.IRBuilder, vector: ir.Value, is_upper: int) -> ir.Value:
+    """Returns the numbers 0 to 15 in the lower or the upper halves of bytes."""
+    ints = ir.VectorType(_INT, _WIDTH)
+    wide = builder.zext(vector, ints)
+    if is_upper:
+        wide = builder.lshr(wide, ir.Constant(ints, [4] * _WIDTH))
+    else:
+        wide = builder.and_(wide, ir.Constant(ints, [15] * _WIDTH))
+    return builder.sitofp(wide, ir.VectorType(_FLOAT, _WIDTH))
+
+
+def _of_upper_half(builder: ir.IRBuilder, address: ir.Value, index: ir.Value) -> ir.Value:
+    """Returns a register full of one bfloat16 number."""
+    bits = _load(builder, address, 2, index, ir.IntType(16), 1)
+    return _repeated(builder, _widened(builder, "bfloat16", bits, 1))
 
 
 def _zeros(width: int) -> ir.Value:

@@ -17,6 +17,13 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return (outputs if bias is None else outputs + bias).view(*inputs.shape[:-1], -1)
 
 
+def of(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Returns the operator of a kernel of `cpu.py`; of torch, the product itself."""
+    if product is cpu.grouped_product:
+        return torch.ops.hf_sirius.grouped_product
+    return torch.ops.hf_sirius.int4_product if product is cpu.int4_product else product
+
+
 def define(signature: str, compute: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
     """Defines `torch.ops.hf_sirius.<name>` for a device's tensors, and by `fake` for those of a trace."""
     name = signature.partition("(")[0]
@@ -36,3 +43,4 @@ def _outputs(inputs: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
 
 define("linear(Tensor inputs, Tensor weight) -> Tensor", _linear, _outputs)
 define("grouped_product(Tensor inputs, Tensor values, Tensor scales) -> Tensor", cpu.grouped_product, _outputs)
+define("int4_product(Tensor inputs, Tensor values, Tensor scales) -> Tensor", cpu.int4_product, _outputs)

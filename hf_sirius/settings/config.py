@@ -199,6 +199,11 @@ class SiriusConfig(PushToHubMixin):
                 f"draft_scope={self.draft_scope!r} says what draft_dtype casts, but draft_dtype is None: set it to one "
                 f"of {list(DRAFT_DTYPES)}, or leave draft_scope out"
             )
+        if self.compile_draft and self.tree_width > 1:
+            raise ValueError(
+                f"compile_draft compiles a step of one token, but tree_width is {self.tree_width}: use tree_width=1, or "
+                "leave compile_draft out"
+            )
         if self.draft_memory is not None:
             memory_bytes(self.draft_memory)
         if self.selection == "topk" and self.calibration is not None:

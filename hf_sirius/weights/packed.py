@@ -2,12 +2,13 @@
 tokens on this device.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from ..kernels import cpu
+from ..kernels import cpu, operators
 from .gather import Selection, empty, padded
 from .linear import DraftLinear, frozen
 
@@ -58,7 +59,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("columns", None if columns is None else frozen(columns))
 
     def reads_rows(self, num_tokens: int) -> bool:
-        return self.product is cpu.grouped_product
+        return self.product in (cpu.grouped_product, cpu.int4_product)
 
     def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         # Not by getattr, which takes as long as a small product.
@@ -66,9 +67,7 @@ class PackedLinear(nn.Module):
         if columns is not None:
             inputs = inputs * columns
         chosen = () if rows is None else (rows,)
-        product = self.product
-        if torch.compiler.is_dynamo_compiling() and product is cpu.grouped_product:
-            product = torch.ops.hf_sirius.grouped_product
+        product = operators.of(self.product) if torch.compiler.is_dynamo_compiling() else self.product
         outputs = product(inputs.reshape(-1, self.in_features).contiguous(), weight, scales, *chosen)
         if bias is not None:
             outputs += bias
@@ -120,7 +119,7 @@ def int4_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
     range for itself. (Of the tokens of SmolLM2 .90 are then the full model's, else .82.)
     """
     num_rows, num_columns = source.shape
-    device = source.weight.device
+    device, is_ours = source.weight.device, has_int4_kernel(source.weight.device)
     out_features, in_features = int4_shape(num_rows, num_columns, device)
     columns = torch.zeros(in_features, device=device)
     for _, piece in source.pieces():
@@ -128,21 +127,51 @@ def int4_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
     columns = (columns / num_rows).to(torch.bfloat16)
     divisors = columns.float().masked_fill_(columns == 0, 1.0)
     values = empty(out_features, in_features, torch.uint8, device).zero_()
-    scales = torch.zeros(in_features // INT4_GROUP, out_features, 2, dtype=torch.bfloat16, device=device)
+    scales = torch.zeros(out_features, in_features // INT4_GROUP, 2, dtype=torch.bfloat16, device=device)
+    middle = 0 if is_ours else 8  # torch's kernels add the zero point to -8 to 7, ours to 0 to 15
     for place, piece in source.pieces():
         groups = (_in_groups(piece, in_features, in_features) / divisors).view(len(piece), -1, INT4_GROUP)
         low, high = groups.aminmax(dim=-1, keepdim=True)
         scale = ((high - low) / 15).to(torch.bfloat16)
-        zero = (low + 8 * scale).to(torch.bfloat16)
+        zero = (low + middle * scale).to(torch.bfloat16)
         # As they are kept, so that what rounding them loses is not lost twice.
-        groups = torch.where(scale > 0, (groups - zero.float()) / scale.float(), 0.0).round_().clamp_(-8, 7)
-        values[place] = (groups + 8).flatten(1).to(torch.uint8)
-        scales[:, place] = torch.cat([scale, zero], dim=-1).transpose(0, 1)
+        groups = torch.where(scale > 0, (groups - zero.float()) / scale.float(), 0.0).round_()
+        values[place] = groups.clamp_(-middle, 15 - middle).add_(middle).flatten(1).to(torch.uint8)
+        scales[place] = torch.cat([scale, zero], dim=-1)
+    bias = None if bias is None else nn.functional.pad(bias.to(torch.bfloat16), (0, out_features - num_rows))
+    if is_ours:
+        linear = PackedLinear(cpu.int4_product, _packed_in_chunks(values), scales, bias, in_features, columns)
+        return DraftLinear(linear, cpu.DTYPES, num_rows)
     pack = _packed_for_cuda if device.type == "cuda" else _packed_for_cpu
     packed = torch.cat([pack(block) for block in values.split(16 * ROWS)])
-    bias = None if bias is None else nn.functional.pad(bias.to(torch.bfloat16), (0, out_features - num_rows))
+    scales = scales.transpose(0, 1).contiguous()
     product = _int4_on_cuda if device.type == "cuda" else _int4_on_cpu
     return DraftLinear(PackedLinear(product, packed, scales, bias, in_features, columns), [torch.bfloat16], num_rows)
+
+
+def has_int4_kernel(device: torch.device) -> bool:
+    """Whether 4 bits are read by our own kernel, in float32: where that takes less time than torch's, which is made for
+    processors with VNNI.
+    """
+    return device.type == "cpu" and cpu.is_available() and _is_int4_kernel_faster()
+
+
+@functools.cache
+def _is_int4_kernel_faster() -> bool:
+    num_rows, num_columns = 8192, 1024
+    inputs = torch.ones(1, num_columns, dtype=torch.float32, device="cpu")
+    values = torch.zeros(num_rows, num_columns, dtype=torch.uint8, device="cpu")
+    scales = torch.ones(num_rows, num_columns // INT4_GROUP, 2, dtype=torch.bfloat16, device="cpu")
+    ours = _packed_in_chunks(values), scales
+    theirs = _packed_for_cpu(values), scales.transpose(0, 1).contiguous()
+    return cpu.takes_less(
+        lambda: cpu.int4_product(inputs, *ours), lambda: _int4_on_cpu(inputs.bfloat16(), *theirs).float()
+    )
+
+
+def _packed_in_chunks(values: torch.Tensor) -> torch.Tensor:
+    chunks = values.view(len(values), -1, 2, cpu.GROUP // 2)
+    return (chunks[:, :, 0] | chunks[:, :, 1] << 4).flatten(1).contiguous()
 
 
 def _packed_for_cpu(values: torch.Tensor) -> torch.Tensor:
@@ -156,6 +185,8 @@ def _packed_for_cuda(values: torch.Tensor) -> torch.Tensor:
 
 def int4_shape(num_rows: int, num_columns: int, device: torch.device) -> tuple[int, int]:
     """Returns the shape of a weight in 4 bits, padding included."""
+    if has_int4_kernel(device):
+        return num_rows, padded(num_columns, cpu.GROUP)
     return padded(num_rows, ROWS), padded(num_columns, 16 * _INNER_K_TILES if device.type == "cuda" else INT4_GROUP)
 
 

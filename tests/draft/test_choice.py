@@ -137,7 +137,7 @@ def test_what_is_kept_since_changes_no_answer(monkeypatch):
 
 def test_every_field_is_known_to_say_what_a_draft_is_or_not():
     names = {field.name for field in dataclasses.fields(SiriusConfig)}
-    assert names == {*choice.CHOSEN, "kernel_size", "threshold", "temperature", "draft_confidence"}
+    assert names == {*choice.CHOSEN, "kernel_size", "threshold", "temperature", "draft_confidence", "compile_draft"}
 
 
 def test_the_draft_of_an_offloaded_model_is_held_whole():

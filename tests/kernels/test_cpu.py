@@ -83,8 +83,42 @@ def test_grouped_products(num_tokens, out_features, num_groups, dtype, num_threa
     assert is_right(outputs, right, inputs, values * scales.repeat_interleave(64, dim=1))
 
 
+def make_int4(num_tokens: int, out_features: int, num_chunks: int, seed: int = 0):
+    """Returns inputs, weights of 4 bits as the kernel reads them, and what they stand for."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(num_tokens, 64 * num_chunks, generator=generator)
+    numbers = torch.randint(16, (out_features, num_chunks, 2, 32), generator=generator, dtype=torch.uint8)
+    scales = torch.randn(out_features, 2 * num_chunks, 2, generator=generator).bfloat16()
+    steps, least = (scales[..., i].float().repeat_interleave(32, dim=1) for i in (0, 1))
+    values = (numbers[:, :, 0] + 16 * numbers[:, :, 1]).flatten(1)
+    return inputs, values, scales, numbers.flatten(1).float() * steps + least
+
+
+@settings(deadline=None)
+@given(
+    num_tokens=st.integers(1, 9), out_features=st.integers(1, 40), num_chunks=st.integers(1, 4),
+    dtype=st.sampled_from(cpu.DTYPES), num_threads=st.integers(1, 3), seed=st.integers(0, 2**31), data=st.data(),
+)  # fmt: skip
+def test_products_of_4_bits(num_tokens, out_features, num_chunks, dtype, num_threads, seed, data):
+    inputs, values, scales, weight = make_int4(num_tokens, out_features, num_chunks, seed)
+    rows = data.draw(st.lists(st.integers(0, out_features - 1), unique=True), label="rows")
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        outputs = cpu.int4_product(inputs.to(dtype), values, scales)
+        some = cpu.int4_product(inputs.to(dtype), values, scales, torch.tensor(rows, dtype=torch.long))
+    finally:
+        torch.set_num_threads(before)
+    assert outputs.dtype == dtype and outputs.shape == (num_tokens, out_features)
+    inputs = inputs.to(dtype)
+    assert is_right(outputs, inputs.double() @ weight.double().T, inputs, weight)
+    others = [row for row in range(out_features) if row not in rows]
+    assert not some[:, others].any()
+    assert is_right(some[:, rows], inputs.double() @ weight[rows].double().T, inputs, weight[rows])
+
+
 @pytest.mark.parametrize("width", [8, 16])  # LLVM takes vectors apart that a processor does not have
-@pytest.mark.parametrize("weight_dtype", [*cpu.DTYPES, torch.int8])
+@pytest.mark.parametrize("weight_dtype", [*cpu.DTYPES, torch.int8, torch.uint8])
 def test_vectors_of_any_processor(width, weight_dtype, monkeypatch):
     from hf_sirius.kernels import dots
 
@@ -96,6 +130,9 @@ def test_vectors_of_any_processor(width, weight_dtype, monkeypatch):
     ):
         if weight_dtype == torch.int8:
             outputs, weight = cpu.grouped_product(inputs, values, scales), values * scales.repeat_interleave(64, dim=1)
+        elif weight_dtype == torch.uint8:
+            inputs, values, scales, weight = make_int4(6, 8, 3)
+            outputs = cpu.int4_product(inputs, values, scales)
         else:
             weight = values.to(weight_dtype)[:, :150].contiguous()
             inputs = inputs[:, :150].contiguous()

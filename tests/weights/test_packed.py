@@ -1,6 +1,7 @@
 """Weights of 4 and 8 bits: what their products are, what they take, and what becomes of odd sizes."""
 
 import importlib.util
+from unittest import mock
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from tiny import build_model, make_prompt
 
 from hf_sirius import make_sparse
 from hf_sirius.kernels import cpu
+from hf_sirius.weights import packed
 from hf_sirius.weights.gather import Selection
 from hf_sirius.weights.packed import int4_bytes, int4_linear, int8_bytes, int8_linear
 
 
-@pytest.fixture(params=["numba", "torch"])
+@pytest.fixture(params=["numba", "numba, 4 bits by torch", "torch"])
 def backend(request, monkeypatch):
+    monkeypatch.setattr(packed, "_is_int4_kernel_faster", lambda: request.param == "numba")
     if request.param == "torch":
         monkeypatch.setattr(cpu, "is_available", lambda: False)
     elif importlib.util.find_spec("numba") is None:
@@ -39,25 +42,27 @@ sizes = st.tuples(st.integers(1, 150), st.integers(1, 150))
 
 
 @settings(deadline=None, max_examples=40)
-@given(size=sizes, seed=st.integers(0, 2**31))
-def test_values_are_right_to_half_a_step(size, seed):
+@given(size=sizes, seed=st.integers(0, 2**31), is_ours=st.booleans())
+def test_values_are_right_to_half_a_step(size, seed, is_ours):
     weight = make_weight(*size, seed)
     scale = 1 / 127 / 2
     found = rows_of(int8_linear(Selection(weight), None), size[1])
     assert ((found - weight).abs() <= 1.01 * scale * weight.abs().amax(dim=1, keepdim=True) + 1e-2 * weight.abs()).all()
-    found, columns = rows_of(int4_linear(Selection(weight), None), size[1]), weight.abs().mean(dim=0)
+    with mock.patch.object(packed, "_is_int4_kernel_faster", lambda: is_ours):
+        found, columns = rows_of(int4_linear(Selection(weight), None), size[1]), weight.abs().mean(dim=0)
     span = (weight / columns).abs().amax(dim=1, keepdim=True) * 2
     # Half a step of 15, and what bfloat16 loses of scales, zero points, columns and products.
     assert ((found - weight).abs() <= (span / 15 / 2 + 0.03 * span) * columns).all()
 
 
 @settings(deadline=None, max_examples=25)
-@given(size=sizes, has_bias=st.booleans(), make=st.sampled_from(["int8", "int4"]))
+@given(size=sizes, has_bias=st.booleans(), make=st.sampled_from(["int8", "int4", "int4 by torch"]))
 def test_the_bytes_are_told(size, has_bias, make):
     bias = torch.ones(size[0]) if has_bias else None
     source = Selection(make_weight(*size))
-    linear = int8_linear(source, bias) if make == "int8" else int4_linear(source, bias)
-    told = int8_bytes(*size, has_bias) if make == "int8" else int4_bytes(*size, has_bias, source.weight.device)
+    with mock.patch.object(packed, "_is_int4_kernel_faster", lambda: make == "int4"):
+        linear = int8_linear(source, bias) if make == "int8" else int4_linear(source, bias)
+        told = int8_bytes(*size, has_bias) if make == "int8" else int4_bytes(*size, has_bias, source.weight.device)
     assert told == sum(parameter.nbytes for parameter in linear.parameters())
 
 
