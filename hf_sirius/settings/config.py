@@ -201,8 +201,8 @@ class SiriusConfig(PushToHubMixin):
             )
         if self.compile_draft and self.tree_width > 1:
             raise ValueError(
-                f"compile_draft compiles a step of one token, but tree_width is {self.tree_width}: use tree_width=1, or "
-                "leave compile_draft out"
+                f"compile_draft compiles a step of one token, but tree_width is {self.tree_width}: use 1, or leave "
+                "compile_draft out"
             )
         if self.draft_memory is not None:
             memory_bytes(self.draft_memory)
