@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,25 +32,56 @@ _MORE = 2  # than a size: those of 0 and 1 are constants of a graph
 _LONGEST_REASON = 500  # characters of an error
 
 
-def new_graph() -> Callable[..., torch.Tensor]:
-    """Returns one token's forward through a module, as torch.compile makes it when it is first used: without breaks,
-    for any length of the context. Modules and weights are inputs: it keeps none, and serves all that are alike.
+class Graph:
+    """One token's forward through a module, as torch.compile makes it when it is first used: without breaks, for any
+    length of the context. Modules and weights are inputs: it keeps none, and serves all that are alike.
+
+    Attributes:
+        compiled_for: the kinds of inputs for which it was used: for another one it is made anew.
+        compile_seconds: what the first use of each took.
     """
 
-    def step(module, input_ids, position_ids, seen, keys, values, are_sliding):
-        length = seen.shape[0] - _MORE
-        layers = [
-            _SeenLayer(k, v, length, is_sliding) for k, v, is_sliding in zip(keys, values, are_sliding, strict=True)
-        ]
-        outputs = module(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=Cache(layers=layers), use_cache=True,
-            output_attentions=False, output_hidden_states=False, return_dict=True,
-        )  # fmt: skip
-        return outputs.logits[:, -1]
+    def __init__(self):
+        def step(module, input_ids, position_ids, seen, keys, values, are_sliding):
+            length = seen.shape[0] - _MORE
+            layers = [
+                _SeenLayer(k, v, length, is_sliding) for k, v, is_sliding in zip(keys, values, are_sliding, strict=True)
+            ]
+            outputs = module(
+                input_ids=input_ids, position_ids=position_ids, past_key_values=Cache(layers=layers), use_cache=True,
+                output_attentions=False, output_hidden_states=False, return_dict=True,
+            )  # fmt: skip
+            return outputs.logits[:, -1]
 
-    # torch keeps compiled code with the code object, which else all graphs would share.
-    own = types.FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
-    return torch.compile(own, fullgraph=True)
+        # torch keeps compiled code with the code object, which else all graphs would share.
+        own = types.FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
+        self._run = torch.compile(own, fullgraph=True)
+        self.compiled_for: set[tuple] = set()
+        self.compile_seconds = 0.0
+
+    def __call__(self, module: nn.Module, *inputs: Any) -> torch.Tensor:
+        """Returns the logits of the token behind, [1, vocab_size].
+
+        Args:
+            module: of the model's class.
+            input_ids: long [1, 1], the token.
+            position_ids: long [..., 1, 1].
+            seen: [length + 2], of which the length alone counts: that of the tokens before.
+            keys, values: float [1, num_heads, num_places, head_dim] of each layer, of the tokens that this one sees,
+                behind them a place for its own and, without a window, room.
+            are_sliding: whether each layer has a sliding window.
+        """
+        states = inputs[3][0]
+        kind = states.dtype, states.device, states.is_inference()
+        if kind in self.compiled_for:
+            return self._run(module, *inputs)
+        start, bar = time.perf_counter(), "{desc}: {elapsed}"
+        with transformers_logging.tqdm(total=1, desc="Compiling the draft step", bar_format=bar) as progress:
+            logits = self._run(module, *inputs)
+            progress.update()
+        self.compile_seconds += time.perf_counter() - start
+        self.compiled_for.add(kind)
+        return logits
 
 
 class CompiledStep:
@@ -62,32 +93,27 @@ class CompiledStep:
     Args:
         module: that tree; of the model's class.
         places: where it wants a module, an owner and an attribute, and what stands there in the twin.
-        graph: of [`new_graph`].
+        graph: maybe of an earlier twin as well.
         config: of the model.
-
-    Attributes:
-        compile_seconds: what compiling took so far.
     """
 
     def __init__(
         self,
         module: nn.Module,
         places: list[tuple[nn.Module, str, TwinModule]],
-        graph: Callable[..., torch.Tensor],
+        graph: Graph,
         config: PreTrainedConfig,
     ):
-        self._module, self._places, self._graph, self._config = module, places, graph, config
+        self._module, self._places, self.graph, self._config = module, places, graph, config
         self._are_sliding = [layer.is_sliding for layer in DynamicCache(config=config).layers]
         self._plain: dict[nn.Module, nn.Module] = {}
         self._lock = threading.Lock()
-        self._known: set[tuple] = set()  # for what it was compiled
         self._told: set[str] = set()
         self._is_broken = False
-        self.compile_seconds = 0.0
 
     def __deepcopy__(self, memo: dict) -> "CompiledStep":
         module, places = copy.deepcopy((self._module, self._places), memo)
-        return CompiledStep(module, places, self._graph, self._config)
+        return CompiledStep(module, places, self.graph, self._config)
 
     @contextlib.contextmanager
     def running(self, held: Mapping[nn.Module, nn.Module]) -> Iterator[bool]:
@@ -126,29 +152,9 @@ class CompiledStep:
         return None
 
     def __call__(self, *inputs: Any) -> torch.Tensor | None:
-        """Returns the logits of the token behind, [1, vocab_size]; `None` where the graph cannot be compiled.
-
-        Args:
-            input_ids: long [1, 1], the token.
-            position_ids: long [..., 1, 1].
-            seen: [length + 2], of which the length alone counts: that of the tokens before.
-            keys, values: float [1, num_heads, num_places, head_dim] of each layer, of the tokens that this one sees,
-                behind them a place for its own and, without a window, room.
-            are_sliding: whether each layer has a sliding window.
-        """
-        states = inputs[3][0]
-        kind = states.dtype, states.device, states.is_inference()
+        """Returns what the graph makes of the inputs behind the module; `None` where it cannot be compiled."""
         try:
-            if kind in self._known:
-                return self._graph(self._module, *inputs)
-            start = time.perf_counter()
-            bar = "{desc}: {elapsed}"
-            with transformers_logging.tqdm(total=1, desc="Compiling the draft step", bar_format=bar) as progress:
-                logits = self._graph(self._module, *inputs)
-                progress.update()
-            self.compile_seconds += time.perf_counter() - start
-            self._known.add(kind)
-            return logits
+            return self.graph(self._module, *inputs)
         except Exception as error:  # of many kinds: a forward that cannot be traced, a missing C++ compiler
             if should_reduce_batch_size(error):  # the device is full
                 raise

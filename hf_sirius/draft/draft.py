@@ -123,7 +123,7 @@ class Draft:
     @property
     def compile_seconds(self) -> float:
         """Returns what compiling the twin's step has taken so far."""
-        return 0.0 if self.twin.compiled is None else self.twin.compiled.compile_seconds
+        return 0.0 if self.twin.compiled is None else self.twin.compiled.graph.compile_seconds
 
     def verifying(self) -> contextlib.AbstractContextManager:
         """Within the block, the dense model's products of a few tokens are made as fast as they can be here."""

@@ -8,7 +8,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -30,12 +30,11 @@ from ..weights.linear import has_kernel
 from ..weights.residency import find_resident
 from ..weights.shortlist import head_inputs
 from .choice import CHOSEN
-from .compiled import CompiledStep, new_graph
+from .compiled import CompiledStep, Graph
 
 
 # model -> what a draft is -> the graph of its step, as long as any twin has it
-_graphs: "WeakKeyDictionary[PreTrainedModel, WeakValueDictionary[tuple, Callable[..., torch.Tensor]]]"
-_graphs = WeakKeyDictionary()
+_graphs: "WeakKeyDictionary[PreTrainedModel, WeakValueDictionary[tuple, Graph]]" = WeakKeyDictionary()
 _lock = threading.Lock()
 _CAPTURED = ("output_attentions", "output_hidden_states")
 # Names within transformers.
@@ -171,16 +170,16 @@ def _copied(
     return twin
 
 
-def _graph_of(model: PreTrainedModel, config: SiriusConfig) -> Callable[..., torch.Tensor]:
+def _graph_of(model: PreTrainedModel, config: SiriusConfig) -> Graph:
     """Returns the graph of a twin's drafts, that of an earlier twin where these were the same."""
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return new_graph()  # torch does not look whether the hooks of another one are the same
+        return Graph()  # torch does not look whether the hooks of another one are the same
     settings = tuple(getattr(config, name) for name in CHOSEN if name != "calibration")
     with _lock:
         of_model = _graphs.setdefault(model, WeakValueDictionary())
         graph = of_model.get(settings)
         if graph is None:
-            graph = of_model[settings] = new_graph()
+            graph = of_model[settings] = Graph()
     return graph
 
 
@@ -221,6 +220,8 @@ def shallow_copy(module: nn.Module) -> nn.Module:
         twin.__dict__.pop(name, None)
     if (forward := own_forward(module)) is not None:
         twin.__dict__["forward" if hook is None else "_own_forward"] = types.MethodType(forward, twin)
+    elif (laid_over := vars(module).get("_own_forward")) is not None:  # of a copy
+        twin.__dict__["_own_forward"] = types.MethodType(laid_over.__func__, twin)
     if hook is not None:
         twin.__dict__["_dense_hook"] = hook
     return twin

@@ -58,7 +58,7 @@ def told(caplog) -> list[str]:
 
 def assert_compiled(twin, num: int = 1):
     compiled_step = twin._twin.compiled
-    assert not compiled_step._told and compiled_step._known and num_graphs() == num
+    assert not compiled_step._told and compiled_step.graph.compiled_for and num_graphs() == num
 
 
 @pytest.mark.parametrize(
@@ -193,17 +193,16 @@ def test_a_copy_of_a_twin_has_a_step_of_its_own():
 
 
 def test_what_compiling_takes_is_no_draft_steps(monkeypatch):
-    model, graph = build_model(), compiled.new_graph
+    class SlowGraph(compiled.Graph):
+        def __init__(self):
+            super().__init__()
+            run, self._run = self._run, lambda *inputs: (self.compiled_for or time.sleep(1), run(*inputs))[-1]
 
-    def slow_graph():
-        step, seen = graph(), []
-        return lambda *inputs: (seen or time.sleep(1), seen.append(1), step(*inputs))[-1]
-
-    monkeypatch.setattr(compiled, "new_graph", slow_graph)
-    monkeypatch.setattr("hf_sirius.draft.twin.new_graph", slow_graph)
+    monkeypatch.setattr("hf_sirius.draft.twin.Graph", SlowGraph)
+    model = build_model()
     with make_sparse(model, **{**FIELDS, "kernel_size": "auto"}, compile_draft=True) as twin:
         generate(model, twin)
-        assert twin._twin.compiled.compile_seconds > 1
+        assert twin._twin.compiled.graph.compile_seconds > 1
         assert sum(cycle.draft_seconds for cycle in twin.stats.cycles) < 1
 
 
@@ -271,7 +270,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, caplog):
     model = build_model()
     expected = generate(model)
     with make_sparse(model, **FIELDS, compile_draft=True) as twin, caplog.at_level(logging.WARNING, "hf_sirius"):
-        monkeypatch.setattr(twin._twin.compiled, "_graph", lambda *args: 1 / 0)
+        monkeypatch.setattr(twin._twin.compiled.graph, "_run", lambda *args: 1 / 0)
         padded = {"attention_mask": torch.tensor([[0] + [1] * 10])}
         generate(model, twin, **padded)
         for _ in range(2):

@@ -270,7 +270,7 @@ def test_a_compiled_draft_keeps_the_dense_distribution(monkeypatch):
     with make_sampling_twin(model, compile_draft=True) as sparse:
         counts = sample(model, 400, assistant_model=sparse, top_k=0)
         assert 0.1 < sparse.stats.total.acceptance_rate < 0.9
-        assert sparse._twin.compiled._known and not sparse._twin.compiled._told
+        assert sparse._twin.compiled.graph.compiled_for and not sparse._twin.compiled._told
     assert p_value(counts, exact_probabilities(model)) > 1e-3
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_sirius import make_sparse
 from hf_sirius.decode.sparse_twin import SparseTwin
+from hf_sirius.draft.twin import shallow_copy
 from hf_sirius.sparsity.base import TwinActivation
 from hf_sirius.weights.draft_modules import TwinModule
 
@@ -275,6 +276,13 @@ def test_the_mode_is_one_of_both():
     for mode in (True, False):
         assert twin.train(mode) is twin
         assert {module.training for module in [*model.modules(), *twin.modules()]} == {mode}
+
+
+def test_a_copy_of_a_copy_runs_what_is_laid_over_the_module():
+    module = torch.nn.Linear(2, 2)
+    module.forward = types.MethodType(lambda self, inputs: inputs + 1, module)
+    add_hook_to_module(module, ModelHook())
+    assert shallow_copy(shallow_copy(module))(torch.ones(1)).item() == 2
 
 
 def test_taking_accelerates_hooks_off_the_twin_leaves_those_that_it_stands_in_for():
