@@ -24,7 +24,7 @@ from hf_sirius.weights.linear import plain_over
 
 
 FIELDS = {"density": 1.0, "threshold": 1.0, "kernel_size": 5}
-FAMILIES = ("gpt2", "mistral", "gemma2", "gemma3_text")
+FAMILIES = ("gpt2", "gemma3_text")
 DRAFTS = {
     "whole": {"density": 1.0},
     "griffin": {"method": "griffin", "density": 0.4},
@@ -78,7 +78,8 @@ def test_drafts_are_those_of_the_eager_twin(family, draft):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "draft"), [*(("llama", draft) for draft in DRAFTS), ("gemma3_text", "whole"), ("phi3", "griffin")]
+    ("family", "draft"),
+    [*(("llama", draft) for draft in DRAFTS), ("gemma2", "whole"), ("phi3", "griffin"), ("mistral", "int8 shortlist")],
 )
 def test_inductor_compiles_them(family, draft):
     model, fields = build_model(family, dtype=torch.float32), {**FIELDS, **DRAFTS[draft]}
@@ -146,10 +147,6 @@ def replace_a_layer(model):
     model.model.layers[1].mlp = build_model(seed=1).model.layers[1].mlp
 
 
-def steer_a_layer(model):
-    model.model.layers[0].register_forward_hook(lambda _, args, output: output * 1.5)
-
-
 def steer_a_projection(model):
     model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, args, output: output * 3)
 
@@ -160,7 +157,7 @@ def add_an_adapter(model):
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False), model)
 
 
-@pytest.mark.parametrize("change", [replace_a_layer, steer_a_layer, steer_a_projection, add_an_adapter])
+@pytest.mark.parametrize("change", [replace_a_layer, steer_a_projection, add_an_adapter])
 def test_a_twin_made_later_drafts_as_the_model_is_then(change):
     model, fields = build_model(), {**FIELDS, "compile_draft": True}
     with make_sparse(model, **fields) as before:
@@ -285,7 +282,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, caplog):
     [
         ("the prompt is padded", lambda model: None, {"attention_mask": torch.tensor([[0, 0] + [1] * 9])}),
         ("the model is in training", lambda model: model.train(), {}),
-        ("the model itself is compiled", lambda model: model.compile(backend="eager"), {}),
+        ("the model itself is compiled", lambda model: model.model.layers[0].mlp.compile(backend="eager"), {}),
     ],
 )
 def test_calls_that_the_graph_does_not_take_draft_eagerly(reason, prepare, options, caplog):
