@@ -73,11 +73,16 @@ def kernel_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | No
     if type(weight) is not nn.Parameter or num_tokens * weight.numel() < _MIN_PRODUCTS:
         return None
     if torch.compiler.is_dynamo_compiling():
-        is_read = weight.is_cpu and weight.dtype in cpu.DTYPES
+        is_read = weight.is_cpu and weight.dtype in cpu.DTYPES and _has_kernels()
         return operators.linear(inputs, weight, linear._parameters["bias"]) if is_read else None
     if _has_own_forward(linear) or not cpu.is_faster(weight.dtype, num_tokens):
         return None
     return _product(inputs, weight, linear._parameters["bias"]) if has_kernel(linear) else None
+
+
+@torch.compiler.assume_constant_result  # a graph cannot ask
+def _has_kernels() -> bool:
+    return cpu.is_available()
 
 
 def has_kernel(module: nn.Module) -> bool:

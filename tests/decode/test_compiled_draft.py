@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from hf_sirius import make_sparse
 from hf_sirius.draft import compiled
 from hf_sirius.kernels import cpu
+from hf_sirius.weights import packed
 from hf_sirius.weights.formats import draft_linear
 from hf_sirius.weights.linear import plain_over
 
@@ -212,9 +213,13 @@ def test_states_asked_for_are_the_full_models():
         assert_compiled(twin)
 
 
-@pytest.mark.parametrize("draft_dtype", [None, "int8"])
-def test_weights_are_read_by_kernels(draft_dtype):
+@pytest.mark.parametrize("with_numba", [True, False])
+@pytest.mark.parametrize("draft_dtype", [None, "int8", "int4"])
+def test_weights_are_read_by_kernels(draft_dtype, with_numba, monkeypatch):
     """Of sizes for which they are made: tiny models have none."""
+    if not with_numba:
+        monkeypatch.setattr(cpu, "is_available", lambda: False)
+    monkeypatch.setattr(packed, "_is_int4_kernel_faster", lambda: True)
     linear, inputs, graphs = torch.nn.Linear(512, 1024), torch.randn(1, 1, 512), []
     layer = plain_over(linear) if draft_dtype is None else draft_linear(linear, draft_dtype)
     with torch.no_grad():
