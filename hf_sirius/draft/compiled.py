@@ -76,7 +76,8 @@ class Graph:
         if kind in self.compiled_for:
             return self._run(module, *inputs)
         start, bar = time.perf_counter(), "{desc}: {elapsed}"
-        with transformers_logging.tqdm(total=1, desc="Compiling the draft step", bar_format=bar) as progress:
+        what = "Compiling the draft step, which may take a minute or two"
+        with transformers_logging.tqdm(total=1, desc=what, bar_format=bar) as progress:
             logits = self._run(module, *inputs)
             progress.update()
         self.compile_seconds += time.perf_counter() - start
@@ -159,10 +160,9 @@ class CompiledStep:
             if should_reduce_batch_size(error):  # the device is full
                 raise
             self._is_broken = True
-            self.tell(
-                f"it cannot be compiled; once that is mended make the twin anew ({type(error).__name__}: "
-                f"{str(error).strip()[:_LONGEST_REASON]})"
-            )
+            # Behind its first paragraph torch tells how to debug it.
+            told = " ".join(str(error).partition("\n\n")[0].split())[:_LONGEST_REASON]
+            self.tell(f"it cannot be compiled ({type(error).__name__}: {told}): mend that, and make the twin anew")
             return None
 
     def tell(self, reason: str) -> None:
