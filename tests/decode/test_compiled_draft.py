@@ -200,8 +200,9 @@ def test_what_compiling_takes_is_no_draft_steps(monkeypatch):
     model = build_model()
     with make_sparse(model, **{**FIELDS, "kernel_size": "auto"}, compile_draft=True) as twin:
         generate(model, twin)
-        assert twin._twin.compiled.graph.compile_seconds > 1
-        assert sum(cycle.draft_seconds for cycle in twin.stats.cycles) < 1
+        compile_seconds = twin._twin.compiled.graph.compile_seconds
+        assert compile_seconds > 1
+        assert max(cycle.draft_seconds for cycle in twin.stats.cycles) < compile_seconds
 
 
 def test_states_asked_for_are_the_full_models():
