@@ -166,6 +166,16 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
                     for token in tokens:
                         of_row[token] = _add(builder, of_row[token], numbers, vectors[token])
 
+            def add_chunk_as_it_is(parts, chunk):
+                """Adds the products of a chunk to vectors by row, token and part."""
+                for k in range(0, CHUNK, _WIDTH):
+                    which = k // _WIDTH % num_sums
+                    sums = [[of_token[which] for of_token in of_row] for of_row in parts]
+                    add_products(sums, builder.add(builder.mul(chunk, _ADDRESS(CHUNK)), _ADDRESS(k)), _WIDTH)
+                    for of_row, new in zip(parts, sums, strict=True):
+                        for token in tokens:
+                            of_row[token][which] = new[token]
+
             totals = [[[_variable(builder, _WIDTH) for _ in range(num_sums)] for _ in tokens] for _ in rows]
             with cgutils.for_range(builder, num_chunks) as chunk:
                 parts = [
@@ -175,15 +185,8 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
                     ]
                     for of_row in totals
                 ]
-                if stored == "int4":
-                    add_chunk_of_4_bits(parts, chunk.index)
-                for k in range(0, CHUNK if stored != "int4" else 0, _WIDTH):
-                    which = k // _WIDTH % num_sums
-                    sums = [[of_token[which] for of_token in of_row] for of_row in parts]
-                    add_products(sums, builder.add(builder.mul(chunk.index, _ADDRESS(CHUNK)), _ADDRESS(k)), _WIDTH)
-                    for of_row, new in zip(parts, sums, strict=True):
-                        for token in tokens:
-                            of_row[token][which] = new[token]
+                add_chunk = add_chunk_of_4_bits if stored == "int4" else add_chunk_as_it_is
+                add_chunk(parts, chunk.index)
                 for place, of_row, into in zip(scales, parts, totals, strict=True):
                     scale = stored == "grouped" and _load(builder, place, 4, chunk.index, _FLOAT, 1)
                     for token in tokens:
