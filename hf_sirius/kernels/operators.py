@@ -13,8 +13,8 @@ _library = torch.library.Library("hf_sirius", "DEF")
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Returns inputs @ weight.T + bias in a graph, by a kernel where that is faster, which is seen as it runs."""
-    outputs = torch.ops.hf_sirius.linear(inputs.reshape(-1, inputs.shape[-1]), weight)
-    return (outputs if bias is None else outputs + bias).view(*inputs.shape[:-1], -1)
+    outputs = torch.ops.hf_sirius.linear(inputs, weight)
+    return outputs if bias is None else outputs + bias
 
 
 def of(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -33,12 +33,13 @@ def define(signature: str, compute: Callable[..., torch.Tensor], fake: Callable[
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    is_ours = inputs.dtype == weight.dtype and cpu.is_faster(weight.dtype, len(inputs))
+    num_tokens = inputs.numel() // inputs.shape[-1]
+    is_ours = inputs.dtype == weight.dtype and cpu.is_faster(weight.dtype, num_tokens)
     return cpu.product(inputs.contiguous(), weight) if is_ours else nn.functional.linear(inputs, weight)
 
 
 def _outputs(inputs: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
-    return inputs.new_empty(inputs.shape[0], weight.shape[0])
+    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
 
 
 define("linear(Tensor inputs, Tensor weight) -> Tensor", _linear, _outputs)

@@ -19,23 +19,30 @@ _INNER_K_TILES = 8  # how its CUDA kernel lays out 4 bits: 128 inputs at a time
 
 
 def _int8(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._weight_int8pack_mm(inputs, weight, scales)
+    outputs = torch.ops.aten._weight_int8pack_mm(_in_rows(inputs), weight, scales)
+    return outputs.view(*inputs.shape[:-1], -1)
 
 
 def _int4_on_cpu(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, weight, INT4_GROUP, scales)
+    outputs = torch.ops.aten._weight_int4pack_mm_for_cpu(_in_rows(inputs), weight, INT4_GROUP, scales)
+    return outputs.view(*inputs.shape[:-1], -1)
 
 
 def _int4_on_cuda(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._weight_int4pack_mm(inputs, weight, INT4_GROUP, scales)
+    outputs = torch.ops.aten._weight_int4pack_mm(_in_rows(inputs), weight, INT4_GROUP, scales)
+    return outputs.view(*inputs.shape[:-1], -1)
+
+
+def _in_rows(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.reshape(-1, inputs.shape[-1]).contiguous()
 
 
 class PackedLinear(nn.Module):
     """A projection whose weight only its product can read.
 
     Args:
-        product: takes inputs [num_tokens, in_features], the weight and its scales, and maybe the rows to read; returns
-            [num_tokens, out_features].
+        product: takes inputs [..., in_features], the weight and its scales, and maybe the rows to read; returns
+            [..., out_features].
         weight: int8 [out_features, in_features], or 4 bits as torch packs them.
         scales: of the groups of inputs; of 4 bits with zero points.
         bias: [out_features], or `None`.
@@ -68,10 +75,10 @@ class PackedLinear(nn.Module):
             inputs = inputs * columns
         chosen = () if rows is None else (rows,)
         product = operators.of(self.product) if torch.compiler.is_dynamo_compiling() else self.product
-        outputs = product(inputs.reshape(-1, self.in_features).contiguous(), weight, scales, *chosen)
+        outputs = product(inputs.contiguous(), weight, scales, *chosen)
         if bias is not None:
             outputs += bias
-        return outputs.view(*inputs.shape[:-1], -1)
+        return outputs
 
 
 def int8_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:

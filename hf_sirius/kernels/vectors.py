@@ -1,0 +1,139 @@
+"""Vectors of a weight's numbers, as LLVM has them: loaded, widened, multiplied and summed."""
+
+import functools
+from collections.abc import Callable
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import cgutils
+
+
+CHUNK = 64  # inputs that are read in one go; those of 8 bits share a scale, those of 4 bits two
+WIDTH = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8  # float32 numbers in a register
+FLOAT, INT, ADDRESS, SHORT, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(16), ir.IntType(8)
+_FAST = ("reassoc", "contract", "nsz")  # sums in any order; infinities and NaN stay what they are
+_CACHE_LINE = 64  # bytes
+
+
+def at(builder: ir.IRBuilder, address: ir.Value, num_bytes: int, index: ir.Value) -> ir.Value:
+    return builder.add(address, builder.mul(index, ADDRESS(num_bytes)))
+
+
+def load(
+    builder: ir.IRBuilder, address: ir.Value, num_bytes: int, index: ir.Value, stored: ir.Type, width: int
+) -> ir.Value:
+    pointer = builder.inttoptr(at(builder, address, num_bytes, index), ir.VectorType(stored, width).as_pointer())
+    return builder.load(pointer, align=num_bytes)
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value, num_bytes: int) -> None:
+    """Has memory brought into the cache, which fails in silence where there is none."""
+    pointer = BYTE.as_pointer()
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [pointer, INT, INT, INT]), "llvm.prefetch.p0i8"
+    )
+    for i in range(0, num_bytes, _CACHE_LINE):
+        place = builder.inttoptr(builder.add(address, ADDRESS(i)), pointer)
+        builder.call(function, [place, *map(INT, (0, 3, 1))])  # to read, as near as can be, data
+
+
+def put(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, num_bytes: int, index: ir.Value) -> None:
+    builder.store(value, builder.inttoptr(at(builder, address, num_bytes, index), value.type.as_pointer()), num_bytes)
+
+
+def widened(builder: ir.IRBuilder, stored: str, vector: ir.Value, width: int) -> ir.Value:
+    if stored == "float32":
+        return vector
+    floats, ints = ir.VectorType(FLOAT, width), ir.VectorType(INT, width)
+    return builder.bitcast(builder.shl(builder.zext(vector, ints), ir.Constant(ints, [16] * width)), floats)
+
+
+def in_8_bits(builder: ir.IRBuilder, row: ir.Value, chunk: ir.Value) -> list[ir.Value]:
+    """Returns the numbers of a chunk in 16 bits."""
+    width = 2 * WIDTH
+    start = builder.mul(chunk, ADDRESS(CHUNK))
+    loaded = [load(builder, row, 1, builder.add(start, ADDRESS(k)), BYTE, width) for k in range(0, CHUNK, width)]
+    return [builder.sext(numbers, ir.VectorType(SHORT, width)) for numbers in loaded]
+
+
+def in_4_bits(builder: ir.IRBuilder, row: ir.Value, chunk: ir.Value) -> list[ir.Value]:
+    """Returns the numbers of a chunk, 0 to 15, in 16 bits: those in the lower halves of bytes, then the upper ones."""
+    width = 2 * WIDTH
+    shorts = ir.VectorType(SHORT, width)
+    start = builder.mul(chunk, ADDRESS(CHUNK // 2))
+    places = [builder.add(start, ADDRESS(k)) for k in range(0, CHUNK // 2, width)]
+    both = [builder.zext(load(builder, row, 1, place, BYTE, width), shorts) for place in places]
+    lower = [builder.and_(numbers, ir.Constant(shorts, [15] * width)) for numbers in both]
+    return lower + [builder.lshr(numbers, ir.Constant(shorts, [4] * width)) for numbers in both]
+
+
+def dot_pairs(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
+    """Returns the sums of the products of two neighbours, in 32 bits, for which processors have one instruction."""
+    ints = ir.VectorType(INT, left.type.count)
+    products = builder.mul(builder.sext(left, ints), builder.sext(right, ints))
+    places = [ir.Constant(ir.VectorType(INT, WIDTH), list(range(i, 2 * WIDTH, 2))) for i in (0, 1)]
+    return builder.add(*(builder.shuffle_vector(products, products, half) for half in places))
+
+
+def zeros(width: int) -> ir.Value:
+    return ir.Constant(ir.VectorType(FLOAT, width), [0.0] * width)
+
+
+def variable(builder: ir.IRBuilder, width: int) -> ir.Value:
+    return cgutils.alloca_once_value(builder, zeros(width))
+
+
+def add(builder: ir.IRBuilder, total: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
+    return builder.fadd(total, builder.fmul(left, right, flags=_FAST), flags=_FAST)
+
+
+def repeated(builder: ir.IRBuilder, vector: ir.Value, place: int = 0) -> ir.Value:
+    """Returns a register full of one number of a vector."""
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(INT, WIDTH), [place] * WIDTH))
+
+
+def extended(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """Returns a register of which these are the first numbers, and the others 0."""
+    num = vector.type.count
+    places = [min(i, num) for i in range(WIDTH)]
+    return builder.shuffle_vector(vector, zeros(num), ir.Constant(ir.VectorType(INT, WIDTH), places))
+
+
+def total(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """Returns the sum of a vector's numbers."""
+    return _folded(builder, vector, builder.fadd)
+
+
+def greatest(builder: ir.IRBuilder, of_all: list[ir.Value]) -> ir.Value:
+    """Returns the greatest integer in some vectors."""
+
+    def greater(left: ir.Value, right: ir.Value) -> ir.Value:
+        return builder.select(builder.icmp_signed(">", left, right), left, right)
+
+    return _folded(builder, functools.reduce(greater, of_all), greater)
+
+
+def _folded(builder: ir.IRBuilder, vector: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """Returns what is left of a vector's numbers, by halves."""
+    while (width := vector.type.count) > 1:
+        halves = [
+            ir.Constant(ir.VectorType(INT, width // 2), list(range(start, start + width // 2)))
+            for start in (0, width // 2)
+        ]
+        vector = combine(*(builder.shuffle_vector(vector, vector, half) for half in halves))
+    return builder.extract_element(vector, INT(0))
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, outputs: ir.Value, index: ir.Value, narrow: ir.Value) -> None:
+    with builder.if_else(builder.icmp_unsigned("!=", narrow, ADDRESS(0))) as (then, otherwise):
+        with then:
+            bits = builder.bitcast(value, INT)
+            # To the nearest, and to the even one of two; a NaN keeps its upper bits.
+            even = builder.and_(builder.lshr(bits, INT(16)), INT(1))
+            rounded = builder.add(bits, builder.add(even, INT(0x7FFF)))
+            is_nan = builder.fcmp_unordered("uno", value, value)
+            upper = builder.lshr(builder.select(is_nan, builder.or_(bits, INT(0x400000)), rounded), INT(16))
+            pointer = builder.inttoptr(at(builder, outputs, 2, index), ir.IntType(16).as_pointer())
+            builder.store(builder.trunc(upper, ir.IntType(16)), pointer)
+        with otherwise:
+            builder.store(value, builder.inttoptr(at(builder, outputs, 4, index), FLOAT.as_pointer()))
