@@ -3,6 +3,7 @@ proposer makes for the loop, and notes what the verification says.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..draft.cache import CacheView, roomy
+from ..draft.lookup import LookupProposer
 from ..draft.proposers import ChainProposer, Proposal, likelihood
 from ..draft.tree_proposer import TreeProposer
 from ..draft.tree_reading import keep_rows
@@ -60,10 +62,27 @@ class SiriusCandidateGenerator(CandidateGenerator):
             call.draft, self.logits_processor, self.end.would_stop, self.do_sample, self.end.keeps_scores
         )
         self.controller = Controller(call.model, self.config) if self.config.kernel_size == "auto" else None
+        self.lookup = self._lookup(generation_config)
         self.proposal: Proposal | None = None  # what is being verified
         self.verdict: Verdict | None = None  # about its tree
         self._is_cut = False  # whether the length cut the draft short
         self._draft_seconds = self._verification_start = 0.0
+
+    def _lookup(self, generation_config: GenerationConfig) -> LookupProposer | None:
+        """Returns what looks tokens up: where the user asks for it; and where the number of tokens is chosen, if the
+        output does not depend on it, as what is repeated is likely enough for a threshold below 1.
+        """
+        is_asked = generation_config.prompt_lookup_num_tokens is not None
+        is_tree = self.config.tree_width > 1
+        if is_asked and is_tree:
+            raise ValueError(
+                f"prompt_lookup_num_tokens={generation_config.prompt_lookup_num_tokens} came with a twin of "
+                f"tree_width={self.config.tree_width}: what is looked up has no branches. Leave one of the two out"
+            )
+        is_free = self.controller is not None and self.config.threshold == 1.0 and not is_tree
+        if not is_asked and not is_free:
+            return None
+        return LookupProposer(generation_config, None if self.end.keeps_scores else self.end.would_stop)
 
     def get_candidates(
         self, input_ids: torch.LongTensor, model_kwargs: dict, is_first_iteration: bool, **kwargs
@@ -88,13 +107,12 @@ class SiriusCandidateGenerator(CandidateGenerator):
             self.call.undo.enter_context(roomy(cache))
         # The last token before `max_length` is the dense model's.
         most = self.max_length - input_ids.shape[1] - 1
-        wanted = self.config.kernel_size - 1 if self.controller is None else self.controller.num_tokens(most)
-        if wanted and self.controller is not None and not self.controller.is_selected:
-            self._select()
-        start = time.perf_counter() - self.call.draft.compile_seconds
-        self.proposal = proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
-        self._draft_seconds = time.perf_counter() - self.call.draft.compile_seconds - start
-        self._is_cut = most < wanted
+        start = time.perf_counter()
+        self.proposal = self._looked_up(input_ids, most)
+        self._draft_seconds, self._is_cut = time.perf_counter() - start, False
+        if self.proposal is None:
+            self.proposal = self._drafted(input_ids, model_kwargs, most)
+        proposal = self.proposal
         # On the device to which the loop would move it, which would make another tensor of it.
         candidate_ids = torch.cat([input_ids, proposal.ids], dim=-1).to(self.call.model.device)
         if proposal.ends_output:
@@ -117,6 +135,27 @@ class SiriusCandidateGenerator(CandidateGenerator):
             self.hook.arm(candidate_ids, start=input_ids.shape[1])
         self._verification_start = time.perf_counter()
         return candidate_ids, proposal.scores
+
+    def _looked_up(self, input_ids: torch.LongTensor, most: int) -> Proposal | None:
+        """Returns up to `most` tokens that stood behind the latest ones before, if they are worth a verification."""
+        if self.lookup is None or most < 1 or not (self.controller is None or self.controller.looks_up()):
+            return None
+        proposal = self.lookup.propose(input_ids, most)
+        if proposal is None or self.controller is None:
+            return proposal
+        num_tokens = self.controller.num_looked_up(proposal.ids.shape[1], most)
+        return dataclasses.replace(proposal, ids=proposal.ids[:, :num_tokens]) if num_tokens else None
+
+    def _drafted(self, input_ids: torch.LongTensor, model_kwargs: dict, most: int) -> Proposal:
+        """Returns what the twin drafts, of at most so many tokens."""
+        wanted = self.config.kernel_size - 1 if self.controller is None else self.controller.num_tokens(most)
+        if wanted and self.controller is not None and not self.controller.is_selected:
+            self._select()
+        start = time.perf_counter() - self.call.draft.compile_seconds
+        proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
+        self._draft_seconds = time.perf_counter() - self.call.draft.compile_seconds - start
+        self._is_cut = most < wanted
+        return proposal
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Takes note of a verification that accepted `num_matches` tokens, and takes the hook's lifts out of its
@@ -154,6 +193,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
             likelihoods=likelihoods,
             bonus_likelihood=bonus_likelihood,
             num_steps=self.proposal.num_steps,
+            is_lookup=self.proposal.is_lookup,
             draft_seconds=self._draft_seconds,
             verification_seconds=now - self._verification_start,
             branches=branches,

@@ -1,18 +1,19 @@
-"""How many tokens a cycle drafts, where `kernel_size="auto"`: as many as promise the least time per token, or none."""
+"""How many tokens a cycle drafts or looks up, where `kernel_size="auto"`: as many as promise the least time per token,
+or none.
+"""
 
 import math
 
 from transformers import PreTrainedModel
 
 from ..settings.config import SiriusConfig
-from .costs import PATIENCE, costs_of
+from .costs import KeptRecord, costs_of
 from .stats import Cycle
 
 
 LONGEST = 31  # tokens of a draft
 _FIRST = 1  # token of a draft of which nothing is known
 _PROBE = 2  # tokens by which a draft that lost is tried again
-_LONGEST_WAIT = 256  # tokens
 _FURTHER = 2  # times as many tokens as were measured may be verified
 _CLEARLY = 0.98  # of the time of a dense step, from which a draft is worth its while
 
@@ -24,6 +25,8 @@ class Controller:
     A draft of n tokens takes n steps and a verification, and advances by (1 - a^(n + 1)) / (1 - a) tokens on average,
     where a is the share of tokens that are kept as long as all before them were. A draft that promises no less time
     per token than a dense step is left for a while, then tried by a short one, then left for twice as long.
+
+    Looked up tokens are a draft whose steps take nothing: they are taken where they promise less time than both.
 
     What the full model keeps does not depend on any of it. At a threshold of 1.0 a greedy output is the same whatever
     is chosen; a sampled one has the same distribution.
@@ -44,38 +47,81 @@ class Controller:
             return 0
         if record.waiting:
             record.waiting -= 1
+            self.reason = self._given_up()
             return 0
         if record.step.median is None:
             self.reason = "a draft is measured"
             return min(_FIRST, most)
-        longest = self._best(most)
+        longest, _ = self._best(most)
         if longest:
-            record.patience, record.is_probing = PATIENCE, False
+            record.take()
             self.reason = f"drafts of {longest}: {self._told()}"
             return longest
         if record.is_probing:
             record.is_probing = False
             return min(_PROBE, most)
-        self.reason = f"drafting given up for {record.patience} tokens: {self._told()}"
-        record.waiting, record.is_probing = record.patience - 1, True
-        record.patience = min(2 * record.patience, _LONGEST_WAIT)
+        record.leave()
+        self.reason = self._given_up()
         return 0
 
-    def _best(self, num_left: int) -> int:
-        """Returns how many drafted tokens promise the least time per token; none where a dense step does."""
-        dense, step = self.costs.of(1), self.record.step.median
-        acceptance, nodes_per_step = self.record.acceptance, self.record.nodes_per_step
+    def looks_up(self) -> bool:
+        """Whether the text is to be searched for what may follow, in this cycle."""
+        lookups = self.record.lookups
+        if self.costs.of(1) is None:
+            return False
+        if lookups.waiting:
+            lookups.waiting -= 1
+        return not lookups.waiting
+
+    def num_looked_up(self, num_found: int, most: int) -> int:
+        """Returns how many of the tokens that were found, of at most so many before the call ends, are proposed in
+        place of a draft; maybe none.
+        """
+        lookups = self.record.lookups
+        num_found = min(num_found, most)
+        least = _CLEARLY * self.costs.of(1)
+        if self.record.step.median is not None and not self.record.waiting:
+            least = min(least, self._best(most)[1])
+        best, _ = self._least(num_found, lookups, 0.0, 1.0, least)
+        if best:
+            lookups.take()
+        elif lookups.is_probing:
+            lookups.is_probing, best = False, min(_PROBE, num_found)
+        else:
+            lookups.leave()
+        if best:
+            self.reason = f"{best} looked up in the text: {lookups.acceptance:.2f} of such tokens are kept"
+        return best
+
+    def _best(self, num_left: int) -> tuple[int, float]:
+        """Returns how many drafted tokens promise the least time per token, and that; none where a dense step does."""
+        dense, record = self.costs.of(1), self.record
+        best, least = self._least(num_left, record, record.step.median, record.nodes_per_step, _CLEARLY * dense)
+        selection = 0.0 if self.is_selected else record.selection.median or 0.0
+        return (best, least) if (dense - least) * num_left > selection else (0, _CLEARLY * dense)
+
+    def _least(
+        self, num_tokens: int, record: KeptRecord, step: float, nodes_per_step: float, least: float
+    ) -> tuple[int, float]:
+        """Returns how many of so many tokens promise the least seconds per token, and these; none if not below `least`.
+
+        Args:
+            record: of the tokens' kind.
+            step: what each takes to be proposed.
+            nodes_per_step: how many a verification reads for each.
+        """
         # What a verification of many more tokens takes is not known.
-        most = min(num_left, LONGEST, math.ceil(_FURTHER * self.costs.most_tokens / nodes_per_step))
-        best, least, advance = 0, _CLEARLY * dense, 1.0
-        for num_tokens in range(1, most + 1):
-            advance += acceptance**num_tokens
-            verification = self.costs.of(1 + num_tokens * nodes_per_step)
-            seconds = (num_tokens * step + verification) / advance
+        most = min(num_tokens, LONGEST, math.ceil(_FURTHER * self.costs.most_tokens / nodes_per_step))
+        best, advance = 0, 1.0
+        for num in range(1, most + 1):
+            advance += record.acceptance**num
+            seconds = (num * step + self.costs.of(1 + num * nodes_per_step)) / advance
             if seconds < least:
-                best, least = num_tokens, seconds
-        selection = 0.0 if self.is_selected else self.record.selection.median or 0.0
-        return best if (dense - least) * num_left > selection else 0
+                best, least = num, seconds
+        return best, least
+
+    def _given_up(self) -> str:
+        return f"drafting given up for {self.record.left_for} tokens: {self._told()}"
 
     def _told(self) -> str:
         share = self.record.step.median / self.costs.of(1)
@@ -90,6 +136,8 @@ class Controller:
         """Takes note of a cycle."""
         num_read = 1 + (len(cycle.drafted_ids) if cycle.branches is None else cycle.branches.num_nodes_verified)
         self.costs.note(num_read, cycle.verification_seconds)
+        if cycle.is_lookup:
+            self.record.lookups.note(cycle.num_accepted, is_rejected=cycle.num_accepted < len(cycle.drafted_ids))
         if not cycle.num_steps:
             return
         self.record.step.note(cycle.draft_seconds / cycle.num_steps)

@@ -14,9 +14,9 @@ from ..settings.config import SiriusConfig
 _NUM_LATEST = 33  # of which the median is taken: other work on a machine comes in bursts
 _CHEAP_TOKENS = 8
 _NUM_SETTINGS = 16  # of which a model remembers how its drafts did
-_PRIOR_ACCEPTANCE = 0.8  # of a draft that has not been seen, as if that had been so of one token
+_PRIOR_ACCEPTANCE, _PRIOR_OF_LOOKUPS = 0.8, 0.5  # of tokens that have not been seen
 _FADING = 0.98  # what a token counts when the next one is seen
-PATIENCE = 32  # tokens for which a losing draft is left at first
+_PATIENCE, _LONGEST_WAIT = 32, 256  # cycles for which a losing draft is left at first, and at most
 
 
 class _Seconds:
@@ -77,33 +77,59 @@ class ModelCosts:
         return self._known[-1][0] if self._known else 0
 
 
-class DraftRecord:
-    """How drafts of some settings did: what a step takes, and how many tokens are kept. Kept from call to call.
+class KeptRecord:
+    """How many proposed tokens of one kind were kept, and when those that lose are tried again.
+
+    Args:
+        prior: the share of tokens that are kept, where none was seen, as if that had been so of one token.
 
     Attributes:
         accepted, rejected: tokens that verifications kept, and those at which they went on by themselves; what is long
             ago counts less.
-        nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
-        waiting: plain steps to come before a losing draft is tried again.
+        waiting: cycles to come before a losing proposal is tried again.
+        left_for: how many there were in all.
         patience: how many there will be the next time.
-        is_probing: whether the wait is over, and the draft is to be tried.
+        is_probing: whether the wait is over, and it is to be tried.
     """
 
-    def __init__(self):
-        self.step, self.selection = _Seconds(), _Seconds(is_warm=True)
+    def __init__(self, prior: float):
+        self.prior = prior
         self.accepted, self.rejected = 0.0, 0.0
-        self.nodes_per_step = 1.0
-        self.waiting, self.patience, self.is_probing = 0, PATIENCE, False
+        self.waiting, self.left_for, self.patience, self.is_probing = 0, 0, _PATIENCE, False
 
     @property
     def acceptance(self) -> float:
-        """The share of drafted tokens that are kept, as long as all before them were."""
-        return (self.accepted + _PRIOR_ACCEPTANCE) / (self.accepted + self.rejected + 1)
+        """The share of proposed tokens that are kept, as long as all before them were."""
+        return (self.accepted + self.prior) / (self.accepted + self.rejected + 1)
+
+    def leave(self) -> None:
+        """Leaves it for a while, and the next time for twice as long."""
+        self.left_for, self.waiting, self.is_probing = self.patience, self.patience - 1, True
+        self.patience = min(2 * self.patience, _LONGEST_WAIT)
+
+    def take(self) -> None:
+        """Takes note of a choice for its own sake, and not to try it again."""
+        self.patience, self.is_probing = _PATIENCE, False
 
     def note(self, num_accepted: int, is_rejected: bool) -> None:
         fading = _FADING ** (num_accepted + is_rejected)
         self.accepted = fading * self.accepted + num_accepted
         self.rejected = fading * self.rejected + is_rejected
+
+
+class DraftRecord(KeptRecord):
+    """How drafts of some settings did: what a step takes, and how many tokens are kept. Kept from call to call.
+
+    Attributes:
+        nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
+        lookups: how those tokens did that were looked up in place of a draft.
+    """
+
+    def __init__(self):
+        super().__init__(_PRIOR_ACCEPTANCE)
+        self.step, self.selection = _Seconds(), _Seconds(is_warm=True)
+        self.nodes_per_step = 1.0
+        self.lookups = KeptRecord(_PRIOR_OF_LOOKUPS)
 
 
 _lock = threading.Lock()

@@ -50,6 +50,7 @@ class Cycle:
         bonus_likelihood: that of its own token.
         num_agreed: how many of the accepted tokens are its argmax.
         num_steps: forwards of the draft.
+        is_lookup: whether no draft wrote them: they are what followed the latest tokens where these stood before.
         draft_seconds, verification_seconds: what the two took, by the host's clock.
         branches: of a tree, else `None`.
     """
@@ -62,6 +63,7 @@ class Cycle:
     bonus_likelihood: float
     num_agreed: int
     num_steps: int = 0
+    is_lookup: bool = False
     draft_seconds: float = dataclasses.field(default=0.0, compare=False)
     verification_seconds: float = dataclasses.field(default=0.0, compare=False)
     branches: Branches | None = None
@@ -148,7 +150,7 @@ class GenerationStats:
             "num_nodes_drafted": branches.num_nodes_drafted,
             "num_nodes_verified": branches.num_nodes_verified,
             "full_advance": cycle.advance_length * cycle.is_full,
-            "full_drafted": num_drafted * cycle.is_full,
+            "full_drafted": num_drafted * cycle.is_full * (not cycle.is_lookup),
             "full_likeliest_advance": branches.likeliest_advance_length * cycle.is_full,
         }
         self._record(counts)
@@ -201,7 +203,7 @@ class GenerationStats:
     @property
     def effective_density(self) -> float | None:
         """Parameters needed per token / all parameters: ((n - 1) * draft_density + 1) / AAL (paper, section 4), with
-        the mean of what was drafted for n - 1 where `draft_confidence` ends drafts early.
+        the mean of what drafts wrote for n - 1 where they end early, or tokens are looked up.
         """
         num_full = self.num_cycles - self.num_short_cycles
         if not num_full or self.draft_density is None:

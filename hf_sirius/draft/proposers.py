@@ -26,6 +26,7 @@ class Proposal:
     num_steps: int = 0  # forwards of the draft that wrote them
     # the draft's processed logits of each, float32 [num_rows, num_proposed, vocab_size], where it sampled
     scores: torch.Tensor | None = None
+    is_lookup: bool = False  # whether no draft wrote them
     is_cut: bool = False  # whether EOS or a criterion ended it before its time
     ends_output: bool = False  # whether the call ends with the last of them, should it be kept
     tree: Tree | None = None  # all that was drafted, where that is more than `ids`, and how to read it

@@ -157,9 +157,7 @@ def int4_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
 
 
 def has_int4_kernel(device: torch.device) -> bool:
-    """Whether 4 bits are read by our own kernel, in float32: where that takes less time than torch's, which is made for
-    processors with VNNI.
-    """
+    """Whether 4 bits are read by our own kernel: where that takes less time than torch's."""
     return device.type == "cpu" and cpu.is_available() and _is_int4_kernel_faster()
 
 

@@ -22,6 +22,7 @@ from hf_sirius import make_sparse
 from hf_sirius.decode.controller import Controller
 from hf_sirius.decode.verification import VerificationHook, is_accepted
 from hf_sirius.draft.draft import Draft
+from hf_sirius.draft.lookup import LookupProposer
 from hf_sirius.weights import shortlist
 
 
@@ -253,6 +254,17 @@ def test_no_kind_of_draft_changes_the_distribution(method, draft_dtype, draft_he
         counts = sample(model, 400, assistant_model=sparse, top_k=0)
         assert 0.1 < sparse.stats.total.acceptance_rate < 1
     assert p_value(counts, exact_probabilities(model)) > 1e-3
+
+
+@pytest.mark.parametrize("kwargs", CALLS.values(), ids=list(CALLS))
+def test_looked_up_tokens_keep_the_dense_distribution(kwargs, monkeypatch):
+    model, found, propose = sampled_model(), [], LookupProposer.propose
+    monkeypatch.setattr(LookupProposer, "propose", lambda *args: found.append(propose(*args)) or found[-1])
+    with make_sampling_twin(model) as sparse:
+        counts = sample(model, 400, assistant_model=sparse, prompt_lookup_num_tokens=2, **kwargs)
+        assert sum(proposal is not None for proposal in found) > 30
+        assert 0.1 < sparse.stats.total.acceptance_rate < 0.9
+    assert p_value(counts, exact_probabilities(model, **kwargs)) > 1e-3
 
 
 def test_choosing_how_many_tokens_are_drafted_keeps_the_dense_distribution(monkeypatch):
