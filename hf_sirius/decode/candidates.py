@@ -3,7 +3,6 @@ proposer makes for the loop, and notes what the verification says.
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,15 +71,15 @@ class SiriusCandidateGenerator(CandidateGenerator):
         """Returns what looks tokens up: where the user asks for it; and where the number of tokens is chosen, if the
         output does not depend on it, as what is repeated is likely enough for a threshold below 1.
         """
-        is_asked = generation_config.prompt_lookup_num_tokens is not None
+        asked = generation_config.prompt_lookup_num_tokens
         is_tree = self.config.tree_width > 1
-        if is_asked and is_tree:
+        if asked and is_tree:
             raise ValueError(
-                f"prompt_lookup_num_tokens={generation_config.prompt_lookup_num_tokens} came with a twin of "
+                f"prompt_lookup_num_tokens={asked} came with a twin of "
                 f"tree_width={self.config.tree_width}: what is looked up has no branches. Leave one of the two out"
             )
         is_free = self.controller is not None and self.config.threshold == 1.0 and not is_tree
-        if not is_asked and not is_free:
+        if asked == 0 or (asked is None and not is_free):
             return None
         return LookupProposer(generation_config, None if self.end.keeps_scores else self.end.would_stop)
 
@@ -140,11 +139,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
         """Returns up to `most` tokens that stood behind the latest ones before, if they are worth a verification."""
         if self.lookup is None or most < 1 or not (self.controller is None or self.controller.looks_up()):
             return None
-        proposal = self.lookup.propose(input_ids, most)
-        if proposal is None or self.controller is None:
-            return proposal
-        num_tokens = self.controller.num_looked_up(proposal.ids.shape[1], most)
-        return dataclasses.replace(proposal, ids=proposal.ids[:, :num_tokens]) if num_tokens else None
+        if self.controller is None:
+            return self.lookup.propose(input_ids, most)
+        num_sought = self.lookup.num_tokens
+        return self.lookup.propose(input_ids, most, lambda found: self.controller.num_looked_up(found, num_sought))
 
     def _drafted(self, input_ids: torch.LongTensor, model_kwargs: dict, most: int) -> Proposal:
         """Returns what the twin drafts, of at most so many tokens."""
@@ -321,7 +319,8 @@ def _reading_new_tokens_only(
         for name in ("input_ids", "position_ids", "token_type_ids"):
             value = inputs.get(name)
             if value is not None and value.shape[-1] == length:
-                inputs[name] = value[..., past_length:]
+                # Of a cache that holds all of it the last token is read again, as plain `generate` does.
+                inputs[name] = value[..., min(past_length, length - 1) :]
         return inputs
 
     return sliced if past_length and mask_length == length else lambda inputs: inputs

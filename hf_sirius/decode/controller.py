@@ -60,54 +60,62 @@ class Controller:
         if record.is_probing:
             record.is_probing = False
             return min(_PROBE, most)
-        record.leave()
-        self.reason = self._given_up()
+        if not self._best(math.inf)[0]:  # few tokens before the call's end say nothing about the draft
+            record.leave()
+            self.reason = self._given_up()
         return 0
 
     def looks_up(self) -> bool:
-        """Whether the text is to be searched for what may follow, in this cycle."""
-        lookups = self.record.lookups
-        if self.costs.of(1) is None:
+        """Whether the text is to be searched for what may follow, in this cycle. The draft is measured, and tried
+        again, before.
+        """
+        record, lookups = self.record, self.record.lookups
+        if self.costs.of(1) is None or record.step.median is None or (record.is_probing and not record.waiting):
             return False
         if lookups.waiting:
             lookups.waiting -= 1
-        return not lookups.waiting
+            return False
+        return True
 
-    def num_looked_up(self, num_found: int, most: int) -> int:
-        """Returns how many of the tokens that were found, of at most so many before the call ends, are proposed in
-        place of a draft; maybe none.
+    def num_looked_up(self, num_found: int, num_sought: int) -> int:
+        """Returns how many of the tokens that were found are proposed in place of a draft; maybe none.
+
+        Args:
+            num_found: at least one.
+            num_sought: how many are found where the text goes on.
         """
-        lookups = self.record.lookups
-        num_found = min(num_found, most)
+        record, lookups = self.record, self.record.lookups
         least = _CLEARLY * self.costs.of(1)
-        if self.record.step.median is not None and not self.record.waiting:
-            least = min(least, self._best(most)[1])
-        best, _ = self._least(num_found, lookups, 0.0, 1.0, least)
+        if not record.waiting:
+            least = min(least, self._best(math.inf)[1])
+        ahead = lookups.search.median or 0.0
+        best, _ = self._least(num_found, lookups, ahead, 0.0, 1.0, least)
         if best:
             lookups.take()
         elif lookups.is_probing:
             lookups.is_probing, best = False, min(_PROBE, num_found)
-        else:
+        elif not self._least(num_sought, lookups, ahead, 0.0, 1.0, least)[0]:
             lookups.leave()
         if best:
+            record.waiting = max(0, record.waiting - 1)
             self.reason = f"{best} looked up in the text: {lookups.acceptance:.2f} of such tokens are kept"
         return best
 
-    def _best(self, num_left: int) -> tuple[int, float]:
+    def _best(self, num_left: float) -> tuple[int, float]:
         """Returns how many drafted tokens promise the least time per token, and that; none where a dense step does."""
         dense, record = self.costs.of(1), self.record
-        best, least = self._least(num_left, record, record.step.median, record.nodes_per_step, _CLEARLY * dense)
-        selection = 0.0 if self.is_selected else record.selection.median or 0.0
+        best, least = self._least(num_left, record, 0.0, record.step.median, record.nodes_per_step, _CLEARLY * dense)
+        selection = 0.0 if self.is_selected or not best else record.selection.median or 0.0
         return (best, least) if (dense - least) * num_left > selection else (0, _CLEARLY * dense)
 
     def _least(
-        self, num_tokens: int, record: KeptRecord, step: float, nodes_per_step: float, least: float
+        self, num_tokens: float, record: KeptRecord, ahead: float, step: float, nodes_per_step: float, least: float
     ) -> tuple[int, float]:
         """Returns how many of so many tokens promise the least seconds per token, and these; none if not below `least`.
 
         Args:
             record: of the tokens' kind.
-            step: what each takes to be proposed.
+            ahead, step: seconds that a proposal takes, and each of its tokens.
             nodes_per_step: how many a verification reads for each.
         """
         # What a verification of many more tokens takes is not known.
@@ -115,7 +123,7 @@ class Controller:
         best, advance = 0, 1.0
         for num in range(1, most + 1):
             advance += record.acceptance**num
-            seconds = (num * step + self.costs.of(1 + num * nodes_per_step)) / advance
+            seconds = (ahead + num * step + self.costs.of(1 + num * nodes_per_step)) / advance
             if seconds < least:
                 best, least = num, seconds
         return best, least
@@ -137,6 +145,7 @@ class Controller:
         num_read = 1 + (len(cycle.drafted_ids) if cycle.branches is None else cycle.branches.num_nodes_verified)
         self.costs.note(num_read, cycle.verification_seconds)
         if cycle.is_lookup:
+            self.record.lookups.search.note(cycle.draft_seconds)
             self.record.lookups.note(cycle.num_accepted, is_rejected=cycle.num_accepted < len(cycle.drafted_ids))
         if not cycle.num_steps:
             return

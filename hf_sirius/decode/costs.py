@@ -117,19 +117,27 @@ class KeptRecord:
         self.rejected = fading * self.rejected + is_rejected
 
 
+class LookupRecord(KeptRecord):
+    """How those tokens did that were looked up in place of a draft: how many are kept, and what a search takes."""
+
+    def __init__(self, prior: float):
+        super().__init__(prior)
+        self.search = _Seconds()
+
+
 class DraftRecord(KeptRecord):
     """How drafts of some settings did: what a step takes, and how many tokens are kept. Kept from call to call.
 
     Attributes:
         nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
-        lookups: how those tokens did that were looked up in place of a draft.
+        lookups: the same of looked up tokens.
     """
 
     def __init__(self):
         super().__init__(_PRIOR_ACCEPTANCE)
         self.step, self.selection = _Seconds(), _Seconds(is_warm=True)
         self.nodes_per_step = 1.0
-        self.lookups = KeptRecord(_PRIOR_OF_LOOKUPS)
+        self.lookups = LookupRecord(_PRIOR_OF_LOOKUPS)
 
 
 _lock = threading.Lock()

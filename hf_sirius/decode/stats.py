@@ -89,7 +89,7 @@ class GenerationStats:
         num_drafted, num_accepted, num_rolled_back: drafted tokens, and how many of them were kept and rolled back; of
             trees the continuations that won count.
         num_nodes_drafted, num_nodes_verified: tokens that drafts wrote, and that verifications read, losing branches
-            included.
+            included. Looked up tokens count as drafted.
     """
 
     num_cycles: int

@@ -12,9 +12,9 @@ def is_accepted(
     """Tells which drafted tokens are kept for the full model's opinion of them (paper, section 4.1).
 
     A token is kept if it is the argmax of the full model's processed logits l, or if softmax(l / temperature)[token]
-    >= threshold. `threshold=1.0` keeps the argmax alone. When sampling, the argmax has no privilege: what the
-    likelihood does not keep is left to speculative sampling, so that at `threshold=1.0` the full model's distribution
-    stays as it is.
+    >= threshold and no processor forbids it. `threshold=1.0` keeps the argmax alone. When sampling, the argmax has no
+    privilege: what the likelihood does not keep is left to speculative sampling, so that at `threshold=1.0` the full
+    model's distribution stays as it is.
 
     Args:
         candidate_ids: long [...].
@@ -29,6 +29,8 @@ def is_accepted(
     likely = torch.zeros_like(candidate_ids, dtype=torch.bool)
     if threshold < 1.0:
         likely = likelihood(candidate_ids, scores, temperature) >= threshold
+        # At a threshold of 0 neither is what a processor forbids.
+        likely &= scores.gather(-1, candidate_ids.unsqueeze(-1)).squeeze(-1) > torch.finfo(scores.dtype).min
     return likely if do_sample else likely | (candidate_ids == scores.argmax(dim=-1))
 
 
@@ -75,6 +77,6 @@ class VerificationHook(LogitsProcessor):
         """Takes the lifts of the last verification back, in place; scores is [1, num_candidates + 1, vocab_size]."""
         for i, original in enumerate(self._originals):
             candidate = self._candidate_ids[:, self._start + i, None].to(scores.device)
-            scores[:, i].scatter_(-1, candidate, original)
+            scores[:, i].scatter_(-1, candidate, original.to(scores))  # which processors may have made of another dtype
         self._candidate_ids = None
         self._originals = []

@@ -3,6 +3,7 @@ the output.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from transformers import GenerationConfig
@@ -24,22 +25,36 @@ class LookupProposer:
     """
 
     def __init__(self, generation_config: GenerationConfig, would_stop: WouldStop | None):
+        asked = generation_config.prompt_lookup_num_tokens
+        self.num_tokens = NUM_TOKENS if asked is None else asked
         self.generator = PromptLookupCandidateGenerator(
-            num_output_tokens=generation_config.prompt_lookup_num_tokens or NUM_TOKENS,
+            num_output_tokens=self.num_tokens,
             max_matching_ngram_size=generation_config.max_matching_ngram_size or _NGRAM_SIZE,
             max_length=sys.maxsize,  # `propose` is told how many
         )
         self.would_stop = would_stop
 
-    def propose(self, input_ids: torch.LongTensor, num_tokens: int) -> Proposal | None:
-        """Returns up to `num_tokens` tokens behind `input_ids`, long [1, length], which end just before one at which
-        the call would stop; `None` where nothing was found.
+    def propose(
+        self, input_ids: torch.LongTensor, most: int, choose: Callable[[int], int] = lambda num_found: num_found
+    ) -> Proposal | None:
+        """Returns up to `most` tokens behind `input_ids`, long [1, length], which end just before one at which the call
+        would stop; `None` where nothing was found.
 
         They are certain, and not drawn: a sampling call keeps each with the full model's own probability of it.
+
+        Args:
+            choose: returns how many are proposed of so many that were found, which is at least one.
         """
         start = input_ids.shape[1]
         found_ids, _ = self.generator.get_candidates(input_ids)
-        end = min(found_ids.shape[1], start + num_tokens)
+        num_found = min(found_ids.shape[1] - start, most)
+        if num_found < 1:
+            return None
+        wanted = start + choose(num_found)
+        end = wanted
         if self.would_stop is not None:
-            end = next((i for i in range(start, end) if self.would_stop(found_ids[:, : i + 1], ())), end)
-        return Proposal(ids=found_ids[:, start:end], is_lookup=True) if end > start else None
+            end = next((i for i in range(start, wanted) if self.would_stop(found_ids[:, : i + 1], ())), wanted)
+        if end == start:
+            return None
+        is_cut = end < wanted or end - start == most < found_ids.shape[1] - start
+        return Proposal(ids=found_ids[:, start:end], is_lookup=True, is_cut=is_cut)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 GROUP = 64  # inputs that share a scale; `vectors.CHUNK`
 DTYPES = (torch.float32, torch.bfloat16)  # of inputs, and of weights that are not grouped
-_MAX_TOKENS = 64  # of more, what is measured of so many holds
+_MAX_TOKENS = 64  # at a time; of more, what is measured of so many holds
 _NUM_ROUNDS = 5
 _CLEARLY = 0.95  # of the time of another
 _lock = threading.Lock()
@@ -136,7 +136,12 @@ def _run(
 ) -> torch.Tensor:
     """Runs a kernel in torch's threads, each of which takes its share of the rows."""
     *places, in_features = inputs.shape
-    num_tokens, out_features = math.prod(places), len(weight)
+    num_tokens, (out_features, stored_features) = math.prod(places), weight.shape
+    if num_tokens > _MAX_TOKENS:  # so that little memory is taken
+        parts = inputs.reshape(-1, in_features).split(_MAX_TOKENS)
+        return torch.cat([_run(name, part, weight, scales, rows) for part in parts]).view(*places, out_features)
+    if in_features != stored_features * (2 if name == "int4" else 1) or (scales is not None and in_features % GROUP):
+        raise RuntimeError(f"{in_features} inputs do not go with a weight of {stored_features} columns, {name}")
     is_narrow, num_threads = inputs.dtype == torch.bfloat16, torch.get_num_threads()
     outputs = (inputs.new_empty if rows is None else inputs.new_zeros)(*places, out_features)
     for tensor in (inputs, weight, scales, rows):

@@ -101,7 +101,9 @@ def compiled(stored: str, symbols: dict[str, int]) -> Any:
             for i in range(num_inputs):
                 widened[i] = _of_bfloat16(narrow_inputs[i])
             inputs = own
-        given = (inputs, factors, all_given[1], all_given[2], all_given[4], out_features, in_features, narrow)
+        # Of chosen rows nobody knows which come next.
+        ahead = 1 if num_rows == -1 else 0
+        given = (inputs, factors, all_given[1], all_given[2], all_given[4], out_features, in_features, narrow, ahead)
         rows = carray(_pointer(all_given[3]), (max(num_rows, 0),), np.int64)
         num_read = out_features if num_rows == -1 else num_rows
         last = num_read * (thread + 1) // threads
@@ -191,7 +193,8 @@ def _rounding(stored: str) -> Callable[..., None]:
 def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
     """Returns a function that writes the products of some rows and tokens. It takes `given` (the addresses of inputs,
     of the factors of those that are rounded, of weight, scales and outputs; out_features, in_features, whether outputs
-    are bfloat16), the places of `num_rows` rows, and the first of `num_tokens` tokens.
+    are bfloat16, and whether the rows behind these are read next), the places of `num_rows` rows, and the first of
+    `num_tokens` tokens.
     """
     tokens = range(num_tokens)
     is_integer = stored in INTEGERS
@@ -201,7 +204,7 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
     @intrinsic
     def dots(typing_context, given, places, first_token):
         def generate(context, builder, signature, arguments):
-            inputs, factors, weight, scales, outputs, out_features, in_features, narrow = cgutils.unpack_tuple(
+            inputs, factors, weight, scales, outputs, out_features, in_features, narrow, ahead = cgutils.unpack_tuple(
                 builder, arguments[0]
             )
             rows = cgutils.unpack_tuple(builder, arguments[1])
@@ -215,7 +218,7 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
             ]
             row_size = builder.udiv(in_features, ADDRESS(2)) if stored == "int4" else in_features
             chunk_bytes = CHUNK // 2 if stored == "int4" else CHUNK * _NUM_BYTES[stored]
-            block_bytes = builder.mul(row_size, ADDRESS(num_rows * _NUM_BYTES[stored]))
+            block_bytes = builder.mul(ahead, builder.mul(row_size, ADDRESS(num_rows * _NUM_BYTES[stored])))
             weights = [vectors.at(builder, weight, _NUM_BYTES[stored], builder.mul(row, row_size)) for row in rows]
             scales = [vectors.at(builder, scales, _SCALE_BYTES[stored], builder.mul(row, num_chunks)) for row in rows]
             totals = [

@@ -83,7 +83,7 @@ class PackedLinear(nn.Module):
 
 def int8_linear(source: Selection, bias: torch.Tensor | None) -> DraftLinear:
     """Returns some rows and columns of a weight in 8 bits, on a CPU: with a scale for each 64 inputs where numba is
-    there, which then computes in float32, else with one for each output, in bfloat16.
+    there, else with one for each output, in bfloat16.
     """
     num_rows, num_columns = source.shape
     is_grouped = cpu.is_available()

@@ -1,5 +1,6 @@
 """Tokens that are looked up in the text in place of a draft: the output stays, and those that lose are left."""
 
+import itertools
 import random
 
 import pytest
@@ -95,6 +96,38 @@ def test_below_a_threshold_of_one_only_who_asks_gets_them():
             assert not looked_up(twin.stats)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_forbidden_tokens_are_not_kept(threshold):
+    model, prompt = build_model(), repetitive_prompt()
+    options = {"max_new_tokens": 30, "no_repeat_ngram_size": 2}
+    with make_sparse(model, threshold=threshold, **FIELDS) as twin:
+        outputs = model.generate(prompt, assistant_model=twin, prompt_lookup_num_tokens=4, **options)
+        assert looked_up(twin.stats)
+    new = outputs[0, prompt.shape[1] - 1 :].tolist()
+    bigrams = list(itertools.pairwise(new))
+    assert len(set(bigrams)) == len(bigrams)
+
+
+def test_zero_looks_nothing_up_and_less_is_refused():
+    model, prompt = build_model(), repetitive_prompt()
+    with make_sparse(model, threshold=1.0, **FIELDS) as twin:
+        model.generate(prompt, max_new_tokens=20, assistant_model=twin, prompt_lookup_num_tokens=0)
+        assert twin.stats.num_drafted and not looked_up(twin.stats)
+        with pytest.raises(ValueError, match="num_output_tokens"):
+            model.generate(prompt, max_new_tokens=20, assistant_model=twin, prompt_lookup_num_tokens=-1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_scores_of_a_call_that_ends_early(seed):
+    model, prompt = build_model(), repetitive_prompt(seed)
+    options = {"max_new_tokens": 20, "return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
+    options["eos_token_id"] = [7 * seed % 47 + 1, 20, 30]
+    expected = model.generate(prompt, **options)
+    with make_sparse(model, threshold=1.0, **FIELDS) as twin:
+        outputs = model.generate(prompt, assistant_model=twin, prompt_lookup_num_tokens=6, **options)
+    assert torch.equal(outputs.sequences, expected.sequences) and len(outputs.scores) == len(expected.scores)
+
+
 @pytest.mark.parametrize("kernel_size", [4, "auto"])
 def test_a_tree_and_a_lookup_are_refused(kernel_size):
     model = build_model()
@@ -117,8 +150,13 @@ def test_it_ends_before_a_token_at_which_the_call_would_stop():
     proposal = LookupProposer(config, would_stop).propose(ids, 9)
     assert proposal.ids.tolist() == [[3, 4]] and proposal.is_lookup and proposal.scores is None
     assert asked[0] == [*ids[0].tolist(), 3]
-    assert LookupProposer(config, None).propose(ids, 9).ids.tolist() == [[3, 4, 5, 1]]
-    assert LookupProposer(config, None).propose(ids, 2).ids.tolist() == [[3, 4]]
+    assert proposal.is_cut
+    whole, short = (LookupProposer(config, None).propose(ids, most) for most in (9, 2))
+    assert whole.ids.tolist() == [[3, 4, 5, 1]] and not whole.is_cut
+    assert short.ids.tolist() == [[3, 4]] and short.is_cut
+    chosen = LookupProposer(config, None).propose(ids, 9, lambda num_found: num_found - 1)
+    assert chosen.ids.tolist() == [[3, 4, 5]] and not chosen.is_cut
+    assert LookupProposer(config, would_stop).propose(ids, 9, lambda num_found: 0) is None
     assert LookupProposer(config, lambda ids, scores: True).propose(ids, 9) is None
     for nothing in (torch.tensor([[1, 2, 3]]), torch.tensor([[1]]), torch.zeros(1, 0, dtype=torch.long)):
         assert LookupProposer(config, None).propose(nothing, 9) is None
@@ -135,7 +173,7 @@ def test_whatever_is_chosen_the_output_is_the_dense_one(family, choices, seed):
     wanted = iter(choices * 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Controller, "looks_up", lambda self: chance.random() < 0.7)
-        patch.setattr(Controller, "num_looked_up", lambda self, found, most: min(found, most, next(wanted)))
+        patch.setattr(Controller, "num_looked_up", lambda self, found, sought: min(found, next(wanted)))
         patch.setattr(Controller, "num_tokens", lambda self, most: max(0, min(next(wanted), most)))
         with make_sparse(model, threshold=1.0, **{**FIELDS, "kernel_size": "auto"}) as twin:
             assert torch.equal(model.generate(prompt, max_new_tokens=20, assistant_model=twin), expected)
@@ -143,15 +181,14 @@ def test_whatever_is_chosen_the_output_is_the_dense_one(family, choices, seed):
 
 
 class Text:
-    """What the controller sees of a model whose draft costs much, and of a text in which tokens are found."""
+    """What the controller sees of a model and its draft, and of a text in which some tokens are found every time."""
 
-    def __init__(self, acceptance: float, per_token: float, step: float, draft_acceptance: float, seed: int = 0):
-        self.acceptance, self.per_token, self.step, self.draft_acceptance = (
-            acceptance,
-            per_token,
-            step,
-            draft_acceptance,
-        )
+    def __init__(
+        self, acceptance: float, per_token: float, step: float, draft_acceptance: float, seed: int = 0, least: int = 10
+    ):
+        self.acceptance, self.per_token, self.step = acceptance, per_token, step
+        self.draft_acceptance, self.num_drafts = draft_acceptance, 0
+        self.least = least  # of the 10 tokens that are sought
         self.model, self.random = torch.nn.Linear(1, 1), random.Random(seed)
 
     def num_kept(self, num_tokens: int, acceptance: float) -> int:
@@ -166,9 +203,12 @@ class Text:
         controller, seconds, length = Controller(self.model, config), 0.0, 0
         while length < max_tokens:
             most = max_tokens - length - 1
-            num = controller.num_looked_up(10, most) if most and controller.looks_up() else 0
+            num = 0
+            if most and controller.looks_up():
+                num = controller.num_looked_up(min(self.random.randint(self.least, 10), most), 10)
             is_lookup = bool(num)
             num = num or controller.num_tokens(most)
+            self.num_drafts += bool(num) and not is_lookup
             kept = self.num_kept(num, self.acceptance if is_lookup else self.draft_acceptance)
             draft, verification = (0.0 if is_lookup else num * self.step), 1 + num * self.per_token
             controller.note(
@@ -196,6 +236,22 @@ def test_what_is_kept_is_taken_in_place_of_a_draft(per_token, acceptance):
     seconds = [text.call(128) for _ in range(10)]
     best = min((1 + n * per_token) / sum(acceptance**i for i in range(n + 1)) for n in range(1, 11))
     assert sum(seconds[2:]) <= 1.2 * best * 8 * 128
+
+
+def test_what_is_found_keeps_no_good_draft_from_being_tried():
+    text = Text(acceptance=0.4, per_token=0.02, step=0.1, draft_acceptance=0.95)
+    assert sum(text.call(128) for _ in range(8)) <= 0.5 * 8 * 128 and text.num_drafts
+    text = Text(acceptance=0.4, per_token=0.02, step=0.1, draft_acceptance=0.0)
+    text.call(400)
+    text.draft_acceptance, text.num_drafts = 0.95, 0
+    assert sum(text.call(256) for _ in range(8)) <= 0.75 * 8 * 256 and text.num_drafts
+
+
+def test_few_tokens_found_are_no_reason_to_leave_the_many():
+    few, many = (Text(0.95, 0.02, 1.5, 0.0, least=least) for least in (1, 10))
+    seconds = [sum(text.call(256) for _ in range(6)) / (6 * 256) for text in (few, many)]
+    assert seconds[1] < 0.45 and seconds[0] < 0.6
+    assert many.call(6) <= 6.5 and many.call(256) <= 0.45 * 256  # nor is the end of a call
 
 
 def test_stats_of_looked_up_tokens():

@@ -165,6 +165,26 @@ def test_rounded_inputs(packed, dtype):
     assert is_right(outputs[:4], finite.double() @ weight.double().T, finite, weight, is_rounded=True)
     assert not outputs[4:].isfinite().any()
     assert outputs[3].eq(0).all()
+    # Of rows in which the large inputs count for nothing, the others are seen as if they were alone.
+    if packed == "int8":
+        scales[:, 1] = 0
+    else:
+        scales[:, 2:] = 0
+    small, right = product(inputs[:1], values, scales), finite[:1, :64].double() @ weight[:, :64].double().T
+    assert (small - right).norm() <= (6e-5 if dtype == torch.float32 else 2**-8) * right.norm()
+
+
+@pytest.mark.parametrize("product", [cpu.grouped_product, cpu.int4_product])
+def test_inputs_of_any_shape(product):
+    inputs, values, scales = make(130, 9, 2) if product is cpu.grouped_product else make_int4(130, 9, 2)[:3]
+    outputs = product(inputs, values, scales)
+    for shape in ((2, 65), (5, 13, 2), (130,)):
+        assert torch.equal(product(inputs.view(*shape, 128), values, scales), outputs.view(*shape, 9))
+    assert torch.allclose(product(inputs[3], values, scales), outputs[3], rtol=1e-4)
+    assert product(inputs[:0], values, scales).shape == (0, 9)
+    for wrong in (inputs[:, :64].contiguous(), inputs[:, :100].contiguous()):
+        with pytest.raises(RuntimeError, match="do not go with a weight of"):
+            product(wrong, values, scales)
 
 
 def test_memory_that_a_kernel_cannot_read_is_refused():
