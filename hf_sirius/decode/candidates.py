@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..draft.cache import CacheView, roomy
+from ..draft.cache import CacheView, check_cache, roomy
 from ..draft.lookup import LookupProposer
 from ..draft.proposers import ChainProposer, Proposal, likelihood
 from ..draft.tree_proposer import TreeProposer
@@ -44,6 +44,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.do_sample = generation_config.do_sample
         self.generation_config = generation_config
         self.max_length = generation_config.max_length
+        text_config = call.model.config.get_text_config()
+        self.num_positions: int | None = None  # that the model has, where they are a table
+        if getattr(text_config, "rope_parameters", None) is None:
+            self.num_positions = getattr(text_config, "max_position_embeddings", None)
         self.logits_processor = LogitsProcessorList(logits_processor)
         self.end = _End(call.stopping_criteria, generation_config)
         if self.end.keeps_scores:
@@ -92,6 +96,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.call.is_verifying = True
         cache = model_kwargs["past_key_values"]
         if is_first_iteration:
+            check_cache(cache)
             _check_mask(input_ids, model_kwargs)
             if IS_5_17:
                 self.call.undo.callback(stop_recording, cache)
@@ -104,8 +109,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
         # The prefill has made the cache's layers, if they were not there. Compiled code takes the stock ones alone.
         if self.proposal is None and not is_compiled(self.call.model):
             self.call.undo.enter_context(roomy(cache))
-        # The last token before `max_length` is the dense model's.
+        # The last token before `max_length` is the dense model's, and so is all that comes where positions end.
         most = self.max_length - input_ids.shape[1] - 1
+        if self.num_positions is not None:
+            most = max(0, min(most, self.num_positions - cache.get_seq_length() - 1))
         start = time.perf_counter()
         self.proposal = self._looked_up(input_ids, most)
         self._draft_seconds, self._is_cut = time.perf_counter() - start, False
@@ -319,11 +326,11 @@ def _reading_new_tokens_only(
         for name in ("input_ids", "position_ids", "token_type_ids"):
             value = inputs.get(name)
             if value is not None and value.shape[-1] == length:
-                # Of a cache that holds all of it the last token is read again, as plain `generate` does.
-                inputs[name] = value[..., min(past_length, length - 1) :]
+                inputs[name] = value[..., past_length:]
         return inputs
 
-    return sliced if past_length and mask_length == length else lambda inputs: inputs
+    # Of a cache that holds the whole sequence plain `generate` reads all of it again.
+    return sliced if 0 < past_length < length == mask_length else lambda inputs: inputs
 
 
 def mask_of_new_tokens(model_kwargs: dict) -> torch.Tensor | None:

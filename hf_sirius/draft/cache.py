@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, QuantizedLayer
 
-from ..model.compat import DummyLayer
+from ..model.compat import BaseQuantizedLayer, DummyLayer
 
 
 _ROOM = 64  # tokens
@@ -91,6 +91,15 @@ def roomy(cache: Cache) -> Iterator[None]:
             layer.__class__ = DynamicLayer
             for name in ("_key_room", "_value_room"):
                 layer.__dict__.pop(name, None)
+
+
+def check_cache(cache: Cache) -> None:
+    """Raises `ValueError` for a KV-cache from which nothing can be rolled back."""
+    if any(isinstance(layer, (QuantizedLayer, BaseQuantizedLayer)) for layer in cache.layers):
+        raise ValueError(
+            "a draft cannot be rolled back from a quantized KV-cache: leave out cache_implementation='quantized', or "
+            "call generate without a twin"
+        )
 
 
 class CacheView:

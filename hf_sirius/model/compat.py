@@ -12,6 +12,8 @@ from transformers import Cache, StoppingCriteriaList, cache_utils
 IS_5_17 = Version(transformers.__version__) < Version("5.18")
 # The layer of a KV-cache that shares the states of another one, or has none; in 5.17 there is no such layer.
 DummyLayer = getattr(cache_utils, "DummyLayer", ())
+# What all quantized layers of a KV-cache have in common, in later versions.
+BaseQuantizedLayer = getattr(cache_utils, "BaseQuantizedLayer", ())
 
 
 class SettledCriteria(StoppingCriteriaList):

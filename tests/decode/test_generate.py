@@ -10,6 +10,7 @@ import functools
 import itertools
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from transformers import (
     TextStreamer,
     pipeline,
 )
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
 from hf_sirius import make_sparse
@@ -606,6 +608,72 @@ def test_second_turn_reads_only_the_new_tokens(family, is_padded, first):
     # The first turn's last token is not yet in the cache.
     assert lengths[0] == dense_lengths[0] == question.shape[1] + 1
     assert all(length <= KERNEL_SIZE for length in lengths[1:])
+
+
+def test_a_cache_that_holds_the_whole_prompt():
+    model, prompt = build_model(), make_prompt()
+
+    def cache():
+        with torch.no_grad():
+            return model(prompt, past_key_values=DynamicCache(config=model.config)).past_key_values
+
+    expected = model.generate(prompt, past_key_values=cache(), max_new_tokens=12)
+    with make_sparse(model, method="griffin", threshold=1.0, kernel_size=4) as sparse:
+        outputs = model.generate(prompt, past_key_values=cache(), max_new_tokens=12, assistant_model=sparse)
+    assert torch.equal(outputs, expected)
+
+
+@pytest.mark.parametrize("tree_width", [1, 3])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])  # of the last one positions have no end
+def test_drafts_end_where_positions_do(family, tree_width):
+    num_positions = 24
+    model, prompt, num_drafted = build_model(family, max_position_embeddings=num_positions), make_prompt(), 0
+    whole = model.generate(prompt, max_new_tokens=num_positions - prompt.shape[1])[0, prompt.shape[1] :].tolist()
+    for eos in whole[3:]:
+        options = {"max_new_tokens": 60, "eos_token_id": eos, "pad_token_id": 0}
+        expected = model.generate(prompt, **options)
+        with make_sparse(model, method="griffin", density=0.9, threshold=1.0, tree_width=tree_width) as sparse:
+            assert torch.equal(model.generate(prompt, assistant_model=sparse, **options), expected)
+            num_drafted += sparse.stats.num_drafted
+    assert num_drafted
+
+
+@pytest.mark.parametrize("tree_width", [1, 3])
+def test_a_quantized_cache_is_refused_before_the_first_token(tree_width):
+    class Layer(QuantizedLayer):
+        _quantize = _dequantize = None
+
+        def __init__(self):
+            DynamicLayer.__init__(self)
+
+    model, cache, written = build_model(), DynamicCache(), []
+    cache.layers = [Layer(), Layer()]
+    streamer = types.SimpleNamespace(put=written.append, end=lambda: None)
+    with (
+        make_sparse(model, method="griffin", threshold=1.0, tree_width=tree_width) as sparse,
+        pytest.raises(ValueError, match="cannot be rolled back from a quantized KV-cache"),
+    ):
+        model.generate(
+            make_prompt(), past_key_values=cache, max_new_tokens=5, assistant_model=sparse, streamer=streamer
+        )
+    assert len(written) <= 1  # the prompt
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("do_sample", "tree_width"), [(False, 1), (True, 1), (False, 3)])
+def test_a_processor_of_another_dtype(do_sample, tree_width, dtype):
+    class Cast(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.to(dtype)
+
+    model = build_model(dtype=torch.float32)
+    for threshold in (0.1, 1.0):
+        with make_sparse(model, method="griffin", threshold=threshold, kernel_size=4, tree_width=tree_width) as sparse:
+            options = {"max_new_tokens": 16, "do_sample": do_sample, "logits_processor": [Cast()]}
+            outputs = model.generate(make_prompt(), assistant_model=sparse, **options)
+            assert outputs.shape[1] == make_prompt().shape[1] + 16 and sparse.stats.num_drafted
+            if threshold == 1.0 and not do_sample and dtype == torch.float64:
+                assert torch.equal(outputs, model.generate(make_prompt(), **options))
 
 
 def test_third_turn():
