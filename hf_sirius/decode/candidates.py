@@ -321,8 +321,12 @@ def _reading_new_tokens_only(
     past_length, length = model_kwargs["past_key_values"].get_seq_length(), input_ids.shape[1]
     if (attention_mask := model_kwargs.get("attention_mask")) is not None:
         mask_length = attention_mask.shape[1]
+    if (embeddings := model_kwargs.get("inputs_embeds")) is not None:  # which are always those of the whole sequence
+        length = mask_length = embeddings.shape[1]
 
     def sliced(inputs: dict) -> dict:
+        if inputs.get("inputs_embeds") is not None:
+            inputs["inputs_embeds"] = inputs["inputs_embeds"][:, past_length:]
         for name in ("input_ids", "position_ids", "token_type_ids"):
             value = inputs.get(name)
             if value is not None and value.shape[-1] == length:

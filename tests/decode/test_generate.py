@@ -557,6 +557,24 @@ def test_prompt_of_embeddings(family):
     assert len(new_ids) == 24 - PROMPT_LENGTH, "only new tokens are returned"
 
 
+@pytest.mark.parametrize("tree_width", [1, 3])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_of_embeddings_behind_a_cache(family, with_ids, tree_width):
+    model = shared_model(family)
+    options = {"inputs_embeds": model.get_input_embeddings()(PROMPT).detach(), "max_new_tokens": 12}
+
+    def cache():
+        with torch.no_grad():
+            return model(PROMPT[:, :8], past_key_values=DynamicCache(config=model.config)).past_key_values
+
+    prompt = PROMPT if with_ids else None
+    expected = model.generate(prompt, past_key_values=cache(), **options)
+    with make_twin(model, tree_width=tree_width) as sparse:
+        outputs = model.generate(prompt, past_key_values=cache(), assistant_model=sparse, **options)
+        assert torch.equal(outputs, expected) and sparse.stats.num_drafted
+
+
 def test_padded_prompt_of_embeddings_is_refused():
     """The stock assisted loop cuts the mask to the length of input_ids, of which there are none."""
     model, kwargs = shared_model(), pad_left()
