@@ -18,6 +18,7 @@ from ..draft.tree_proposer import TreeProposer
 from ..draft.tree_reading import keep_rows
 from ..model.compat import IS_5_17, stop_recording
 from ..model.observation import is_compiled
+from ..model.positions import Positions
 from .call import Call
 from .controller import Controller
 from .stats import Cycle
@@ -44,10 +45,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.do_sample = generation_config.do_sample
         self.generation_config = generation_config
         self.max_length = generation_config.max_length
-        text_config = call.model.config.get_text_config()
-        self.num_positions: int | None = None  # that the model has, where they are a table
-        if getattr(text_config, "rope_parameters", None) is None:
-            self.num_positions = getattr(text_config, "max_position_embeddings", None)
+        self.positions = Positions(call.model.config.get_text_config())
         self.logits_processor = LogitsProcessorList(logits_processor)
         self.end = _End(call.stopping_criteria, generation_config)
         if self.end.keeps_scores:
@@ -109,10 +107,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         # The prefill has made the cache's layers, if they were not there. Compiled code takes the stock ones alone.
         if self.proposal is None and not is_compiled(self.call.model):
             self.call.undo.enter_context(roomy(cache))
-        # The last token before `max_length` is the dense model's, and so is all that comes where positions end.
-        most = self.max_length - input_ids.shape[1] - 1
-        if self.num_positions is not None:
-            most = max(0, min(most, self.num_positions - cache.get_seq_length() - 1))
+        # The last token before `max_length` is the dense model's.
+        most = min(self.max_length - input_ids.shape[1] - 1, self.positions.most_drafted(model_kwargs, cache))
         start = time.perf_counter()
         self.proposal = self._looked_up(input_ids, most)
         self._draft_seconds, self._is_cut = time.perf_counter() - start, False

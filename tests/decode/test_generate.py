@@ -656,6 +656,45 @@ def test_drafts_end_where_positions_do(family, tree_width):
     assert num_drafted
 
 
+_LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 20,
+    "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 2.5, 3.0],
+}  # fmt: skip
+GROWING = {
+    "longrope": ("llama", {"rope_parameters": _LONG, "max_position_embeddings": 96}),
+    "phi3 longrope": (
+        "phi3", {"rope_parameters": _LONG, "original_max_position_embeddings": 20, "max_position_embeddings": 96}
+    ),
+    "phi3": ("phi3", {"original_max_position_embeddings": 20, "max_position_embeddings": 96}),
+    "dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 20},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("tree_width", [1, 3])
+@pytest.mark.parametrize("kind", list(GROWING))
+def test_positions_whose_encoding_changes_with_the_length(kind, tree_width, padding):
+    family, fields = GROWING[kind]
+    prompt, num_drafted = make_prompt(), 0
+    mask = torch.ones_like(prompt)
+    mask[:, :padding] = 0
+    for seed in range(3):
+        for max_new_tokens in (6, 40):  # before the limit, and past it
+            options = {"max_new_tokens": max_new_tokens, "attention_mask": mask, "pad_token_id": 0}
+            expected = build_model(family, seed, **fields).generate(prompt, **options)
+            model = build_model(family, seed, **fields)
+            with make_sparse(
+                model, method="griffin", threshold=1.0, density=1.0, kernel_size=5, tree_width=tree_width
+            ) as sparse:
+                assert torch.equal(model.generate(prompt, assistant_model=sparse, **options), expected)
+                num_drafted += sparse.stats.num_drafted
+            assert torch.equal(model.generate(prompt, **options), expected)  # nor is anything left
+    assert num_drafted
+
+
 @pytest.mark.parametrize("tree_width", [1, 3])
 def test_a_quantized_cache_is_refused_before_the_first_token(tree_width):
     class Layer(QuantizedLayer):
