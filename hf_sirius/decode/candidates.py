@@ -329,8 +329,15 @@ def _reading_new_tokens_only(
                 inputs[name] = value[..., past_length:]
         return inputs
 
-    # Of a cache that holds the whole sequence plain `generate` reads all of it again.
-    return sliced if 0 < past_length < length == mask_length else lambda inputs: inputs
+    if past_length >= length == mask_length:
+        # Plain `generate` reads all of it again, behind what the cache holds.
+        if IS_5_17 or attention_mask is not None:
+            raise ValueError(
+                f"the KV-cache holds {past_length} tokens, and input_ids no others: pass the sequence with new tokens "
+                "behind them, or crop the cache by one token, which is then read again"
+            )
+        return lambda inputs: inputs
+    return sliced if past_length and length == mask_length else lambda inputs: inputs
 
 
 def mask_of_new_tokens(model_kwargs: dict) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from .stats import Cycle
 LONGEST = 31  # tokens of a draft
 _FIRST = 1  # token of a draft of which nothing is known
 _PROBE = 2  # tokens by which a draft that lost is tried again
+_LONGEST_RUN = 32  # cycles of looked up tokens, behind which the draft is asked again
 _FURTHER = 2  # times as many tokens as were measured may be verified
 _CLEARLY = 0.98  # of the time of a dense step, from which a draft is worth its while
 
@@ -40,6 +41,7 @@ class Controller:
     def num_tokens(self, most: int) -> int:
         """Returns how many tokens, of at most so many before the call ends, the next cycle drafts; maybe none."""
         record = self.record
+        record.num_lookups = 0
         if most < 1:
             return 0
         if self.costs.of(1) is None:
@@ -72,6 +74,8 @@ class Controller:
         record, lookups = self.record, self.record.lookups
         if self.costs.of(1) is None or record.step.median is None or (record.is_probing and not record.waiting):
             return False
+        if record.num_lookups >= _LONGEST_RUN:
+            return False
         if lookups.waiting:
             lookups.waiting -= 1
             return False
@@ -98,6 +102,7 @@ class Controller:
             lookups.leave()
         if best:
             record.waiting = max(0, record.waiting - 1)
+            record.num_lookups += 1
             self.reason = f"{best} looked up in the text: {lookups.acceptance:.2f} of such tokens are kept"
         return best
 

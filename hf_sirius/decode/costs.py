@@ -131,13 +131,14 @@ class DraftRecord(KeptRecord):
     Attributes:
         nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
         lookups: the same of looked up tokens.
+        num_lookups: cycles in which they were taken since the draft was last asked.
     """
 
     def __init__(self):
         super().__init__(_PRIOR_ACCEPTANCE)
         self.step, self.selection = _Seconds(), _Seconds(is_warm=True)
         self.nodes_per_step = 1.0
-        self.lookups = LookupRecord(_PRIOR_OF_LOOKUPS)
+        self.lookups, self.num_lookups = LookupRecord(_PRIOR_OF_LOOKUPS), 0
 
 
 _lock = threading.Lock()

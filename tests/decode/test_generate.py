@@ -36,6 +36,7 @@ from hf_sirius import make_sparse
 from hf_sirius.decode.call import Call
 from hf_sirius.draft.draft import Draft
 from hf_sirius.model import observation
+from hf_sirius.model.compat import IS_5_17
 from hf_sirius.sparsity.base import _drafting
 from hf_sirius.sparsity.cats import Cats
 
@@ -628,17 +629,28 @@ def test_second_turn_reads_only_the_new_tokens(family, is_padded, first):
     assert all(length <= KERNEL_SIZE for length in lengths[1:])
 
 
-def test_a_cache_that_holds_the_whole_prompt():
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_cache_that_holds_the_whole_prompt(is_padded):
     model, prompt = build_model(), make_prompt()
+    mask = torch.ones_like(prompt)
+    mask[:, : 3 * is_padded] = 0
+    options = {"max_new_tokens": 12, "attention_mask": mask, "pad_token_id": 0}
 
-    def cache():
+    def cache(length):
         with torch.no_grad():
-            return model(prompt, past_key_values=DynamicCache(config=model.config)).past_key_values
+            past = DynamicCache(config=model.config)
+            return model(prompt[:, :length], attention_mask=mask[:, :length], past_key_values=past).past_key_values
 
-    expected = model.generate(prompt, past_key_values=cache(), max_new_tokens=12)
     with make_sparse(model, method="griffin", threshold=1.0, kernel_size=4) as sparse:
-        outputs = model.generate(prompt, past_key_values=cache(), max_new_tokens=12, assistant_model=sparse)
-    assert torch.equal(outputs, expected)
+        if IS_5_17 or is_padded:
+            with pytest.raises(ValueError, match="the KV-cache holds 11 tokens"):
+                model.generate(prompt, past_key_values=cache(11), assistant_model=sparse, **options)
+        else:
+            outputs = model.generate(prompt, past_key_values=cache(11), assistant_model=sparse, **options)
+            assert torch.equal(outputs, model.generate(prompt, past_key_values=cache(11), **options))
+        # As it says.
+        outputs = model.generate(prompt, past_key_values=cache(10), assistant_model=sparse, **options)
+    assert torch.equal(outputs, model.generate(prompt, past_key_values=cache(10), **options))
 
 
 @pytest.mark.parametrize("tree_width", [1, 3])
@@ -678,6 +690,8 @@ GROWING = {
 @pytest.mark.parametrize("kind", list(GROWING))
 def test_positions_whose_encoding_changes_with_the_length(kind, tree_width, padding):
     family, fields = GROWING[kind]
+    if IS_5_17 and family == "phi3":
+        pytest.skip("there plain generate forgets what it has read")
     prompt, num_drafted = make_prompt(), 0
     mask = torch.ones_like(prompt)
     mask[:, :padding] = 0
