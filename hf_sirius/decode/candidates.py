@@ -83,7 +83,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         is_free = self.controller is not None and self.config.threshold == 1.0 and not is_tree
         if asked == 0 or (asked is None and not is_free):
             return None
-        return LookupProposer(generation_config, None if self.end.keeps_scores else self.end.would_stop)
+        would_stop = None if self.end.keeps_scores else self.end.would_stop
+        return LookupProposer(generation_config, would_stop, self.call.model.config.get_text_config().vocab_size)
 
     def get_candidates(
         self, input_ids: torch.LongTensor, model_kwargs: dict, is_first_iteration: bool, **kwargs

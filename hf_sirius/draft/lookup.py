@@ -22,9 +22,10 @@ class LookupProposer:
     Args:
         generation_config: of the call, whose `prompt_lookup_num_tokens` and `max_matching_ngram_size` are followed.
         would_stop: asked about each token; `None` where the verification asks.
+        vocab_size: of the model's outputs, which ids that stand for images may be beyond.
     """
 
-    def __init__(self, generation_config: GenerationConfig, would_stop: WouldStop | None):
+    def __init__(self, generation_config: GenerationConfig, would_stop: WouldStop | None, vocab_size: int):
         asked = generation_config.prompt_lookup_num_tokens
         self.num_tokens = NUM_TOKENS if asked is None else asked
         self.generator = PromptLookupCandidateGenerator(
@@ -32,7 +33,7 @@ class LookupProposer:
             max_matching_ngram_size=generation_config.max_matching_ngram_size or _NGRAM_SIZE,
             max_length=sys.maxsize,  # `propose` is told how many
         )
-        self.would_stop = would_stop
+        self.would_stop, self.vocab_size = would_stop, vocab_size
 
     def propose(
         self, input_ids: torch.LongTensor, most: int, choose: Callable[[int], int] = lambda num_found: num_found
@@ -50,10 +51,12 @@ class LookupProposer:
         num_found = min(found_ids.shape[1] - start, most)
         if num_found < 1:
             return None
-        wanted = start + choose(num_found)
-        end = wanted
+        end = wanted = start + choose(num_found)
         if self.would_stop is not None:
             end = next((i for i in range(start, wanted) if self.would_stop(found_ids[:, : i + 1], ())), wanted)
+        unknown = (found_ids[0, start:end] >= self.vocab_size).nonzero()
+        if len(unknown):
+            end = start + int(unknown[0])
         if end == start:
             return None
         is_cut = end < wanted or end - start == most < found_ids.shape[1] - start

@@ -147,19 +147,22 @@ def test_it_ends_before_a_token_at_which_the_call_would_stop():
         asked.append(input_ids[0].tolist())
         return input_ids[0, -1] == 5
 
-    proposal = LookupProposer(config, would_stop).propose(ids, 9)
+    proposal = LookupProposer(config, would_stop, 99).propose(ids, 9)
     assert proposal.ids.tolist() == [[3, 4]] and proposal.is_lookup and proposal.scores is None
     assert asked[0] == [*ids[0].tolist(), 3]
     assert proposal.is_cut
-    whole, short = (LookupProposer(config, None).propose(ids, most) for most in (9, 2))
+    whole, short = (LookupProposer(config, None, 99).propose(ids, most) for most in (9, 2))
     assert whole.ids.tolist() == [[3, 4, 5, 1]] and not whole.is_cut
     assert short.ids.tolist() == [[3, 4]] and short.is_cut
-    chosen = LookupProposer(config, None).propose(ids, 9, lambda num_found: num_found - 1)
+    chosen = LookupProposer(config, None, 99).propose(ids, 9, lambda num_found: num_found - 1)
     assert chosen.ids.tolist() == [[3, 4, 5]] and not chosen.is_cut
-    assert LookupProposer(config, would_stop).propose(ids, 9, lambda num_found: 0) is None
-    assert LookupProposer(config, lambda ids, scores: True).propose(ids, 9) is None
+    assert LookupProposer(config, would_stop, 99).propose(ids, 9, lambda num_found: 0) is None
+    assert LookupProposer(config, lambda ids, scores: True, 99).propose(ids, 9) is None
+    # Of an image there is no logit.
+    assert LookupProposer(config, None, 4).propose(ids, 9).ids.tolist() == [[3]]
+    assert LookupProposer(config, None, 3).propose(ids, 9) is None
     for nothing in (torch.tensor([[1, 2, 3]]), torch.tensor([[1]]), torch.zeros(1, 0, dtype=torch.long)):
-        assert LookupProposer(config, None).propose(nothing, 9) is None
+        assert LookupProposer(config, None, 99).propose(nothing, 9) is None
 
 
 @settings(max_examples=30, deadline=None)
