@@ -9,6 +9,7 @@ from ..draft.draft import Draft
 from ..draft.twin import Twin
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
+from ..sparsity.base import drafting_method
 from .bond import release
 from .call import Call, check_batch_size
 from .candidates import mask_of_new_tokens
@@ -76,7 +77,10 @@ class SparseTwin(_Model):
 
     def __call__(self, *args, **kwargs):
         self._twin.follow(self.dense_model, kwargs)
-        return self._twin.module(*args, **kwargs)
+        outputs = self._twin.module(*args, **kwargs)
+        if (method := drafting_method()) is not None:
+            method.check_acted(self.dense_model)
+        return outputs
 
     def generate(self, *args, **kwargs):
         """Stock `generate`, with a dense prefill and sparse decoding, at batch size 1."""

@@ -169,7 +169,9 @@ class Draft:
     def forward(self, inputs: dict) -> Any:
         """Returns the twin's outputs. What the call asks of the dense model beside logits is not asked of it."""
         left_out = {name: False for name in ("output_attentions", "output_hidden_states") if inputs.get(name)}
-        return self.twin(self.model, **{**inputs, **left_out, "return_dict": True})
+        outputs = self.twin(self.model, **{**inputs, **left_out, "return_dict": True})
+        self.method.check_acted(self.model)
+        return outputs
 
     def next_kwargs(self, outputs: Any, model_kwargs: dict) -> dict:
         """Returns the `model_kwargs` of the step after the one that had these outputs."""

@@ -58,6 +58,21 @@ class SparsityMethod(ABC):
         self.config = config
         self.sites = sites
         self.neuron_indices: list[torch.Tensor | None] = [None] * len(sites)
+        self._has_acted = False
+
+    def check_acted(self, model: PreTrainedModel) -> None:
+        """Raises `RuntimeError` if a draft step has passed the method by, as whole MLPs do that are one kernel.
+
+        Args:
+            model: the dense model.
+        """
+        if not self._has_acted and all(self.num_parameters_read(site) is None for site in self.sites):
+            raise RuntimeError(
+                f"method={self.config.method!r} was asked for, and a draft step of this {type(model).__name__} has "
+                "passed it by: a forward was laid over its MLPs that does not call their parts, as fused kernels are. "
+                "Load the model without them, or use density=1.0 with a draft_dtype"
+            )
+        self._has_acted = True
 
     @classmethod
     def replacements(cls, site: MlpSite) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -610,3 +611,25 @@ def test_calls_in_two_threads_give_what_they_give_one_by_one(name):
         at_once = list(threads.map(generate, prompts))
     assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
     assert twin.stats.total.as_dict() == pytest.approx(counts)
+
+
+@pytest.mark.parametrize("method", ["cats-threshold", "cats-topk"])
+@pytest.mark.parametrize("tree_width", [1, 3])
+def test_a_method_that_mlps_pass_by_is_an_error(method, tree_width):
+    model = build_model()
+    for layer in model.model.layers:  # as patches with fused kernels do
+        mlp = layer.mlp
+        mlp.forward = types.MethodType(
+            lambda self, x: self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)), mlp
+        )
+    fields = {"density": 0.1, "tree_width": tree_width, "threshold": 1.0}
+    with make_sparse(model, **METHODS[method], **fields) as twin:
+        with pytest.raises(RuntimeError, match="method='cats' was asked for, and a draft step of this Llama"):
+            model.generate(make_prompt(), max_new_tokens=8, assistant_model=twin)
+        with pytest.raises(RuntimeError, match="has passed it by"):
+            twin.generate(make_prompt(), max_new_tokens=8)
+    expected = model.generate(make_prompt(), max_new_tokens=8)
+    for other in ({"method": "griffin"}, {"method": "teal"}, {"method": "cats", "density": 1.0, "draft_dtype": "int8"}):
+        with make_sparse(model, **{**fields, **other}) as twin:
+            assert torch.equal(model.generate(make_prompt(), max_new_tokens=8, assistant_model=twin), expected)
+            assert twin.stats.num_drafted
