@@ -134,7 +134,7 @@ class Controller:
         return best, least
 
     def _given_up(self) -> str:
-        return f"drafting given up for {self.record.left_for} tokens: {self._told()}"
+        return f"drafting given up for {self.record.left_for} cycles: {self._told()}"
 
     def _told(self) -> str:
         share = self.record.step.median / self.costs.of(1)

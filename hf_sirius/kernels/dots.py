@@ -299,7 +299,7 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
                     value = vectors.total(builder, functools.reduce(builder.fadd, map(builder.load, of_token)))
                     left = builder.extract_element(builder.load(rest), INT(0))
                     index = builder.add(builder.mul(place, out_features), row)
-                    vectors.store(builder, builder.fadd(value, left), outputs, index, narrow)
+                    vectors.put_output(builder, builder.fadd(value, left), outputs, index, narrow)
             return context.get_dummy_value()
 
         return types.void(given, places, first_token), generate

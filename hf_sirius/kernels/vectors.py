@@ -38,7 +38,8 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value, num_bytes: int) -> None:
 
 
 def put(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, num_bytes: int, index: ir.Value) -> None:
-    builder.store(value, builder.inttoptr(at(builder, address, num_bytes, index), value.type.as_pointer()), num_bytes)
+    pointer = builder.inttoptr(at(builder, address, num_bytes, index), value.type.as_pointer())
+    builder.store(value, pointer, align=num_bytes)
 
 
 def widened(builder: ir.IRBuilder, stored: str, vector: ir.Value, width: int) -> ir.Value:
@@ -124,7 +125,7 @@ def _folded(builder: ir.IRBuilder, vector: ir.Value, combine: Callable[[ir.Value
     return builder.extract_element(vector, INT(0))
 
 
-def store(builder: ir.IRBuilder, value: ir.Value, outputs: ir.Value, index: ir.Value, narrow: ir.Value) -> None:
+def put_output(builder: ir.IRBuilder, value: ir.Value, outputs: ir.Value, index: ir.Value, narrow: ir.Value) -> None:
     with builder.if_else(builder.icmp_unsigned("!=", narrow, ADDRESS(0))) as (then, otherwise):
         with then:
             bits = builder.bitcast(value, INT)
@@ -133,7 +134,6 @@ def store(builder: ir.IRBuilder, value: ir.Value, outputs: ir.Value, index: ir.V
             rounded = builder.add(bits, builder.add(even, INT(0x7FFF)))
             is_nan = builder.fcmp_unordered("uno", value, value)
             upper = builder.lshr(builder.select(is_nan, builder.or_(bits, INT(0x400000)), rounded), INT(16))
-            pointer = builder.inttoptr(at(builder, outputs, 2, index), ir.IntType(16).as_pointer())
-            builder.store(builder.trunc(upper, ir.IntType(16)), pointer)
+            put(builder, builder.trunc(upper, SHORT), outputs, 2, index)
         with otherwise:
-            builder.store(value, builder.inttoptr(at(builder, outputs, 4, index), FLOAT.as_pointer()))
+            put(builder, value, outputs, 4, index)

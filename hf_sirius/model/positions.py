@@ -17,11 +17,11 @@ class Positions:
     def __init__(self, config: PreTrainedConfig):
         # Numbers of positions, and whether drafts may go on behind them.
         self.limits: list[tuple[int, bool]] = []
-        of_rope = getattr(config, "rope_parameters", None)
+        rope = getattr(config, "rope_parameters", None) or {}
         num_positions = getattr(config, "max_position_embeddings", None)
-        if of_rope is None and num_positions:  # a table, or a bias that knows no end and takes no harm
+        if not rope and num_positions:  # a table, or a bias that knows no end and takes no harm
             self.limits.append((num_positions, False))
-        for parameters in [of_rope] if "rope_type" in (of_rope or {}) else list((of_rope or {}).values()):
+        for parameters in [rope] if "rope_type" in rope else rope.values():  # or those of each kind of layer
             rope_type = (parameters or {}).get("rope_type", "default")
             if "dynamic" in rope_type:  # whose frequencies follow every length
                 self.limits.append((num_positions, False))

@@ -4,6 +4,7 @@ tokens on this device.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,22 +20,21 @@ _INNER_K_TILES = 8  # how its CUDA kernel lays out 4 bits: 128 inputs at a time
 
 
 def _int8(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    outputs = torch.ops.aten._weight_int8pack_mm(_in_rows(inputs), weight, scales)
-    return outputs.view(*inputs.shape[:-1], -1)
+    return _by_rows(torch.ops.aten._weight_int8pack_mm, inputs, weight, scales)
 
 
 def _int4_on_cpu(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    outputs = torch.ops.aten._weight_int4pack_mm_for_cpu(_in_rows(inputs), weight, INT4_GROUP, scales)
-    return outputs.view(*inputs.shape[:-1], -1)
+    return _by_rows(torch.ops.aten._weight_int4pack_mm_for_cpu, inputs, weight, INT4_GROUP, scales)
 
 
 def _int4_on_cuda(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    outputs = torch.ops.aten._weight_int4pack_mm(_in_rows(inputs), weight, INT4_GROUP, scales)
+    return _by_rows(torch.ops.aten._weight_int4pack_mm, inputs, weight, INT4_GROUP, scales)
+
+
+def _by_rows(product: Callable[..., torch.Tensor], inputs: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Returns the outputs [..., out_features] of a product that takes inputs [num_tokens, in_features] alone."""
+    outputs = product(inputs.reshape(-1, inputs.shape[-1]).contiguous(), *others)
     return outputs.view(*inputs.shape[:-1], -1)
-
-
-def _in_rows(inputs: torch.Tensor) -> torch.Tensor:
-    return inputs.reshape(-1, inputs.shape[-1]).contiguous()
 
 
 class PackedLinear(nn.Module):

@@ -223,7 +223,7 @@ def test_stats_say_why(monkeypatch):
             record.step.note(99.0)
         record.lookups.waiting = 99
         model.generate(make_prompt(), max_new_tokens=8, assistant_model=twin)
-        assert twin.stats.reason.startswith("drafting given up for 32 tokens: a draft step costs ")
+        assert twin.stats.reason.startswith("drafting given up for 32 cycles: a draft step costs ")
         assert not twin.stats.num_drafted and twin.stats.draft_density is None
         assert twin.stats.selection_seconds == 0.0  # nothing is chosen for drafts that do not come
     with make_sparse(model, threshold=1.0, kernel_size=4, density=0.05, method="griffin") as twin:

@@ -271,11 +271,10 @@ def test_the_controller_looks_tokens_up_by_itself():
     expected = model.generate(prompt, max_new_tokens=30)
     with make_sparse(model, threshold=1.0, **{**FIELDS, "kernel_size": "auto"}) as twin:
         model.generate(prompt, max_new_tokens=30, assistant_model=twin)
-        costs, record = costs_of(model, twin.sirius_config)
+        record = costs_of(model, twin.sirius_config)[1]
         found = []
         for _ in range(4):
             record.lookups.accepted, record.lookups.waiting = 99.0, 0  # whatever was kept, they seem to be good
             assert torch.equal(model.generate(prompt, max_new_tokens=30, assistant_model=twin), expected)
             found += looked_up(twin.stats)
         assert found
-        assert costs.most_tokens > 1
