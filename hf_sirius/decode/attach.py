@@ -9,7 +9,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 from ..draft.choice import CHOSEN, choose_draft
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
-from ..model.accelerate_hooks import execution_device, is_offloaded
+from ..model.accelerate_hooks import execution_device, is_offloaded, unloaded
+from ..model.adapters import base_of_adapters
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import find_mlps, find_projections
@@ -42,7 +43,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     `twin.detach()`, the twin as a context manager, a twin of other settings, or the model's own end let go of it.
 
     Args:
-        model: the dense model, with its weights loaded.
+        model: the dense model, with its weights loaded; of a `PeftModel` its base model is meant.
         config: the settings. Without them, and without any field that says what a draft is (such as `method`,
             `density` or `draft_dtype`), a draft is chosen that promises the least time per token on this machine: see
             `draft/choice.py`, and `twin.sirius_config` for what it is.
@@ -56,6 +57,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         the device cannot run; `ImportError` for a package that a `draft_dtype` needs; `FileNotFoundError` if offloaded
         weights are gone.
     """
+    model = base_of_adapters(model)
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
             "make_sparse takes a transformers model that can generate (such as AutoModelForCausalLM loads), got "
@@ -76,9 +78,10 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
             f"{type(model).__name__} is an encoder-decoder model; hf_sirius takes decoder-only language models"
         )
     offloaded = is_offloaded(model)
-    if not offloaded and any(p.is_meta for p in model.parameters()):
+    if (name := next(unloaded(model), None)) is not None:
         raise ValueError(
-            f"{type(model).__name__} has parameters on the meta device: load its weights first, with from_pretrained"
+            f"{type(model).__name__} has parameters on the meta device, of which nothing loads the weights (the first "
+            f"is {name}): load them with from_pretrained; adapters before accelerate offloads the model"
         )
     _prepare_quantized(model, offloaded)
     if offloaded:

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from transformers import PreTrainedModel, SynthIDTextWatermarkLogitsProcessor
+from transformers import PreTrainedModel
 
 from ..model.compat import IS_5_17, SettledCriteria
 from ..model.stock import STOCK_CLASS, stock_class
-from ..settings.config import SiriusConfig
-from .call import Call, check_batch_size
+from .call import Call
 from .candidates import SiriusCandidateGenerator
+from .checks import check_batch_size, check_call
 
 
 class _Lock:
@@ -137,7 +137,7 @@ class Assisted:
                 generation_config=generation_config, input_ids=input_ids, inputs_tensor=inputs_tensor,
                 logits_processor=logits_processor, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs,
             )  # fmt: skip
-        _check_call(call.draft.config, generation_config, logits_processor)
+        check_call(self, call.draft.config, generation_config, logits_processor)
         return SiriusCandidateGenerator(call, generation_config, logits_processor)
 
 
@@ -215,28 +215,3 @@ def _forget(user: Any, frame: FrameType | None) -> None:
         if sys.version_info < (3, 13):  # from there on f_locals writes through
             ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
         frame = frame.f_back
-
-
-def _check_call(config: SiriusConfig, generation_config, logits_processor) -> None:
-    """Raises `ValueError` for what a call cannot ask of a twin."""
-    if generation_config.assistant_ensemble_weight is not None:
-        raise ValueError(
-            "assistant_ensemble_weight blends the draft's probabilities into the model's, while a sparse twin is "
-            "verified by its likelihood threshold: leave assistant_ensemble_weight out and lower SiriusConfig.threshold"
-        )
-    if generation_config.guidance_scale not in (None, 1):
-        raise ValueError(
-            f"guidance_scale={generation_config.guidance_scale} runs the model over a KV-cache of its own, in which "
-            "drafts cannot be undone: leave guidance_scale out, or generate without the twin"
-        )
-    if any(isinstance(processor, SynthIDTextWatermarkLogitsProcessor) for processor in logits_processor):
-        raise ValueError(
-            "SynthID's watermark counts every token that it is asked about, of which some are rolled back: use a "
-            "WatermarkingConfig, which counts none, or generate without the twin"
-        )
-    if config.tree_width > 1 and generation_config.do_sample:
-        raise ValueError(
-            f"tree_width={config.tree_width} was given with do_sample=True, but a tree keeps the likeliest of its "
-            "branches, which would skew the distribution: use tree_width=1 to sample, or do_sample=False (a pipeline "
-            "samples unless it is told so)"
-        )

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any
 
-import torch
 from transformers import StoppingCriteriaList
 
 from ..draft.draft import Draft
@@ -58,12 +57,3 @@ class Call(contextlib.AbstractContextManager):
             self.undo.close()
         if (draft_density := self.draft.method.draft_density(self.model)) is not None:
             self.stats.record_draft_density(draft_density, self.draft.method.is_masking)
-
-
-def check_batch_size(input_ids: torch.LongTensor) -> None:
-    """Raises `ValueError` for more than one sequence, long [batch_size, length]."""
-    if input_ids.shape[0] > 1:
-        raise ValueError(
-            f"hf_sirius generates one sequence at a time, got a batch of {input_ids.shape[0]}: call generate for each "
-            "prompt (a pipeline does so with batch_size=1)"
-        )

@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..draft.cache import CacheView, check_cache, roomy
+from ..draft.cache import CacheView, check_cache, growing, roomy
 from ..draft.lookup import LookupProposer
 from ..draft.proposers import ChainProposer, Proposal, likelihood
 from ..draft.tree_proposer import TreeProposer
@@ -20,6 +20,7 @@ from ..model.compat import IS_5_17, stop_recording
 from ..model.observation import is_compiled
 from ..model.positions import Positions
 from .call import Call
+from .checks import check_mask
 from .controller import Controller
 from .stats import Cycle
 from .tree_verification import PathProcessor, Verdict, judge, unread
@@ -96,7 +97,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         cache = model_kwargs["past_key_values"]
         if is_first_iteration:
             check_cache(cache)
-            _check_mask(input_ids, model_kwargs)
+            check_mask(input_ids, model_kwargs)
             if IS_5_17:
                 self.call.undo.callback(stop_recording, cache)
             mask_length = getattr(self.generation_config, "_mask_length", None)
@@ -239,8 +240,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
         """
 
         def read(forward: Callable[..., Any], **inputs: Any) -> Any:
-            with observed, self.call.draft.verifying():
-                outputs = forward(**prepare(inputs))
+            inputs = prepare(inputs)
+            cache = inputs.get("past_key_values")  # which Phi-3 drops once
+            grown = contextlib.nullcontext() if cache is None else growing(cache, _num_tokens(inputs))
+            with observed, self.call.draft.verifying(), grown:
+                outputs = forward(**inputs)
             finish(outputs)
             return outputs
 
@@ -341,27 +345,14 @@ def _reading_new_tokens_only(
     return sliced if past_length and length == mask_length else lambda inputs: inputs
 
 
+def _num_tokens(inputs: dict) -> int:
+    embeddings = inputs.get("inputs_embeds")
+    return (inputs["input_ids"] if embeddings is None else embeddings).shape[1]
+
+
 def mask_of_new_tokens(model_kwargs: dict) -> torch.Tensor | None:
     """Returns the attention mask of the tokens that the first forward reads, long [batch_size, num_new_tokens]."""
     attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
     if attention_mask is None or cache is None:
         return attention_mask
     return attention_mask[:, cache.get_seq_length() :]
-
-
-def _check_mask(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
-    """Sees to a mask of another length than input_ids, which the stock assisted loop would cut to that length.
-
-    Such is the case with inputs_embeds, and where only the new tokens of a turn are passed. Without padding the mask
-    says nothing, so it is dropped (as newer versions of `generate` do themselves); with padding this is an error.
-    """
-    attention_mask = model_kwargs.get("attention_mask")
-    if attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]:
-        return
-    if not attention_mask.all():
-        raise ValueError(
-            f"a padded attention_mask of {attention_mask.shape[1]} tokens came with {input_ids.shape[1]} input_ids, "
-            "while assisted decoding takes them to be of one length: pass the input_ids of the whole sequence (not "
-            "inputs_embeds, or of the new tokens alone), or leave the padding out"
-        )
-    del model_kwargs["attention_mask"]

@@ -1,9 +1,10 @@
 """What a user holds: the twin as a model of its own, and its bond with the dense model."""
 
+import copy
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from ..draft.draft import Draft
 from ..draft.twin import Twin
@@ -11,8 +12,9 @@ from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
 from ..sparsity.base import drafting_method
 from .bond import release
-from .call import Call, check_batch_size
+from .call import Call
 from .candidates import mask_of_new_tokens
+from .checks import check_batch_size
 from .stats import CallHistory, GenerationStats
 
 
@@ -75,7 +77,34 @@ class SparseTwin(_Model):
         self._twin.follow_mode(self.dense_model)
         return self
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The dense model's, also where that is replaced."""
+        return self.dense_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, generation_config: GenerationConfig) -> None:
+        self.dense_model.generation_config = generation_config
+
+    def __copy__(self) -> "SparseTwin":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict) -> "SparseTwin":
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any):
+        raise TypeError(
+            "a sparse twin is not pickled, as it shares its weights with the dense model: save that one, and the "
+            "settings with sirius_config.save_pretrained(...), and call make_sparse on the loaded model"
+        )
+
     def __call__(self, *args, **kwargs):
+        if Call.current() is None:
+            self._twin.follow_attributes(self.dense_model)
         self._twin.follow(self.dense_model, kwargs)
         outputs = self._twin.module(*args, **kwargs)
         if (method := drafting_method()) is not None:
@@ -116,6 +145,7 @@ def sparse_twin(twin: Twin, model: PreTrainedModel) -> "SparseTwin":
     user_class = _user_class(stock_class(model))
     held = user_class.__new__(user_class)
     held.__dict__.update(twin.module.__dict__)
+    held.__dict__.pop("generation_config", None)
     # Not submodules of the twin.
     history = CallHistory(twin.config.kernel_size)
     held.__dict__.update(sirius_config=twin.config, dense_model=model, _twin=twin, _history=history)

@@ -1,6 +1,7 @@
 """The KV-cache of a call: room for tokens to come, wider windows, and rolling back."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -95,11 +96,38 @@ def roomy(cache: Cache) -> Iterator[None]:
 
 def check_cache(cache: Cache) -> None:
     """Raises `ValueError` for a KV-cache from which nothing can be rolled back."""
-    if any(isinstance(layer, (QuantizedLayer, BaseQuantizedLayer)) for layer in cache.layers):
+    layer_classes = {type(layer) for layer in cache.layers} | {cache.layer_class_to_replicate or DynamicLayer}
+    if any(issubclass(layer_class, (QuantizedLayer, BaseQuantizedLayer)) for layer_class in layer_classes):
         raise ValueError(
             "a draft cannot be rolled back from a quantized KV-cache: leave out cache_implementation='quantized', or "
             "call generate without a twin"
         )
+    for layer_class in layer_classes:
+        if not layer_class.__module__.startswith("transformers."):
+            raise ValueError(
+                f"the KV-cache has layers of a class of its own, {layer_class.__qualname__}, which may drop or change "
+                "tokens that a rolled back draft would need again: use the default DynamicCache, or call generate "
+                "without a twin"
+            )
+
+
+def _lengths(cache: Cache) -> list[int | None]:
+    return [int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else None for layer in cache.layers]
+
+
+@contextlib.contextmanager
+def growing(cache: Cache, num_tokens: int) -> Iterator[None]:
+    """Raises `ValueError` at the end of the block, a forward over so many tokens, unless the cache grew by them."""
+    before = _lengths(cache)
+    yield
+    # A layer may be made in the block, and one that shares the states of another stays empty.
+    for length, now in itertools.zip_longest(before, _lengths(cache), fillvalue=0):
+        if now and now - length != num_tokens:
+            raise ValueError(
+                f"the model read {num_tokens} tokens, and its KV-cache grew by {now - length}: something, such as a "
+                "hook that compresses it, drops tokens that would be needed again once a draft is rolled back. Take it "
+                "off, or call generate without a twin"
+            )
 
 
 class CacheView:
@@ -111,9 +139,7 @@ class CacheView:
 
     def mark(self) -> None:
         """Takes note of how many tokens each layer has seen; of one that keeps no keys and values that is not known."""
-        self._lengths = [
-            int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else None for layer in self.cache.layers
-        ]
+        self._lengths = _lengths(self.cache)
 
     def roll_back(self, num_tokens: int) -> None:
         """Takes back what was written since the mark: `num_tokens`, or more in some layers if a forward was

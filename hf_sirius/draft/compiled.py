@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.linear import has_kernel, is_bare_linear, plain_over
 from .cache import RoomyLayer, room_for
+from .copies import follow
 
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class CompiledStep:
     Args:
         module: that tree; of the model's class.
         places: where it wants a module, an owner and an attribute, and what stands there in the twin.
+        copies: each copied module of the tree with the twin's own.
         graph: maybe of an earlier twin as well.
         config: of the model.
     """
@@ -102,10 +104,12 @@ class CompiledStep:
         self,
         module: nn.Module,
         places: list[tuple[nn.Module, str, TwinModule]],
+        copies: list[tuple[nn.Module, nn.Module]],
         graph: Graph,
         config: PreTrainedConfig,
     ):
-        self._module, self._places, self.graph, self._config = module, places, graph, config
+        self._module, self._places, self._copies = module, places, copies
+        self.graph, self._config = graph, config
         self._are_sliding = [layer.is_sliding for layer in DynamicCache(config=config).layers]
         self._plain: dict[nn.Module, nn.Module] = {}
         self._lock = threading.Lock()
@@ -113,8 +117,12 @@ class CompiledStep:
         self._is_broken = False
 
     def __deepcopy__(self, memo: dict) -> "CompiledStep":
-        module, places = copy.deepcopy((self._module, self._places), memo)
-        return CompiledStep(module, places, self.graph, self._config)
+        return CompiledStep(*copy.deepcopy((self._module, self._places, self._copies), memo), self.graph, self._config)
+
+    def follow_attributes(self) -> None:
+        """Gives the tree's modules the attributes of the twin's."""
+        for copied, own in self._copies:
+            follow(copied, own)
 
     @contextlib.contextmanager
     def running(self, held: Mapping[nn.Module, nn.Module]) -> Iterator[bool]:

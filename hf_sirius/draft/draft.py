@@ -52,6 +52,7 @@ class Draft:
                     "detach this one, and call make_sparse again"
                 )
             check_offload(self.model)
+        self.twin.follow_attributes(self.model)
         with contextlib.ExitStack() as undo:
             self.held.update(self.twin.kept.casts())
             self._memory = undo.enter_context(self.twin.kept.memory())

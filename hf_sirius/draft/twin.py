@@ -1,24 +1,17 @@
-"""The twin's modules: those of the model, with stand-ins where a draft computes something else. The only place that
-copies modules.
-"""
+"""The twin's modules: those of the model, with stand-ins where a draft computes something else."""
 
-import contextlib
 import dataclasses
 import functools
-import inspect
 import threading
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-import torch
-from accelerate.hooks import ModelHook
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from ..model.accelerate_hooks import is_offloaded, own_forward, streaming_hook
+from ..model.accelerate_hooks import is_offloaded, streaming_hook
 from ..model.sites import MlpSite, ProjectionSite, find_other_modules, find_projections
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
@@ -31,6 +24,7 @@ from ..weights.residency import find_resident
 from ..weights.shortlist import head_inputs
 from .choice import CHOSEN
 from .compiled import CompiledStep, Graph
+from .copies import copy_with, follow, shallow_copy
 
 
 # model -> what a draft is -> the graph of its step, as long as any twin has it
@@ -72,6 +66,16 @@ class Twin:
         if any(inputs.get(name, getattr(model.config, name, False)) for name in _CAPTURED):
             self._share_capturing_hooks(model)
 
+    def follow_attributes(self, model: PreTrainedModel) -> None:
+        """Gives the twin's own modules the attributes that the dense model's have by now, such as which of its adapters
+        a layer of PEFT uses.
+        """
+        for copied, original in self._pairs(model):
+            if isinstance(copied, stock_class(original)):
+                follow(copied, original)
+        if self.compiled is not None:
+            self.compiled.follow_attributes()
+
     def follow_mode(self, model: PreTrainedModel) -> None:
         """Sets the modes of the twin's own modules to those of the dense model's."""
         for copied, original in self._pairs(model):
@@ -89,7 +93,7 @@ class Twin:
         if not any(getattr(module, _IS_HOOKED, False) for module in models):
             maybe_install_capturing_hooks(model)
         for copied, original in self._pairs(model):
-            if not isinstance(copied, stock_class(original)):  # a part in its owner's place
+            if not isinstance(copied, stock_class(original)):  # a stand-in
                 continue
             for key, hook in original._forward_hooks.items():
                 if getattr(hook, "__name__", "") == _CAPTURING_HOOK:
@@ -123,7 +127,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     replacements = {owner_id: parts for owner_id, parts in replacements.items() if parts}
     owners = {id(module): module for module in model.modules() if id(module) in replacements}
     copies: dict[int, nn.Module] = {}
-    root = _copied(model, replacements, copies)
+    root = copy_with(model, replacements, copies)
     pairs = [(copies[id(module)], module) for module in model.modules() if id(module) in copies and module is not model]
     for owner_id, parts in replacements.items():
         for name, new in parts.items():
@@ -153,23 +157,6 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     )
 
 
-def _copied(
-    module: nn.Module, replacements: Mapping[int, dict[str, nn.Module | None]], copies: dict[int, nn.Module]
-) -> nn.Module:
-    """Returns the module with replacements, by the id of their owner, somewhere in it; itself where there are none."""
-    if id(module) in copies:
-        return copies[id(module)]
-    children = {name: child and _copied(child, replacements, copies) for name, child in module._modules.items()}
-    if id(module) not in replacements and all(children[name] is child for name, child in module._modules.items()):
-        return module
-    copies[id(module)] = twin = shallow_copy(module)
-    twin._modules = children
-    for name, replacement in replacements.get(id(module), {}).items():
-        twin.__dict__.pop(name, None)  # an activation may be a plain function
-        twin._modules[name] = replacement
-    return twin
-
-
 def _graph_of(model: PreTrainedModel, config: SiriusConfig) -> Graph:
     """Returns the graph of a twin's drafts, that of an earlier twin where these were the same."""
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
@@ -183,8 +170,12 @@ def _graph_of(model: PreTrainedModel, config: SiriusConfig) -> Graph:
     return graph
 
 
-def _with_places(root: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, str, TwinModule]]]:
-    """Returns a twin's tree with places in it for what stands in for dense modules, and what stood there."""
+def _with_places(
+    root: nn.Module,
+) -> tuple[nn.Module, list[tuple[nn.Module, str, TwinModule]], list[tuple[nn.Module, nn.Module]]]:
+    """Returns a twin's tree with places in it for what stands in for dense modules, what stood there, and each copied
+    module with the twin's own.
+    """
     found = [
         (owner, name, child)
         for owner in root.modules()
@@ -195,61 +186,9 @@ def _with_places(root: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, str,
     for owner, name, _ in found:
         replacements.setdefault(id(owner), {})[name] = None
     copies: dict[int, nn.Module] = {}
-    module = _copied(root, replacements, copies)
+    module = copy_with(root, replacements, copies)
     module = shallow_copy(root) if module is root else module
     for copied in (module, *copies.values()):
         copied.training = False
-    return module, [(copies[id(owner)], name, child) for owner, name, child in found]
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Returns a module of the same class over the same parameters and buffers, with hooks and submodules of its own."""
-    hook = module.__dict__.get("_hf_hook")
-    copy_class = stock_class(module) if hook is None else _hooked_class(stock_class(module))
-    twin = copy_class.__new__(copy_class)
-    for name, value in dict(module.__dict__).items():
-        # `.to()` and `load_state_dict(assign=True)` put new tensors into these two dicts, which must reach the twin as
-        # well.
-        if isinstance(value, dict) and name.startswith("_") and name not in ("_parameters", "_buffers"):
-            value = value.copy()
-        if not _runs(value, module):
-            twin.__dict__[name] = value
-    # Code of torch.compile and accelerate's hook are of the original.
-    twin.__dict__["_compiled_call_impl"] = None
-    for name in ("_hf_hook", "forward", "_old_forward", "generate"):
-        twin.__dict__.pop(name, None)
-    if (forward := own_forward(module)) is not None:
-        twin.__dict__["forward" if hook is None else "_own_forward"] = types.MethodType(forward, twin)
-    elif (laid_over := vars(module).get("_own_forward")) is not None:  # of a copy
-        twin.__dict__["_own_forward"] = types.MethodType(laid_over.__func__, twin)
-    if hook is not None:
-        twin.__dict__["_dense_hook"] = hook
-    return twin
-
-
-def _runs(value: Any, module: nn.Module) -> bool:
-    """Whether a value is a method of a module, maybe wrapped, which would lead a copy back to it."""
-
-    def is_own(function: Any) -> bool:
-        return getattr(function, "__self__", None) is module
-
-    return callable(value) and is_own(inspect.unwrap(value, stop=is_own))
-
-
-@functools.cache
-def _hooked_class(module_class: type[nn.Module]) -> type[nn.Module]:
-    """Returns the class of copies of a module on which accelerate has a hook. Laid over an instance, as accelerate does
-    it, the hook makes a cycle, and only the garbage collector frees the twin.
-    """
-
-    def forward(self, *args, **kwargs):
-        hook: ModelHook = self.__dict__["_dense_hook"]
-        args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        own = self.__dict__.get("_own_forward") or functools.partial(module_class.forward, self)
-        with torch.no_grad() if hook.no_grad else contextlib.nullcontext():
-            output = own(*args, **kwargs)
-        return hook.post_forward(self, output)
-
-    namespace = {"forward": functools.wraps(module_class.forward)(forward)}
-    namespace |= {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(module_class.__name__, (module_class,), namespace)
+    pairs = [(copies[id(own)], own) for own in root.modules() if id(own) in copies]
+    return module, [(copies[id(owner)], name, child) for owner, name, child in found], pairs

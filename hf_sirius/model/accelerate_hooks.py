@@ -69,6 +69,16 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(True for _ in streaming_hooks(model))
 
 
+def unloaded(model: nn.Module) -> Iterator[str]:
+    """Yields the names of parameters on the meta device that no hook of accelerate loads."""
+    loaded = set()
+    for module, hook in streaming_hooks(model):
+        loaded |= set(module.parameters(recurse=hook.place_submodules))
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and parameter not in loaded:
+            yield name
+
+
 def execution_device(model: nn.Module) -> torch.device:
     """Returns the device that the model's first forward runs on, which `model.device` hides where it is offloaded."""
     return next((torch.device(hook.execution_device) for _, hook in streaming_hooks(model)), model.device)

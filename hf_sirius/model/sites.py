@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapters import find_adapters, is_adapted
 from .projections import is_projection, projection_bias, projection_shape
 
 
@@ -138,14 +139,14 @@ def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.
 
 
 def find_projections(model: nn.Module) -> list[ProjectionSite]:
-    """Returns the projections of a model's decoder, in order, but for the head."""
-    decoder = set(model.get_decoder().modules())
+    """Returns the projections of a model's decoder, in order, but for the head and what adapts others."""
+    decoder, adapters = set(model.get_decoder().modules()), find_adapters(model)
     head = model.get_output_embeddings()
     places = [
         (f"{owner_name}.{name}".lstrip("."), owner, name)
         for owner_name, owner in model.named_modules()
         for name, child in owner.named_children()
-        if is_projection(child) and child in decoder and child is not head
+        if owner not in adapters and is_projection(child) and child in decoder and child is not head
     ]
     return [ProjectionSite(idx, *place) for idx, place in enumerate(places)]
 
@@ -183,11 +184,17 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
             continue
         for part_name in kind.part_names:
             part = getattr(module, part_name)
+            if is_adapted(part):
+                raise ValueError(
+                    f"{name}.{part_name} has an adapter ({type(part).__module__}.{type(part).__name__}), and hf_sirius "
+                    "takes adapters of the attention alone: merge them with merge_and_unload() of the PeftModel "
+                    "(merge_adapter() leaves them in place)"
+                )
             if not is_projection(part):
                 raise ValueError(
                     f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs "
-                    "of Linear, Conv1D and the quantized layers of libraries sparse. Load the model without adapters, "
-                    "or merge them first."
+                    "of Linear, Conv1D and the quantized layers of libraries sparse: load the model without what "
+                    "replaces them"
                 )
         num_neurons = projection_shape(getattr(module, kind.down))[1]
         if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:

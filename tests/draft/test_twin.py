@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_sirius import make_sparse
 from hf_sirius.decode.sparse_twin import SparseTwin
-from hf_sirius.draft.twin import shallow_copy
+from hf_sirius.draft.copies import shallow_copy
 from hf_sirius.sparsity.base import TwinActivation
 from hf_sirius.weights.draft_modules import TwinModule
 
