@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import lm_eval
+import peft
 import pytest
 import torch
 import yaml
@@ -103,6 +104,18 @@ def test_accuracy_is_that_of_our_own_evaluation(task, task_manager, tmp_path):
     measures = results["config"]["sirius"]
     assert {name: rows[0][name] for name in ("aal", "acceptance_rate", "draft_density")}.items() <= measures.items()
     assert results["config"]["sirius_config"] == config.to_dict()
+
+
+def test_a_model_with_an_adapter(dense, tmp_path):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_alpha=64)
+    model = AutoModelForCausalLM.from_pretrained(reasoner_path())
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    options = {"peft": str(tmp_path), "device": "cpu"}
+    lm = SiriusLM("reasoner", method="griffin", density=0.9, threshold=1.0, **options)
+    written = answers(lm, PROMPTS[:1], max_gen_toks=40)
+    assert written == answers(HFLM(reasoner_path(), **options), PROMPTS[:1], max_gen_toks=40)
+    assert written != answers(dense, PROMPTS[:1], max_gen_toks=40) and lm.sparse.stats.total.num_accepted
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from ..model.compat import IS_5_17, stop_recording
 from ..model.observation import is_compiled
 from ..model.positions import Positions
 from .call import Call
-from .checks import check_mask
+from .checks import check_lengths
 from .controller import Controller
 from .stats import Cycle
 from .tree_verification import PathProcessor, Verdict, judge, unread
@@ -97,7 +97,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         cache = model_kwargs["past_key_values"]
         if is_first_iteration:
             check_cache(cache)
-            check_mask(input_ids, model_kwargs)
+            check_lengths(input_ids, model_kwargs)
             if IS_5_17:
                 self.call.undo.callback(stop_recording, cache)
             mask_length = getattr(self.generation_config, "_mask_length", None)

@@ -60,10 +60,10 @@ def check_call(
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    if model.training and model.is_gradient_checkpointing:
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             f"this {type(model).__name__} is in training with gradient checkpointing, which turns the KV-cache off: "
-            "call model.eval() before generate (and model.train() behind it), or gradient_checkpointing_disable()"
+            "call model.eval() before generate, and model.train() behind it"
         )
     for name in _INPUT_METHODS:
         laid_over = vars(model).get(name)
@@ -71,10 +71,10 @@ def _check_model(model: PreTrainedModel) -> None:
         if laid_over is None or getattr(laid_over, "__func__", None) is getattr(type(model), name):
             continue
         raise ValueError(
-            f"another {name} is laid over this {type(model).__name__}: {laid_over!r:.200}, which need not know of "
-            "drafts: take it off, or generate without the twin. (A soft prompt of PEFT goes beside a twin as "
-            "inputs_embeds, torch.cat([peft_model.get_prompt(1), embeddings], dim=1), or, of prefix tuning, as "
-            "past_key_values=peft_model.get_prompt(1), given to generate of peft_model.get_base_model().)"
+            f"{getattr(laid_over, '__qualname__', laid_over)} is laid over this {type(model).__name__}'s own {name}, "
+            "and need not know of drafts: take it off, or generate without the twin. (A soft prompt of PEFT goes "
+            "beside a twin as inputs_embeds, torch.cat([peft_model.get_prompt(1), embeddings], dim=1), or, of prefix "
+            "tuning, as past_key_values=peft_model.get_prompt(1), given to generate of peft_model.get_base_model().)"
         )
 
 
@@ -87,19 +87,28 @@ def check_batch_size(input_ids: torch.LongTensor) -> None:
         )
 
 
-def check_mask(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
-    """Sees to a mask of another length than input_ids, which the stock assisted loop would cut to that length.
+def check_lengths(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
+    """Sees to a mask and token types of another length than input_ids, which the stock assisted loop would cut to that
+    length.
 
     Such is the case with inputs_embeds, and where only the new tokens of a turn are passed. Without padding the mask
-    says nothing, so it is dropped (as newer versions of `generate` do themselves); with padding this is an error.
+    says nothing, so it is dropped (as newer versions of `generate` do themselves); with padding this is an error, and
+    so it is with token types.
     """
+    length = input_ids.shape[1]
+    if (token_types := model_kwargs.get("token_type_ids")) is not None and token_types.shape[1] != length:
+        raise ValueError(_of_one_length("token_type_ids", token_types, length, "token types"))
     attention_mask = model_kwargs.get("attention_mask")
-    if attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]:
+    if attention_mask is None or attention_mask.shape[1] == length:
         return
     if not attention_mask.all():
-        raise ValueError(
-            f"a padded attention_mask of {attention_mask.shape[1]} tokens came with {input_ids.shape[1]} input_ids, "
-            "while assisted decoding takes them to be of one length: pass the input_ids of the whole sequence (not "
-            "inputs_embeds, or of the new tokens alone), or leave the padding out"
-        )
+        raise ValueError(_of_one_length("a padded attention_mask", attention_mask, length, "padding"))
     del model_kwargs["attention_mask"]
+
+
+def _of_one_length(what: str, given: torch.Tensor, length: int, leave_out: str) -> str:
+    return (
+        f"{what} of {given.shape[1]} tokens came with {length} input_ids, while assisted decoding takes them to be of "
+        f"one length: pass the input_ids of the whole sequence (not inputs_embeds, or of the new tokens alone), or "
+        f"leave the {leave_out} out"
+    )

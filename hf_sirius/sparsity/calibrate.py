@@ -87,8 +87,8 @@ def calibrate(
 
     Raises:
         `TypeError` for a single string or for text without a tokenizer, `ValueError` if the corpus has no token, the
-        model no known MLP or, for greedy budgets, blocks that do not run by themselves, or for options that do not go
-        together.
+        model activations that are not finite, no known MLP or, for greedy budgets, blocks that do not run by
+        themselves, or for options that do not go together.
     """
     _check_options(method, weighting, budget)
     minimum, why = 1, ""
@@ -116,6 +116,11 @@ def calibrate(
     sample: list[torch.Tensor] = []  # the first tokens of the corpus
 
     def count(site, values: torch.Tensor) -> None:
+        if not values.isfinite().all():
+            raise ValueError(
+                f"{site.name} has activations that are not finite, in {str(values.dtype).removeprefix('torch.')}: load "
+                "the model in bfloat16 or float32, or check its weights"
+            )
         histograms[site.idx].add(scores(site.idx, values))
 
     with evaluating(model), tqdm(total=max_tokens, unit="token", disable=not progress, desc="calibrating") as bar:

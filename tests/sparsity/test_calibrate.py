@@ -364,6 +364,14 @@ def test_token_ids_come_in_any_form():
         calibrate(model, None, [None], progress=False)
 
 
+@pytest.mark.parametrize(("method", "name"), [("cats", "model.layers.1.mlp"), ("teal", "model.layers.1.mlp.gate_proj")])
+def test_activations_that_are_not_finite_are_refused_with_the_layer_s_name(method, name):
+    model = build_model(dtype=torch.float16)
+    model.model.layers[1].post_attention_layernorm.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match=rf"^{name} has activations that are not finite, in float16: load the model"):
+        measure(model, method=method)
+
+
 def test_the_twin_is_refused():
     with pytest.raises(ValueError, match=r"pass twin\.dense_model"):
         calibrate(make_sparse(build_model()), None, [make_prompt()])

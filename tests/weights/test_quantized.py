@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors.torch import save_file
 from tiny import METHODS, build_model, build_tokenizer, make_prompt, sparse_logits
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_sirius import calibrate, make_sparse
@@ -298,6 +299,38 @@ def test_a_gguf_file(quantized_as, tmp_path):
 
 def test_a_gguf_file_that_was_dequantized_can_be_offloaded(tmp_path):
     check_output(cpu_offload(gguf_model(tmp_path, "Q8_0")), method="griffin")
+
+
+def fp8_model(folder):
+    """Returns a tiny Llama, dequantized from a file of numbers of 8 bits with a scale for each 128 x 128 of them."""
+    model = build_model(dtype=torch.float32, hidden_size=128, intermediate_size=256)
+    model.config.quantization_config = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    model.config.save_pretrained(folder)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if "_proj" in name:
+            num_rows, num_columns = (-(-size // 128) for size in tensor.shape)
+            padded = torch.zeros(num_rows * 128, num_columns * 128)
+            padded[: tensor.shape[0], : tensor.shape[1]] = tensor
+            blocks = padded.view(num_rows, 128, num_columns, 128)
+            scales = blocks.abs().amax((1, 3), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+            values = (blocks / scales).to(torch.float8_e4m3fn).view(padded.shape)
+            tensors[name] = values[: tensor.shape[0], : tensor.shape[1]].contiguous()
+            tensors[f"{name}_scale_inv"] = scales[:, 0, :, 0].contiguous()
+        else:
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = FineGrainedFP8Config(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("is_offloaded", [False, True])
+def test_numbers_of_8_bits_that_were_dequantized_are_plain_weights(is_offloaded, tmp_path):
+    model = fp8_model(tmp_path)
+    assert type(find_mlps(model)[0].gate) is nn.Linear
+    check_output(cpu_offload(model) if is_offloaded else model, method="griffin")
 
 
 @pytest.mark.parametrize("fields", [*METHODS.values(), {"draft_dtype": "int8", "density": 1.0}])

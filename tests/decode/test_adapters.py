@@ -1,0 +1,109 @@
+"""Models with PEFT's adapters: the twin drafts with the one that is in use."""
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from tiny import METHODS, build_model, make_prompt
+
+from hf_sirius import make_sparse
+
+
+peft = pytest.importorskip("peft")
+
+GREEDY = {"max_new_tokens": 30, "do_sample": False}
+LOSSLESS = {"threshold": 1.0, "kernel_size": 5}
+
+
+def build_adapted(targets=("q_proj", "v_proj"), model=None):
+    """Returns a `PeftModel` with two adapters that change what the model writes."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=list(targets), init_lora_weights=False, lora_alpha=64)
+    user = peft.get_peft_model(model or build_model(), config)
+    user.add_adapter("other", config)
+    return user.double().eval()
+
+
+def switch(user, to: str) -> None:
+    base = user.base_model
+    base.enable_adapter_layers()
+    base.unmerge_adapter()
+    if to == "none":
+        base.disable_adapter_layers()
+    elif to == "merged":
+        base.merge_adapter()
+    else:
+        user.set_adapter(to)
+
+
+WHOLE = {"method": "griffin", "density": 1.0}
+DRAFTS = {
+    "cast": {**WHOLE, "draft_dtype": "bfloat16", "draft_scope": "all"},
+    "whole": WHOLE,
+    "compiled": {**WHOLE, "compile_draft": True},
+}
+
+
+@pytest.mark.parametrize("fields", DRAFTS.values(), ids=list(DRAFTS))
+def test_a_twin_drafts_with_the_adapter_in_use(fields):
+    user = build_adapted()
+    outputs = {}
+    with make_sparse(user, **fields, **LOSSLESS) as sparse:
+        for to in ("default", "other", "none", "default", "merged"):
+            switch(user, to)
+            expected = user.generate(input_ids=make_prompt(), **GREEDY)
+            output = user.generate(input_ids=make_prompt(), assistant_model=sparse, **GREEDY)
+            assert torch.equal(output, expected)
+            assert sparse.stats.acceptance_rate > 0.9, to
+            with torch.no_grad():
+                assert torch.equal(sparse(make_prompt()).logits, user(input_ids=make_prompt()).logits), to
+            outputs.setdefault(to, output.tolist())
+    assert outputs["default"] != outputs["other"] != outputs["none"] != outputs["default"]
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_a_twin_of_an_offloaded_model_drafts_with_the_adapter_in_use(offload, tmp_path):
+    user = build_adapted()
+    folder = {"offload_dir": str(tmp_path)} if offload is disk_offload else {}
+    offload(user.get_base_model(), execution_device=torch.device("cpu"), **folder)
+    with make_sparse(user, **WHOLE, **LOSSLESS) as sparse:
+        for to in ("default", "other", "none"):
+            switch(user, to)
+            expected = user.generate(input_ids=make_prompt(), **GREEDY)
+            assert torch.equal(user.generate(input_ids=make_prompt(), assistant_model=sparse, **GREEDY), expected)
+            assert sparse.stats.acceptance_rate == 1, to
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_every_method_takes_adapters_of_the_attention(method):
+    user = build_adapted()
+    expected = user.generate(input_ids=make_prompt(), **GREEDY)
+    output = user.generate(input_ids=make_prompt(), assistant_model=make_sparse(user, **method, **LOSSLESS), **GREEDY)
+    assert torch.equal(output, expected)
+
+
+def test_the_twin_of_a_peft_model_is_that_of_its_base_model():
+    user = build_adapted()
+    with make_sparse(user, method="griffin") as sparse:
+        assert sparse.dense_model is user.get_base_model()
+
+
+def test_adapters_of_mlps_are_refused_with_what_helps():
+    user = build_adapted(["gate_proj", "up_proj", "down_proj"])
+    user.merge_adapter()  # leaves them in place
+    with pytest.raises(ValueError, match=r"layers.0.mlp.gate_proj has an adapter \(peft.*merge_and_unload\(\)"):
+        make_sparse(user, method="griffin")
+    user.unmerge_adapter()
+    expected = user.generate(input_ids=make_prompt(), **GREEDY)
+    merged = user.merge_and_unload()
+    with make_sparse(merged, method="griffin", **LOSSLESS) as sparse:
+        assert torch.equal(merged.generate(make_prompt(), assistant_model=sparse, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_an_adapter_that_nothing_loads_is_refused(offload, tmp_path):
+    model = build_model()
+    folder = {"offload_dir": str(tmp_path)} if offload is disk_offload else {}
+    offload(model, execution_device=torch.device("cpu"), **folder)
+    user = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))  # on the meta device, as its layer is
+    with pytest.raises(ValueError, match=r"lora_A.default.weight\): load them with from_pretrained; adapters before"):
+        make_sparse(user, method="griffin")
