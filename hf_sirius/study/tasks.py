@@ -20,7 +20,7 @@ from ..decode.verification import is_accepted
 from ..model.accelerate_hooks import execution_device
 from ..reasoner import reasoner_problems
 from ..settings.config import SiriusConfig
-from .problems import final_answer, load_problems, problem_prompt
+from .problems import final_answer, load_problems, problem_prompt, read_text
 from .timing import generator, synchronize
 
 
@@ -284,8 +284,7 @@ def load_task(
         kind = "plain text" if is_text else "problems"
         raise ValueError(f"{name} is a task of {kind}, for which {', '.join(unknown)} means nothing: leave it out")
     if is_text:
-        text = path.read_text(encoding="utf-8")
-        return TextTask(path.name, [text], tokenizer, max_windows=num_items, **options)
+        return TextTask(path.name, [read_text(path)], tokenizer, max_windows=num_items, **options)
     problems = reasoner_problems(EMBEDDED_TASKS[name]) if is_embedded else load_problems(path)
     shots = load_problems(few_shot) if few_shot else []
     return ProblemTask(Path(name).name, problems[:num_items], tokenizer, shots, **options)
