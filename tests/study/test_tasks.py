@@ -108,7 +108,7 @@ def test_a_byte_order_mark_changes_no_task(tmp_path):
 
 def test_what_records_depend_on_is_described(tmp_path):
     def description(*args, **options):
-        return ProblemTask("mine", *args, **options).description()
+        return ProblemTask("mine", *args, **options).description(shared_model())
 
     tokenizer = build_tokenizer()
     base = description([PROBLEM], tokenizer)
