@@ -111,8 +111,8 @@ def run_task(
 
 @contextlib.contextmanager
 def _locked(directory: Path, state: PartialState) -> Iterator[None]:
-    """Keeps other runs out of a directory, which is made if need be. The first process holds a lock of the operating
-    system's for all, which ends with it.
+    """Keeps other runs out of a directory, which is made if need be. Of the processes of a run the first holds a lock
+    for all. It is the operating system's, so that it ends with the process, and a file that stays behind bars nobody.
 
     Raises:
         `ValueError`, in every process, if another run holds the lock.
@@ -124,7 +124,7 @@ def _locked(directory: Path, state: PartialState) -> Iterator[None]:
         is_free = [True]
         if state.is_main_process:
             try:
-                cleanup.enter_context(FileLock(directory / "run.lock", blocking=False))
+                cleanup.enter_context(FileLock(directory / "run.lock", timeout=0))
             except Timeout:
                 is_free = [False]
         if not broadcast_object_list(is_free)[0]:
@@ -169,7 +169,7 @@ class _Records:
         run_file = directory / "run.json"
         if run_file.exists():
             _check_same(directory, json.loads(run_file.read_text(encoding="utf-8")), description)
-        if not run_file.exists() and any(directory.glob("records-*.jsonl")):
+        elif any(directory.glob("records-*.jsonl")):
             raise ValueError(
                 f"{str(directory)!r} holds records without the run.json that tells of which run they are: name another "
                 "directory, or remove this one"
@@ -282,7 +282,7 @@ def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[st
         "device": execution_device(model).type,
         "attention": model.config._attn_implementation,
         "hf_sirius": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "format": _FORMAT,
         **task.description(model),
