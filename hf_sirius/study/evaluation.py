@@ -9,13 +9,16 @@ import io
 import itertools
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -27,7 +30,8 @@ from ..settings.config import SiriusConfig
 from .tasks import Task, digest
 
 
-_FORMAT = 2  # of the records: a run with another one is refused
+_FORMAT = 3  # of the records and of what run.json tells: a run with another one is refused
+_NUM_TOLD = 4  # settings, at most, in which one run differs from another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +86,59 @@ def run_task(
         dict: `model`, `task`, and `rows`, one for each mode, with the measures by name.
 
     Raises:
-        `ValueError` if the directory holds another run, or a record that cannot be read.
+        `ValueError` if the directory holds another run, or a record that cannot be read, or if another process is at
+        work in it.
     """
     modes = list(modes)
     for mode in modes:
         task.check(model, mode.config, mode.corrected)
     state = process_state()
     description = describe_run(model, model_name, task)
-    records = _Records(Path(directory), description, state)
-    # One process runs all modes of an item, in alternation.
+    with _locked(Path(directory), state):
+        records = _Records(Path(directory), description, state)
+        _run_missing(model, task, modes, records, state, show_progress)
+        gathered = dict(itertools.chain.from_iterable(done.items() for done in gather_object([records.done])))
+        rows = []
+        for mode in modes:
+            measures = task.measures([gathered[mode.key, idx] for idx in range(len(task))])
+            rows.append({"way": mode.name, **mode.description(), "num_items": len(task), **measures})
+        results = {**description, "rows": rows}
+        if state.is_main_process:
+            _write_results(Path(directory), results)
+        state.wait_for_everyone()
+    return results
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, state: PartialState) -> Iterator[None]:
+    """Keeps other runs out of a directory, which is made if need be. Of the processes of a run the first holds a lock
+    for all. It is the operating system's, so that it ends with the process, and a file that stays behind bars nobody.
+
+    Raises:
+        `ValueError`, in every process, if another run holds the lock.
+    """
+    if directory.is_file():
+        raise ValueError(f"the directory of a run cannot be {str(directory)!r}, which is a file: name another one")
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as cleanup:
+        is_free = [True]
+        if state.is_main_process:
+            try:
+                cleanup.enter_context(FileLock(directory / "run.lock", timeout=0))
+            except Timeout:
+                is_free = [False]
+        if not broadcast_object_list(is_free)[0]:
+            raise ValueError(
+                f"another process is at work in {str(directory)!r}: wait for its end, or name another directory "
+                "(--output_dir)"
+            )
+        yield
+
+
+def _run_missing(
+    model: PreTrainedModel, task: Task, modes: list[Mode], records: "_Records", state: PartialState, show_progress: bool
+) -> None:
+    """Runs this process's share of the items that are not recorded. It runs all modes of an item, in alternation."""
     missing = [i for i in range(len(task)) if any((mode.key, i) not in records.done for mode in modes)]
     mine = missing[state.process_index :: state.num_processes]
     todo = [(idx, mode) for idx in mine for mode in modes if (mode.key, idx) not in records.done]
@@ -108,16 +156,6 @@ def run_task(
             record = task.run(idx, model, twins[mode.key], mode.corrected)
             records.append({"way": mode.key, "item": idx, **record})
             progress.update()
-    gathered = dict(itertools.chain.from_iterable(done.items() for done in gather_object([records.done])))
-    rows = []
-    for mode in modes:
-        measures = task.measures([gathered[mode.key, idx] for idx in range(len(task))])
-        rows.append({"way": mode.name, **mode.description(), "num_items": len(task), **measures})
-    results = {**description, "rows": rows}
-    if state.is_main_process:
-        _write_results(Path(directory), results)
-    state.wait_for_everyone()
-    return results
 
 
 class _Records:
@@ -128,15 +166,10 @@ class _Records:
     """
 
     def __init__(self, directory: Path, description: dict[str, Any], state: PartialState):
-        if directory.is_file():
-            raise ValueError(f"the directory of a run cannot be {str(directory)!r}, which is a file: name another one")
-        directory.mkdir(parents=True, exist_ok=True)
         run_file = directory / "run.json"
-        if run_file.exists() and json.loads(run_file.read_text(encoding="utf-8")) != description:
-            raise ValueError(
-                f"{str(directory)!r} holds another run (see its run.json): name another directory, or remove this one"
-            )
-        if not run_file.exists() and any(directory.glob("records-*.jsonl")):
+        if run_file.exists():
+            _check_same(directory, json.loads(run_file.read_text(encoding="utf-8")), description)
+        elif any(directory.glob("records-*.jsonl")):
             raise ValueError(
                 f"{str(directory)!r} holds records without the run.json that tells of which run they are: name another "
                 "directory, or remove this one"
@@ -156,6 +189,31 @@ class _Records:
             file.flush()
             os.fsync(file.fileno())
         self.done[record["way"], record["item"]] = record
+
+
+def _check_same(directory: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises `ValueError` unless the run that a directory holds is this one."""
+    remedy = "name another directory (--output_dir), or remove this one"
+    if there.get("format") != _FORMAT:
+        raise ValueError(
+            f"{str(directory)!r} holds another run, of a version of hf_sirius that did not write down all that answers "
+            f"depend on (format {there.get('format')}, and this is {_FORMAT}): {remedy}"
+        )
+    there, here = dict(_flat(there)), dict(_flat(here))
+    names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    if names:
+        told = [f"{name}: {reprlib.repr(there.get(name))} there, {reprlib.repr(here.get(name))} here" for name in names]
+        told[_NUM_TOLD:] = [f"and {len(names) - _NUM_TOLD} more"] if len(names) > _NUM_TOLD else []
+        raise ValueError(f"{str(directory)!r} holds another run ({'; '.join(told)}): {remedy}")
+
+
+def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields all settings by names such as `generation.eos_token_id`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield before + name, value
 
 
 def _read_records(file: Path, state: PartialState) -> Iterator[dict]:
@@ -194,29 +252,41 @@ def process_state() -> PartialState:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Returns a digest of the ends of every weight that is loaded, which tells one model from another."""
-    ends_of_all = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
-            values = parameter.detach().reshape(-1)
-            ends = torch.cat([values[:8], values[-8:]]).float().cpu()
-            ends_of_all.update(f"{name} {tuple(parameter.shape)} {ends.tolist()}".encode())
-    return ends_of_all.hexdigest()[:16]
+    """Returns a digest of the weights: of all names, shapes and dtypes, and of all values of each tensor, or of tens of
+    thousands, evenly spaced, of a large one. Of weights that accelerate offloads no values are read.
+    """
+    seen = hashlib.sha256()
+    waiting = list(model.state_dict().items())
+    while waiting:
+        name, tensor = waiting.pop()
+        if hasattr(tensor, "__tensor_flatten__"):  # packed by a library
+            waiting += [(f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
+        elif isinstance(tensor, torch.Tensor):
+            seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if not tensor.is_meta:
+                # An odd step, which does not stay in a few columns.
+                values = tensor.detach().reshape(-1)[:: tensor.numel() // 2**16 | 1]
+                seen.update(values.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return seen.hexdigest()[:16]
 
 
 def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[str, Any]:
     """Returns all that the records of a run depend on, except its modes, as plain values."""
-    quantization = getattr(model.config, "quantization_config", None)
+    config = json.loads(model.config.to_json_string())
+    for name in ("dtype", "transformers_version"):  # told below, as they are now
+        config.pop(name, None)
     return {
         "model": model_name,
         "dtype": str(model.dtype),
-        "quantization": None if quantization is None else quantization.to_diff_dict(),
         "weights": _fingerprint(model),
         "device": execution_device(model).type,
         "attention": model.config._attn_implementation,
         "hf_sirius": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
         "format": _FORMAT,
-        **task.description(),
+        **task.description(model),
+        "model_config": config,
     }
 
 

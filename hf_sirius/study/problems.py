@@ -3,7 +3,9 @@
 import json
 import os
 import re
-from decimal import Decimal, InvalidOperation
+import unicodedata
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -11,12 +13,16 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from ..reasoner import reasoner_problems
 
 
-# A number behind the mark, maybe with a currency or emphasis around it. The beginning of "3/4", "10:30" or "1e5" is no
-# such number, and neither is that of a heading ("#### 1. Compute ...").
-_ANSWER = re.compile(
-    r"####[ \t]*[*$€£\\({\[]*(?:boxed\{)?(?P<sign>[-−+]?)[$€£]?[ \t]*(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)"
-    r"(?![\d/:]|[eE]\d|\.\d|\.[ \t]+\w)"
+_SPACES = " \u00a0\u2007\u2009\u202f"  # no-break and thin ones as well
+_SEPARATORS = f",{_SPACES}"
+# With every sign of a currency as "$". What leads to a number are spaces, currency, quotes, brackets and emphasis.
+_NUMBER = re.compile(
+    rf"""(?:[{_SPACES}\t$*`"'“”„‘’‚«»‹›\\(\[{{]|boxed\{{)*(?P<sign>[-−+]?)\$?"""
+    rf"(?P<number>(?:[1-9][0-9]{{0,2}}(?P<separator>[{_SEPARATORS}])[0-9]{{3}}(?:(?P=separator)[0-9]{{3}})*|[0-9]+)"
+    rf"(?:\.[0-9]+)?|\.[0-9]+)(?P<rest>.*)"
 )
+_HEADING = re.compile(r"[.:)]\s+\w")  # "1. Compute"
+_SCALE = re.compile(rf"[kKMB]\b|[{_SPACES}-]*(?i:dozen|hundred|thousand|million|billion|trillion)")
 
 
 def problem_prompt(question: str) -> str:
@@ -25,16 +31,67 @@ def problem_prompt(question: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """Returns the number behind the first "####" that has one, in its shortest decimal form, or `None`."""
-    if not (found := _ANSWER.search(text)):
-        return None
+    """Returns the number behind the first "####" that has one, in its shortest decimal form, such as "-1234.5".
+
+    A number has the digits 0 to 9, with a point before decimals, and with a comma or a space (also a no-break or a thin
+    one) before each three digits, or without any. A sign may stand before it. Currency, quotes, brackets and emphasis
+    around it, and words and a percent sign behind it do not count: "$1,234.50 each" is 1234.5. A mark before words, or
+    before the number of a heading ("1. Compute"), is passed by.
+
+    `None` if there is no number, or if the line is not plainly one number: no other digit may follow in it ("12,5",
+    "1.234,56", "12 3/4", "5 + 3", "10:30", "1e3"), and no word or letter that multiplies ("2 million", "10k").
+    """
+    marked = [part for line in text.splitlines() for part in re.split("#{4,}", line)[1:]]
+    for part in marked:
+        found = _NUMBER.match("".join("$" if unicodedata.category(char) == "Sc" else char for char in part))
+        if not found or _HEADING.match(found["rest"]):
+            continue
+        if any(unicodedata.category(char)[0] == "N" for char in found["rest"]) or _SCALE.match(found["rest"]):
+            return None
+        number = f"{Decimal(re.sub(f'[{_SEPARATORS}]', '', found['number'])):f}"
+        if "." in number:
+            number = number.rstrip("0").rstrip(".")
+        return f"-{number}" if found["sign"] in ("-", "−") and number != "0" else number
+    return None
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Returns the text of a user's file in UTF-8, without a byte order mark.
+
+    Raises:
+        `ValueError` with the number of the first line that is no UTF-8, `OSError` if the file cannot be read.
+    """
     try:
-        number = f"{Decimal(found['number'].replace(',', '')):f}"
-    except InvalidOperation:
-        return None
-    if "." in number:
-        number = number.rstrip("0").rstrip(".")
-    return f"-{number}" if found["sign"] in ("-", "−") and number != "0" else number
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number}: not valid UTF-8 ({error.reason}): save the file as UTF-8") from error
+
+
+def _numbered_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """Yields each line of a file that is not empty, behind the place that errors tell."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", line.strip()
+
+
+def _read_object(place: str, line: str) -> dict:
+    """Returns the JSON object in a line, an empty one for any other value, or raises `ValueError`."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not valid JSON ({error}): mend or remove the line") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _check_characters(place: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place}: {text[error.start]!a} is half of a character (a lone surrogate), which no tokenizer reads: mend "
+            "or remove the line"
+        ) from error
 
 
 def load_problems(path: str | os.PathLike) -> list[dict]:
@@ -44,20 +101,17 @@ def load_problems(path: str | os.PathLike) -> list[dict]:
         `ValueError` with the number of the first line that is no such problem. Empty lines are skipped.
     """
     problems = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            problem = json.loads(line)
-        except ValueError as error:  # of the encoding as well
-            raise ValueError(f"{place}: not valid JSON ({error}): mend or remove the line") from error
-        if not isinstance(problem, dict) or not all(
-            isinstance(problem.get(name), str) for name in ("question", "answer")
-        ):
-            raise ValueError(f'{place}: a problem is an object with the texts "question" and "answer", got {problem!r}')
+    for place, line in _numbered_lines(path):
+        problem = _read_object(place, line)
+        texts = [problem.get(name) for name in ("question", "answer")]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'{place}: a problem is an object with the texts "question" and "answer", got {line!r}')
+        _check_characters(place, "".join(texts))
         if final_answer(problem["answer"]) is None:
-            raise ValueError(f'{place}: the answer must end in "#### " and a number, got {problem["answer"][-40:]!r}')
+            raise ValueError(
+                f'{place}: the answer must end in "#### " and a number, and one alone, such as 1234.5 or $1,234.5 (a '
+                f"comma or space before each three digits, a point before decimals), got {problem['answer'][-40:]!r}"
+            )
         problems.append(problem)
     if not problems:
         raise ValueError(f"{path} has no problem: each line is an object with the texts question and answer")
@@ -75,17 +129,12 @@ def read_prompts(path: str | os.PathLike, chat: bool = False) -> list[str]:
         `ValueError` with the number of the first line that is no prompt, `OSError` if the file cannot be read.
     """
     prompts = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        place = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8").strip()
-            value = json.loads(text) if text and Path(path).suffix == ".jsonl" else {"prompt": text}
-        except ValueError as error:
-            raise ValueError(f"{place}: not valid ({error}): mend or remove the line") from error
-        value = value if isinstance(value, dict) else {}
+    for place, line in _numbered_lines(path):
+        value = _read_object(place, line) if Path(path).suffix == ".jsonl" else {"prompt": line}
         prompt = value.get("prompt", value.get("question"))
         if not isinstance(prompt, str):
-            raise ValueError(f'{place}: a prompt is an object with the text "prompt" or "question", got {text!r}')
+            raise ValueError(f'{place}: a prompt is an object with the text "prompt" or "question", got {line!r}')
+        _check_characters(place, prompt)
         if prompt:
             prompts.append(prompt if chat or "prompt" in value else problem_prompt(prompt))
     if not prompts:

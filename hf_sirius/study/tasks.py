@@ -20,7 +20,7 @@ from ..decode.verification import is_accepted
 from ..model.accelerate_hooks import execution_device
 from ..reasoner import reasoner_problems
 from ..settings.config import SiriusConfig
-from .problems import final_answer, load_problems, problem_prompt
+from .problems import final_answer, load_problems, problem_prompt, read_text
 from .timing import generator, synchronize
 
 
@@ -42,8 +42,8 @@ class Task(Protocol):
 
     def __len__(self) -> int: ...
 
-    def description(self) -> dict[str, Any]:
-        """Returns all that the records depend on, as plain values."""
+    def description(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Returns all that the records depend on beside the model's weights, as plain values."""
 
     def run(self, idx: int, model: PreTrainedModel, twin: SparseTwin | None = None, corrected: bool = True) -> dict:
         """Runs one item in a mode (as in [`generator`]), and returns its record, plain values."""
@@ -85,6 +85,7 @@ class ProblemTask(Task):
             )
         self.name, self.problems, self.tokenizer = name, problems, tokenizer
         self.few_shot, self.max_new_tokens = list(few_shot), max_new_tokens
+        self._options = {"max_new_tokens": max_new_tokens, "do_sample": False}
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self._stops = []
         if not self.chat:
@@ -94,10 +95,18 @@ class ProblemTask(Task):
     def __len__(self) -> int:
         return len(self.problems)
 
-    def description(self) -> dict[str, Any]:
-        settings = {"chat": self.chat, "max_new_tokens": self.max_new_tokens}
-        problems = digest([self.problems, self.few_shot])
-        return {"task": self.name, "num_items": len(self), "digest": problems, **settings}
+    def description(self, model):
+        # In the ids a change of the chat template, the few-shot examples or the tokenizer shows as well.
+        inputs = [self.inputs(problem["question"]) for problem in self.problems]
+        generation = json.loads(model.generation_config.to_json_string(ignore_metadata=True))
+        return {
+            "task": self.name,
+            "num_items": len(self),
+            "chat": self.chat,
+            "prompts": digest([{name: values.tolist() for name, values in prompt.items()} for prompt in inputs]),
+            "answers": digest([final_answer(problem["answer"]) for problem in self.problems]),
+            "generation": {**generation, **self._options, "stop_string": STOP_STRING if self._stops else None},
+        }
 
     def inputs(self, question: str):
         """Returns the tokenized prompt of a question, long [1, length] each."""
@@ -118,7 +127,7 @@ class ProblemTask(Task):
     def run(self, idx, model, twin=None, corrected=True):
         problem = self.problems[idx]
         inputs = self.inputs(problem["question"]).to(execution_device(model))
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "stopping_criteria": list(self._stops)}
+        options = {**self._options, "stopping_criteria": list(self._stops)}
         start = time.perf_counter()
         output = generator(model, twin, corrected)(**inputs, **options)
         synchronize(execution_device(model))
@@ -190,8 +199,8 @@ class TextTask(Task):
     def __len__(self) -> int:
         return len(self.windows)
 
-    def description(self) -> dict[str, Any]:
-        return {"task": self.name, "num_items": len(self), "digest": digest(self.windows), "window": self.window}
+    def description(self, model):
+        return {"task": self.name, "num_items": len(self), "windows": digest(self.windows), "window": self.window}
 
     def check(self, model, config=None, corrected=True):
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -284,8 +293,7 @@ def load_task(
         kind = "plain text" if is_text else "problems"
         raise ValueError(f"{name} is a task of {kind}, for which {', '.join(unknown)} means nothing: leave it out")
     if is_text:
-        text = path.read_text(encoding="utf-8")
-        return TextTask(path.name, [text], tokenizer, max_windows=num_items, **options)
+        return TextTask(path.name, [read_text(path)], tokenizer, max_windows=num_items, **options)
     problems = reasoner_problems(EMBEDDED_TASKS[name]) if is_embedded else load_problems(path)
     shots = load_problems(few_shot) if few_shot else []
     return ProblemTask(Path(name).name, problems[:num_items], tokenizer, shots, **options)

@@ -3,19 +3,24 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny import build_model, build_tokenizer, shared_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sirius import SiriusConfig, calibrate, make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.cli.main import main
+from hf_sirius.study import evaluation
 from hf_sirius.study.evaluation import default_directory, describe_run, run_task, standard_modes
 from hf_sirius.study.problems import final_answer, problem_prompt
 from hf_sirius.study.tasks import ProblemTask, load_task
@@ -143,20 +148,82 @@ def test_a_broken_record_in_the_middle_is_named(tmp_path):
 def test_another_run_in_the_directory_is_refused(tmp_path):
     run_tiny(tmp_path)
     before = (tmp_path / "records-0.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match=r"holds another run \(num_items: 5 there, 4 here; .*--output_dir"):
         run_tiny(tmp_path, make_task(4))
     with pytest.raises(ValueError, match="which is a file"):
         run_tiny(tmp_path / "run.json")
     assert (tmp_path / "records-0.jsonl").read_bytes() == before
 
 
-def test_other_weights_are_another_run(tmp_path):
-    model = build_model(seed=3)
-    run_task(model, make_task(1), standard_modes(CONFIG), tmp_path, "tiny")
+def with_template(tokenizer, template: str):
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def other_weight(model):
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
-    with pytest.raises(ValueError, match="holds another run"):
-        run_task(model, make_task(1), standard_modes(CONFIG), tmp_path, "tiny")
+        model.model.layers[1].mlp.down_proj.weight[7, 30] += 1  # in the midst
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (other_weight, "weights: '[0-9a-f]{16}' there, '[0-9a-f]{16}' here"),
+        (lambda model: setattr(model.config, "rms_norm_eps", 0.5), "model_config.rms_norm_eps: 1e-06 there, 0.5 here"),
+        (
+            lambda model: setattr(model.generation_config, "repetition_penalty", 1.5),
+            "generation.repetition_penalty: None there, 1.5 here",
+        ),
+        (
+            lambda model: setattr(model.generation_config, "eos_token_id", [3]),
+            r"generation.eos_token_id: None there, \[3\] here",
+        ),
+    ],
+)
+def test_a_model_that_answers_otherwise_is_another_run(tmp_path, change, told):
+    model, modes = build_model(seed=3), standard_modes(CONFIG)[:1]
+    results = run_task(model, make_task(1), modes, tmp_path, "tiny")
+    assert run_task(model, make_task(1), modes, tmp_path, "tiny") == results
+    change(model)
+    with pytest.raises(ValueError, match=rf"holds another run \({told}\)"):
+        run_task(model, make_task(1), modes, tmp_path, "tiny")
+
+
+def test_other_prompts_and_answers_are_another_run(tmp_path):
+    def run(problem, *args, **options):
+        task = ProblemTask("mine", [problem], *args, max_new_tokens=9, **options)
+        return run_tiny(tmp_path, task, standard_modes(CONFIG)[:1])
+
+    problem, shot = PROBLEMS[0], PROBLEMS[1]
+    tokenizer = with_template(build_tokenizer(), "{{ messages[-1]['content'] }} w3")
+    results = run(problem, tokenizer)
+    assert run(dict(problem), tokenizer) == results
+    with pytest.raises(ValueError, match=r"another run \(prompts: '[0-9a-f]{12}.* there, .* here\)"):
+        run(problem, with_template(build_tokenizer(), "{{ messages[-1]['content'] }} w4"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}w3"
+    with pytest.raises(ValueError, match=r"another run \(prompts: "):
+        run(problem, tokenizer, [shot])
+    with pytest.raises(ValueError, match=r"another run \(chat: True there, False here; prompts: "):
+        run(problem, tokenizer, chat=False)
+    with pytest.raises(ValueError, match=r"another run \(answers: "):
+        run({**problem, "answer": "#### 2"}, with_template(tokenizer, "{{ messages[-1]['content'] }} w3"))
+
+
+def test_other_versions_are_another_run(tmp_path, monkeypatch):
+    run_tiny(tmp_path)
+    monkeypatch.setattr(evaluation.transformers, "__version__", "5.99")
+    with pytest.raises(ValueError, match=r"another run \(transformers: '5\.\d+\.\d+' there, '5.99' here\)"):
+        run_tiny(tmp_path)
+
+
+def test_a_run_of_an_earlier_version_is_told(tmp_path):
+    run_tiny(tmp_path)
+    run_file = tmp_path / "run.json"
+    earlier = {**json.loads(run_file.read_text()), "format": 2}
+    del earlier["prompts"]
+    run_file.write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match=r"did not write down all that answers depend on .format 2,.*--output_dir"):
+        run_tiny(tmp_path)
 
 
 def test_records_without_their_description_are_refused(tmp_path):
@@ -223,6 +290,56 @@ def test_a_killed_evaluation_ends_with_the_same_figures(tmp_path, capsys):
 # Several processes
 
 
+class Waiting(ProblemTask):
+    """Waits within its first item."""
+
+    def __init__(self):
+        super().__init__("mine", PROBLEMS, build_tokenizer(), max_new_tokens=9)
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def run(self, *args, **kwargs):
+        self.has_begun.set()
+        assert self.may_go_on.wait(60)
+        return super().run(*args, **kwargs)
+
+
+def test_two_runs_at_once_do_not_share_a_directory(tmp_path):
+    task = Waiting()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run_tiny, tmp_path, task)
+        try:
+            assert task.has_begun.wait(60)
+            with pytest.raises(ValueError, match=r"another process is at work in .*--output_dir"):
+                run_tiny(tmp_path)
+        finally:
+            task.may_go_on.set()
+    records = (tmp_path / "records-0.jsonl").read_bytes()
+    assert run_tiny(tmp_path) == first.result() and records.count(b"\n") == 15
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import sys, time\nfrom filelock import FileLock\n"
+    code += "with FileLock(sys.argv[1]):\n print('held', flush=True)\n time.sleep(600)"
+    process = start("-c", code, str(tmp_path / "run.lock"))
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another process is at work"):
+        run_tiny(tmp_path)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "run.lock").exists()
+    run_tiny(tmp_path)
+
+
+@pytest.mark.slow
+def test_no_process_of_a_second_launch_works_in_a_directory_that_is_taken(tmp_path):
+    options = ["eval", "--num_items", "1", "--output_dir", str(tmp_path)]
+    with FileLock(tmp_path / "run.lock"):
+        process = start("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_sirius.cli", *options)
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0 and "another process is at work" in output
+    assert [file.name for file in tmp_path.iterdir()] == ["run.lock"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
@@ -268,6 +385,33 @@ def test_eval_of_a_file_of_problems(tmp_path, capsys, monkeypatch):
     assert main(["eval", "--task", str(file), "--method", "griffin"]) == 2
     assert "mine.jsonl, line 2: not valid JSON" in capsys.readouterr().err
     assert (directory / "records-0.jsonl").read_bytes() == kept
+
+
+def test_eval_of_a_model_whose_files_changed_is_another_run(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(reasoner_path(), model)
+    command = ["eval", "--model", str(model), "--num_items", "1", "--max_new_tokens", "5"]
+    command += ["--output_dir", str(tmp_path / "run")]
+    assert main(command) == 0 == main(command)
+    kept = (tmp_path / "run" / "records-0.jsonl").read_bytes()
+    generation = model / "generation_config.json"
+    before = generation.read_text()
+    generation.write_text(json.dumps({**json.loads(before), "no_repeat_ngram_size": 2}))
+    assert main(command) == 2
+    assert "holds another run (generation.no_repeat_ngram_size: None there, 2 here)" in capsys.readouterr().err
+    generation.write_text(before)
+    (model / "chat_template.jinja").write_text("Question: {{ messages[-1]['content'] }}\nAnswer:\n")
+    assert main(command) == 2
+    assert "holds another run (prompts: " in capsys.readouterr().err
+    assert (tmp_path / "run" / "records-0.jsonl").read_bytes() == kept
+
+
+def test_half_a_character_is_told_before_anything_runs(tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "q", "answer": "#### 1"}\n{"question": "a \\ud800", "answer": "#### 1"}\n')
+    assert main(["eval", "--task", str(file), "--output_dir", str(tmp_path / "run")]) == 2
+    assert "mine.jsonl, line 2: '\\ud800' is half of a character" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_eval_of_plain_text(tmp_path, capsys):

@@ -91,9 +91,24 @@ def test_tasks_by_name(tmp_path):
         load_task("reasoner", tokenizer, window=8)
 
 
+def test_a_byte_order_mark_changes_no_task(tmp_path):
+    tokenizer = build_tokenizer()
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    for file, encoding in ((plain, "utf-8"), (marked, "utf-8-sig")):
+        file.write_text("w1 w2 w3 w4 " * 10, encoding=encoding)
+    windows = [load_task(str(file), tokenizer, window=8).windows for file in (plain, marked)]
+    assert windows[0] == windows[1]
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text(json.dumps(SHOT), encoding="utf-8-sig")
+    assert load_task("reasoner", tokenizer, few_shot=shots).few_shot == [SHOT]
+    marked.write_bytes(b"w1\nw2 \xff")
+    with pytest.raises(ValueError, match=r"marked\.txt, line 2: not valid UTF-8"):
+        load_task(str(marked), tokenizer)
+
+
 def test_what_records_depend_on_is_described(tmp_path):
     def description(*args, **options):
-        return ProblemTask("mine", *args, **options).description()
+        return ProblemTask("mine", *args, **options).description(shared_model())
 
     tokenizer = build_tokenizer()
     base = description([PROBLEM], tokenizer)
