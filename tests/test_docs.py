@@ -61,7 +61,7 @@ def run(source: str, name: str, values: dict) -> dict:
 
 
 def test_links_and_anchors_are_seen():
-    text = "# A `b`: c\n[x](y.md#z) ![i](j.png) [w](https://w)\n\n| a |\n|---|\n| [t](u) |\n\n::: n.m\n\n```\n[n](n)\n```"
+    text = "# A `b`: c\n[x](y.md#z) ![i](j.png) [w](https://w)\n\n| a |\n|---|\n| [t](u) |\n\n::: n.m\n\n    [n](n)"
     assert links_of(text) == ["y.md#z", "j.png", "u"]
     assert anchors_of(text) == {"a-b-c", "n.m"}
     assert python_of("a\n\n```python\nx = 1\n```\n```bash\ny\n```") == "\n\n\nx = 1\n\n\n\n"
