@@ -50,12 +50,13 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         fields: fields of the config, which win over those of `config` and over what is chosen.
 
     Raises:
-        `TypeError` if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`; `ValueError` for a value
-        that is not allowed, a model without an MLP of a known kind, one without its weights, one that is quantized
-        and offloaded as well, quantized weights that cannot be read, a twin, a calibration of another model, a
-        `draft_memory` too small, a draft or a model of which `compile_draft` can make no graph, or a `draft_dtype` that
-        the device cannot run; `ImportError` for a package that a `draft_dtype` needs; `FileNotFoundError` if offloaded
-        weights are gone.
+        TypeError: if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`.
+        ValueError: for a value that is not allowed, a model without an MLP of a known kind, one without its weights,
+            one that is quantized and offloaded as well, quantized weights that cannot be read, a twin, a calibration of
+            another model, a `draft_memory` too small, a draft or a model of which `compile_draft` can make no graph, or
+            a `draft_dtype` that the device cannot run.
+        ImportError: for a package that a `draft_dtype` needs.
+        FileNotFoundError: if offloaded weights are gone.
     """
     model = base_of_adapters(model)
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):

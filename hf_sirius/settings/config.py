@@ -297,7 +297,8 @@ class SiriusConfig(PushToHubMixin):
                 `local_files_only`, ...) is handed to the download.
 
         Raises:
-            `OSError` if there is no such file, `ValueError` if it is not a valid config.
+            OSError: if there is no such file.
+            ValueError: if it is not a valid config.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}

@@ -86,9 +86,9 @@ def calibrate(
         progress: whether to show a progress bar.
 
     Raises:
-        `TypeError` for a single string or for text without a tokenizer, `ValueError` if the corpus has no token, the
-        model activations that are not finite, no known MLP or, for greedy budgets, blocks that do not run by
-        themselves, or for options that do not go together.
+        TypeError: for a single string or for text without a tokenizer.
+        ValueError: if the corpus has no token, the model activations that are not finite, no known MLP or, for greedy
+            budgets, blocks that do not run by themselves, or for options that do not go together.
     """
     _check_options(method, weighting, budget)
     minimum, why = 1, ""

@@ -103,8 +103,8 @@ def trace(
         generate_options: further options of stock `generate`.
 
     Raises:
-        `TypeError` if `sparse` is no sparse twin or the prompt is of neither kind; `ValueError` for a prompt without
-        `input_ids`, or if an assistant is given; and what `generate` raises.
+        TypeError: if `sparse` is no sparse twin or the prompt is of neither kind.
+        ValueError: for a prompt without `input_ids`, or if an assistant is given; and what `generate` raises.
     """
     if not isinstance(sparse, SparseTwin):
         raise TypeError(f"trace takes a sparse twin, which make_sparse(model) returns, got {type(sparse).__name__}")

@@ -209,8 +209,10 @@ def tune(
     Args:
         prompts: what the tokenizer makes of each, with `input_ids`, long [1, prompt_length].
         config: what does not vary; each method takes the fields that it knows.
-        methods, densities, kernel_sizes: every combination is a candidate; the methods are those that save time by
-            default. At a density of 1 nothing is dropped, whatever the method.
+        methods: every combination of these, the densities and the kernel sizes is a candidate; by default those that
+            save time.
+        densities: go with every method. At a density of 1 nothing is dropped, whatever the method.
+        kernel_sizes: go with every method and density.
         agreement: in (0, 1), the least share of the outputs' tokens that must be the dense model's argmax, given the
             output before them. By default `threshold` is 1.0, so that all are.
         thresholds: candidates beside 1.0 where an agreement is given, [`THRESHOLDS`] by default.
@@ -220,9 +222,10 @@ def tune(
         num_repeats: how often each output is measured, at least 1.
 
     Raises:
-        `TypeError` for prompts that are not tokenized; `ValueError` for a value that is not allowed, a config with
-        `draft_confidence`, `tree_width` or `reselect_every`, outputs that all end with their first token, or if no
-        candidate works with the model. `left_out` names those that do not.
+        TypeError: for prompts that are not tokenized.
+        ValueError: for a value that is not allowed, a config with `draft_confidence`, `tree_width` or `reselect_every`,
+            outputs that all end with their first token, or if no candidate works with the model. `left_out` names
+            those that do not.
     """
     prompts = _checked_prompts(prompts, execution_device(model))
     minima = {"max_new_tokens": (max_new_tokens, 2), "num_measured": (num_measured, 1), "num_repeats": (num_repeats, 1)}
