@@ -59,7 +59,7 @@ def outputs(model, prompts, **options) -> list[torch.Tensor]:
 
 
 def assert_writes_the_same(model, prompts, expected, **fields):
-    with make_sparse(model, threshold=1.0, **fields) as sparse:
+    with make_sparse(model, **{"threshold": 1.0, "kernel_size": 16, **fields}) as sparse:
         for output, ids in zip(outputs(model, prompts, assistant_model=sparse), expected, strict=True):
             assert torch.equal(output, ids)
         assert sparse.stats.total.num_accepted > 0

@@ -99,7 +99,9 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
             "draft_dtype, such as 'int4', in which all may fit"
         )
     if config.kernel_size is None:
-        config = config.replace(kernel_size=OFFLOADED_KERNEL_SIZE if offloaded else KERNEL_SIZE)
+        # Below a threshold of 1 the output would depend on the clock.
+        unstreamed = "auto" if config.threshold == 1.0 else KERNEL_SIZE
+        config = config.replace(kernel_size=OFFLOADED_KERNEL_SIZE if offloaded else unstreamed)
     check_draft_dtype(config.draft_dtype, execution_device(model))
     if config.draft_head == SHORTLIST:
         check_head(model)

@@ -662,7 +662,7 @@ def test_drafts_end_where_positions_do(family, tree_width):
     for eos in whole[3:]:
         options = {"max_new_tokens": 60, "eos_token_id": eos, "pad_token_id": 0}
         expected = model.generate(prompt, **options)
-        with make_sparse(model, method="griffin", density=0.9, threshold=1.0, tree_width=tree_width) as sparse:
+        with make_twin(model, density=0.9, tree_width=tree_width) as sparse:
             assert torch.equal(model.generate(prompt, assistant_model=sparse, **options), expected)
             num_drafted += sparse.stats.num_drafted
     assert num_drafted

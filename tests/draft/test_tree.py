@@ -489,7 +489,7 @@ def test_an_attention_without_a_mask_is_refused():
 
 def test_a_cache_of_other_layers_is_refused():
     class OtherLayer(DynamicLayer):
-        pass
+        __module__ = "transformers.cache_utils"
 
     model, cache = build_model(), DynamicCache()
     cache.layer_class_to_replicate = OtherLayer

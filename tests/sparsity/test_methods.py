@@ -245,7 +245,7 @@ def test_griffin_casts_what_it_gathers(kind, draft_dtype, density):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_draft_cast_as_a_whole(kind):
     model, prompt, tokens = build_kind(kind), make_prompt(), make_prompt(6, seed=1)
-    fields = {"method": "griffin", "density": 0.5, "threshold": 1.0}
+    fields = {"method": "griffin", "density": 0.5, "threshold": 1.0, "kernel_size": 16}
     plain = draft_logits(make_sparse(model, **fields), prompt, tokens)
     twin = make_sparse(model, **fields, draft_dtype="bfloat16", draft_scope="all")
     linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
@@ -266,7 +266,7 @@ def test_a_draft_cast_as_a_whole(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cats_draft_reads_cast_weights(kind, scope, draft_dtype):
     model, prompt, tokens = build_kind(kind), make_prompt(), make_prompt(6, seed=1)
-    fields = {"method": "cats", "density": 0.5, "threshold": 1.0}
+    fields = {"method": "cats", "density": 0.5, "threshold": 1.0, "kernel_size": 16}
     plain = draft_logits(make_sparse(model, **fields), prompt, tokens)
     twin = make_sparse(model, **fields, draft_dtype=draft_dtype, draft_scope=scope)
     parts = {part for site in twin._twin.sites for part in site.parts}
@@ -622,7 +622,7 @@ def test_a_method_that_mlps_pass_by_is_an_error(method, tree_width):
         mlp.forward = types.MethodType(
             lambda self, x: self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)), mlp
         )
-    fields = {"density": 0.1, "tree_width": tree_width, "threshold": 1.0}
+    fields = {"density": 0.1, "tree_width": tree_width, "threshold": 1.0, "kernel_size": 16}
     with make_sparse(model, **METHODS[method], **fields) as twin:
         with pytest.raises(RuntimeError, match="method='cats' was asked for, and a draft step of this Llama"):
             model.generate(make_prompt(), max_new_tokens=8, assistant_model=twin)

@@ -155,7 +155,7 @@ def test_weights_that_change_between_calls_have_other_columns():
 def test_an_activation_with_parameters_is_thresholded_of_an_offloaded_model_too():
     """Drafts hold a copy of it, which is not to take the place of the method's own stand-in."""
     model = cpu_offload(tiny_model("apertus", torch.float32))
-    with make_sparse(model, method="cats", draft_dtype="bfloat16", threshold=1.0) as twin:
+    with make_sparse(model, method="cats", draft_dtype="bfloat16", threshold=1.0, kernel_size=16) as twin:
         model.generate(make_prompt(), assistant_model=twin, max_new_tokens=12)
         assert 0 < twin.stats.draft_density < 1
 

@@ -41,7 +41,7 @@ def test_only_the_reasoner_is_widened(factor, monkeypatch):
 
 def test_rivals_are_timed_beside_the_twin():
     sizes = {"hidden_factor": 1, "neuron_factor": 1, "num_problems": 2, "num_repeats": 1, "max_new_tokens": 12}
-    figures = bench_decode(SiriusConfig(method="griffin", threshold=1.0), with_rivals=True, **sizes)
+    figures = bench_decode(SiriusConfig(method="griffin", threshold=1.0, kernel_size=16), with_rivals=True, **sizes)
     assert figures["others"].keys() == {"int4 copy as assistant", "prompt lookup"}
     for run in figures["others"].values():
         assert run["num_tokens"] == 12 and run["num_identical"] == 2 and run["ratio_whole"] > 0

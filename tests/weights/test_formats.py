@@ -176,7 +176,7 @@ def test_a_quantized_layer_drafts_in_another_dtype(kind, draft_dtype):
 def test_a_quantized_draft_is_corrected(family, draft_dtype, draft_scope):
     model, prompt = build_model(family), make_prompt()
     dense = model.generate(prompt, max_new_tokens=20)
-    fields = {"method": "griffin", "density": 0.8, "threshold": 1.0}
+    fields = {"method": "griffin", "density": 0.8, "threshold": 1.0, "kernel_size": 16}
     with make_sparse(model, **fields, draft_dtype=draft_dtype, draft_scope=draft_scope) as sparse:
         assert torch.equal(model.generate(prompt, assistant_model=sparse, max_new_tokens=20), dense)
         assert sparse.stats.num_accepted > 0 and sparse.stats.num_rolled_back > 0
@@ -226,7 +226,7 @@ def quantized_reasoner(request):
 def test_a_quantized_model_keeps_its_output(quantized_reasoner, fields):
     model, prompts, expected = quantized_reasoner
     weights = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
-    with make_sparse(model, threshold=1.0, **fields) as sparse:
+    with make_sparse(model, threshold=1.0, kernel_size=16, **fields) as sparse:
         for prompt, dense in zip(prompts, expected, strict=True):
             output = model.generate(**prompt, assistant_model=sparse, max_new_tokens=100, do_sample=False)
             assert torch.equal(output, dense)
@@ -239,7 +239,7 @@ def test_a_quantized_model_can_be_calibrated_for(quantized_reasoner):
 
     model, prompts, expected = quantized_reasoner
     calibration = calibrate(model, None, [prompt["input_ids"][0] for prompt in prompts])
-    with make_sparse(model, threshold=1.0, calibration=calibration) as sparse:
+    with make_sparse(model, threshold=1.0, kernel_size=16, calibration=calibration) as sparse:
         output = model.generate(**prompts[0], assistant_model=sparse, max_new_tokens=100, do_sample=False)
     assert torch.equal(output, expected[0])
 

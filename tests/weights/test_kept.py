@@ -22,7 +22,7 @@ from hf_sirius.weights.linear import DraftLinear
 from hf_sirius.weights.memory import process_memory, trim_heap
 
 
-FIELDS = {"method": "griffin", "threshold": 1.0, "draft_dtype": "bfloat16", "draft_scope": "all"}
+FIELDS = {"method": "griffin", "threshold": 1.0, "kernel_size": 16, "draft_dtype": "bfloat16", "draft_scope": "all"}
 
 
 def held_in_a_call(twin) -> dict:

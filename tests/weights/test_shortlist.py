@@ -152,7 +152,7 @@ def test_the_weight_of_a_head_goes_when_the_model_is_cast():
     memory = weakref.ref(values)
     model.lm_head.weight = nn.Parameter(torch.from_numpy(values))
     del values
-    with make_sparse(model, density=1.0, draft_head="shortlist", threshold=1.0) as twin:
+    with make_sparse(model, density=1.0, draft_head="shortlist", threshold=1.0, kernel_size=16) as twin:
         model.bfloat16()
         assert memory() is None
         output = model.generate(make_prompt(), assistant_model=twin, max_new_tokens=8)
