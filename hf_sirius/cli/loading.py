@@ -74,5 +74,7 @@ def device_of(args) -> str:
 
 
 def read_prompt(args, tokenizer):
-    """Returns what the tokenizer makes of the prompt that the options name."""
+    """Returns what the tokenizer makes of the prompt. Raises `ValueError` where it has no chat template."""
+    if args.chat and not tokenizer.chat_template:
+        raise ValueError(f"--chat: the tokenizer of {args.model} has no chat template: leave --chat out")
     return tokenize(args.prompt, tokenizer, args.chat)

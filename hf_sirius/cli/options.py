@@ -16,7 +16,7 @@ from ..study.named_models import OWN_NAMES
 # Options with several values of a field.
 _LISTS = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size", "thresholds": "threshold",
           "tree_widths": "tree_width"}  # fmt: skip
-_MODELS = f"give the directory of a saved model, an id on the hub, or {' or '.join(OWN_NAMES)}"
+_MODELS = f"give the directory of a saved model, an id on the hub such as Qwen/Qwen3-8B, or {' or '.join(OWN_NAMES)}"
 
 
 def check(args) -> None:
@@ -50,7 +50,7 @@ def check(args) -> None:
 
 
 def _check_fields(args) -> None:
-    """Raises `ValueError` unless the fields that are given fit each other; those of files are checked as they are read."""
+    """Raises `ValueError` unless the fields that are given fit each other. Those of files are checked when read."""
     if args.config or args.calibration:
         return
     args = copy.copy(args)
@@ -71,11 +71,13 @@ def _check_model(name: str) -> None:
         return
     if path.exists():
         raise ValueError(f"--model {name} is a file: {_MODELS}")
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     told = f"--model {name}: there is no such directory"
+    hint = did_you_mean(name, OWN_NAMES)
     try:
-        hf_hub_download(name, "config.json")
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except errors.HFValidationError as error:
         raise ValueError(f"{told}: {_MODELS}") from error
     except errors.GatedRepoError as error:
@@ -83,18 +85,17 @@ def _check_model(name: str) -> None:
             f"--model {name} is gated: ask for access on its page on the hub, and log in with `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        hint = did_you_mean(name, OWN_NAMES)
         raise ValueError(
-            f"{told}, and no such model on the hub, unless it is private (then log in with `hf auth login`)."
-            f"{hint} Else {_MODELS}"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        hint = did_you_mean(name, OWN_NAMES)
-        raise ValueError(
-            f"{told}, and the hub cannot be reached, nor does its cache have such a model.{hint} Connect, or {_MODELS}"
+            f"{told}, and no such model on the hub (or it is private: log in with `hf auth login`).{hint} Otherwise "
+            + _MODELS
         ) from error
     except errors.EntryNotFoundError:
-        pass  # such as an adapter, of which transformers knows more
+        pass  # such as of an adapter, of which transformers knows more
+    except Exception as error:  # those of the client's HTTP library differ by version
+        raise ValueError(
+            f"{told}, nor such a model in the hub's cache, and the hub cannot be reached ({type(error).__name__})."
+            f"{hint} Connect to it, or {_MODELS}"
+        ) from error
 
 
 def given_fields(args) -> dict:
