@@ -24,7 +24,8 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 except ImportError as error:
-    raise ImportError("hf_sirius.harness needs the lm-evaluation-harness: pip install hf_sirius[eval]") from error
+    cause = None if error.name == "lm_eval" else error  # which may be a part that an old version lacks
+    raise ImportError("hf_sirius.harness needs the lm-evaluation-harness: pip install hf_sirius[eval]") from cause
 
 
 # Below the harness' own logger, which is the one that its command line shows.

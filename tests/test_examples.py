@@ -35,6 +35,48 @@ def test_streaming_chat_over_two_turns():
     assert "#### 20" in printed and "#### 33" in printed
 
 
+def test_streaming_chat_ends_quietly_at_the_end_of_its_input():
+    done = subprocess.run(
+        [sys.executable, "examples/streaming_chat.py"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0 and done.stdout == "you: \n" and "Traceback" not in done.stderr
+
+
+def test_streaming_chat_forgets_an_answer_that_is_interrupted(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import streaming_chat
+
+    class Interrupted(streaming_chat.TextStreamer):
+        num_texts = 0
+
+        def on_finalized_text(self, text, stream_end=False):
+            Interrupted.num_texts += 1
+            if Interrupted.num_texts == 2:
+                raise KeyboardInterrupt
+            super().on_finalized_text(text, stream_end)
+
+    problem = "Ann has {} apples. She buys 8 more. She sells 5 of them. How many apples does Ann have now?"
+    lines = iter([problem.format(17), problem.format(30), KeyboardInterrupt])
+
+    def input_(prompt):
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", input_)
+    monkeypatch.setattr(streaming_chat, "TextStreamer", Interrupted)
+    monkeypatch.setattr(sys, "argv", ["streaming_chat.py"])
+    streaming_chat.main()
+    printed = capsys.readouterr().out
+    assert printed.strip().startswith("17 ") and "#### 20" not in printed and "#### 33" in printed
+    assert "Ann" not in printed  # the prompt of the next answer is skipped as ever
+
+
 @pytest.mark.parametrize("options", [(), ("--method", "teal", "--budget", "greedy", "--density", "0.5")])
 def test_calibration(tmp_path, options):
     printed = run("examples/calibration.py", "--output_dir", str(tmp_path), "--max_tokens", "2000", *options)
@@ -121,3 +163,11 @@ def test_python_of_the_readme(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["generate", "pipeline", "streaming_chat", "calibration", "offload", "app"])
 def test_every_example_is_in_the_readme(name):
     assert f"{name}.py" in (ROOT / "README.md").read_text()
+
+
+def test_the_app_tells_what_to_install(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"needs Gradio: pip install hf_sirius\[demo\]") as raised:
+        import app  # noqa: F401
+    assert raised.value.__cause__ is None

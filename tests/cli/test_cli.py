@@ -290,7 +290,7 @@ def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_
         (["tune", "--model", "smollm2", "--chat"], "leave --chat out"),
         (["tune", "--model", "smollm2", "--widen", "2", "2"], "--widen is for --model reasoner alone"),
         (["bench", "decode", "--model", "smollm2", "--neuron_factor", "2"], "leave neuron_factor out"),
-        (["bench", "decode", "--model", "any", "--hidden_factor", "2"], "only the reasoner can be widened"),
+        (["bench", "decode", "--model", reasoner_path(), "--hidden_factor", "2"], "only the reasoner can be widened"),
         (["sweep", "--no_plots", "--densities", "2"], "density must be in (0, 1]"),
         (["sweep", "--no_plots", "--selection", "topk", "--reselect_every", "2"], "options of several methods"),
     ],
