@@ -73,7 +73,7 @@ def test_streaming_chat_forgets_an_answer_that_is_interrupted(monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["streaming_chat.py"])
     streaming_chat.main()
     printed = capsys.readouterr().out
-    assert printed.strip().startswith("17 ") and "#### 20" not in printed and "#### 33" in printed
+    assert "#### 20" not in printed and "#### 33" in printed
     assert "Ann" not in printed  # the prompt of the next answer is skipped as ever
 
 
