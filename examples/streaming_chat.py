@@ -3,8 +3,8 @@
     python examples/streaming_chat.py
     python examples/streaming_chat.py --model Qwen/Qwen3-8B --method cats --density 0.5
 
-Each line of standard input is a message. An empty line, Ctrl-D or Ctrl-C ends the chat. In an answer Ctrl-C ends that one,
-which is forgotten.
+Each line of standard input is a message. An empty line, Ctrl-D or Ctrl-C ends the chat. In an answer Ctrl-C ends
+that one, which is forgotten.
 """
 
 import argparse

@@ -73,7 +73,7 @@ class SiriusLM(HFLM):
             answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self.batch_size_per_gpu = batch_size
-        logger.info("Sirius, all answers so far: %s", self.sparse.stats.total)
+        logger.info("Sirius, all answers so far: %r", self.sparse.stats.total)
         return answers
 
     def _model_generate(self, context, max_length: int, stop: list[str], **generation_kwargs) -> torch.Tensor:
