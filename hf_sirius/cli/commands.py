@@ -7,14 +7,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decode.attach import make_sparse
 from ..reasoner import reasoner_path, reasoner_problems
 from ..study import benchmark, tuning
-from ..study.demo import demo_modes, show_one_answer
+from ..study.demo import demo_modes, explain, show_one_answer
 from ..study.drafts import compare_drafts
 from ..study.evaluation import default_directory, describe_run, process_state, run_task, standard_modes
 from ..study.named_models import own_prompts
@@ -27,7 +26,7 @@ from ..study.tracing import trace
 from ..study.widening import widen
 from .loading import device_of, load_model, load_tokenizer, read_prompt, sirius_config, twin_options
 from .options import choose_method
-from .tables import bench_lines, show_drafts, show_results, show_tuning
+from .tables import bench_lines, make_console, show_drafts, show_results, show_tuning
 
 
 def demo(args) -> None:
@@ -39,8 +38,15 @@ def demo(args) -> None:
     with tempfile.TemporaryDirectory() as directory:
         results = run_task(model, task, demo_modes(), directory, name, show_progress=True)
     show_results(results, task.columns)
-    print("\nAAL: tokens gained per cycle, of 16; effective density: parameters needed per token, as a share of all.\n")
-    show_one_answer(Console(), task, model)
+    console = make_console()
+    console.print(
+        "\nAAL: tokens gained per cycle, of 16. Density: parameters that a draft step needs, as a share of all; effective "
+        "density: those that a token of the output needs, of which the dense model needs 1."
+    )
+    for line in explain(results, model.get_memory_footprint()):
+        console.print(f"\n{line}")
+    console.print()
+    show_one_answer(console, task, model)
 
 
 def generate(args) -> None:

@@ -13,6 +13,7 @@ _COUNTS = (
     "num_nodes_drafted", "num_nodes_verified", "_full_advance", "_full_drafted", "_full_likeliest_advance",
     "_num_densities", "_density_sum", "_num_masking", "selection_seconds", "draft_seconds", "verification_seconds",
 )  # fmt: skip
+_FEWEST_STEPS = 3  # of which a median is no chance
 _lock = threading.Lock()  # calls in several threads add to one total
 
 
@@ -233,10 +234,10 @@ class GenerationStats:
     @property
     def dense_step_seconds(self) -> float | None:
         """What a step of the full model alone took, the median of those of this call behind its first one, which loads
-        what is used for the first time; `None` without any, and in the total, which keeps no cycles.
+        what is used for the first time; `None` with fewer than three, and in the total, which keeps no cycles.
         """
-        _, *others = [cycle.verification_seconds for cycle in self.cycles if cycle.is_dense_step] or [0.0]
-        return statistics.median(others) if others else None
+        others = [cycle.verification_seconds for cycle in self.cycles if cycle.is_dense_step][1:]
+        return statistics.median(others) if len(others) >= _FEWEST_STEPS else None
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers, and the `reason`; what has no data is `None`."""

@@ -60,12 +60,13 @@ def _rows(measures: Mapping[str, Any], seconds: Mapping[str, float | None], per_
     if per_token is not None:
         named = {"draft": "drafting", "verification": "verifying", "selection": "choosing neurons"}
         spent = {words: seconds.get(name) or 0.0 for name, words in named.items()}
-        shares = ", ".join(f"{words} {value / sum(spent.values()):.0%}" for words, value in spent.items() if value)
-        rows.append(("time", f"{_ms(per_token)} a token where it drafted: {shares}"))
+        shares = {words: round(100 * value / sum(spent.values())) for words, value in spent.items()}
+        told = ", ".join(f"{words} {share}%" for words, share in shares.items() if share)
+        rows.append(("time", f"{_ms(per_token)} a token where it drafted: {told}"))
         if not seconds.get("dense_step"):
-            kept = " (a call keeps those behind its first one, a total none)" if num_dense else ""
-            how = f"no dense step to compare with{kept}; kernel_size='auto' and `hf-sirius bench` measure it"
-            rows.append(("time saved", f"not measured: {how}"))
+            steps = "too few dense steps (a call needs four, and a total keeps none)" if num_dense else "no dense step"
+            how = "kernel_size='auto' and hf-sirius bench measure it"
+            rows.append(("time saved", f"not measured: {steps} to compare with; {how}"))
     if measures["reason"]:
         rows.append(("at the end", measures["reason"]))
     return rows
@@ -89,7 +90,8 @@ def _parameters(measures: Mapping[str, Any]) -> str:
     told += f", a token {effective:.2f} (effective density)"
     if effective < 1:
         return told
-    return f"{told}: no less than the dense model; {_number(measures['num_rolled_back'], 'token')} rolled back"
+    rolled_back = _number(measures["num_rolled_back"], "token")
+    return f"{told}: no less than the dense model needs, with {rolled_back} rolled back"
 
 
 def _number(number: int, name: str) -> str:
@@ -115,6 +117,9 @@ def as_text(summary: tuple[str, Sequence[tuple[str, str]]]) -> str:
 def as_html(summary: tuple[str, Sequence[tuple[str, str]]]) -> str:
     """Returns a summary for a notebook."""
     head, rows = summary
-    left = 'style="text-align: left; vertical-align: top"'
-    cells = "".join(f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(told)}</td></tr>" for name, told in rows)
+    style = 'style="text-align: left; vertical-align: top; white-space: {}"'
+    name_style, style = style.format("nowrap"), style.format("normal")
+    cells = "".join(
+        f"<tr><th {name_style}>{escape(name)}</th><td {style}>{escape(told)}</td></tr>" for name, told in rows
+    )
     return f"<p><strong>{escape(head)}</strong></p>" + (f"<table>{cells}</table>" if rows else "")
