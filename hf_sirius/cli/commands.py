@@ -40,8 +40,8 @@ def demo(args) -> None:
     show_results(results, task.columns)
     console = make_console()
     console.print(
-        "\nAAL: tokens gained per cycle, of 16. Density: parameters that a draft step needs, as a share of all; effective "
-        "density: those that a token of the output needs, of which the dense model needs 1."
+        "\nAAL: tokens gained per cycle, of 16. Density: parameters that a draft step needs, as a share of all; "
+        "effective density: those that a token of the output needs, of which the dense model needs 1."
     )
     for line in explain(results, model.get_memory_footprint()):
         console.print(f"\n{line}")

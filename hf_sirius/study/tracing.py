@@ -78,7 +78,7 @@ class Trace:
     tokens: tuple[TracedToken, ...]
     measures: dict[str, Any]
     config: dict[str, Any]
-    seconds: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float | None] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def text(self) -> str:
