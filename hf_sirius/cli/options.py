@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from ..settings.fields import Fields, check_value
+from ..settings.fields import CONFIG_NAME, Fields, check_value
 from ..settings.methods import METHODS, did_you_mean, owners_of
 from ..study.named_models import OWN_NAMES
 
@@ -16,6 +16,7 @@ from ..study.named_models import OWN_NAMES
 # Options with several values of a field.
 _LISTS = {"methods": "method", "densities": "density", "kernel_sizes": "kernel_size", "thresholds": "threshold",
           "tree_widths": "tree_width"}  # fmt: skip
+_CONFIGS = "give the directory of a saved SiriusConfig, or its id on the hub"
 _MODELS = f"give the directory of a saved model, an id on the hub such as Qwen/Qwen3-8B, or {' or '.join(OWN_NAMES)}"
 
 
@@ -45,8 +46,11 @@ def check(args) -> None:
             raise ValueError(
                 "the prompt is empty: give a text to continue, as --prompt or, with '-', by standard input"
             )
-    if "model" in given:
-        _check_model(args.model)
+    if given.get("config"):
+        _check_source("--config", args.config, (CONFIG_NAME,), _CONFIGS)
+    if "model" in given and args.model not in OWN_NAMES:
+        files = ("config.json", "adapter_config.json")
+        _check_source("--model", args.model, files, _MODELS, did_you_mean(args.model, OWN_NAMES))
 
 
 def _check_fields(args) -> None:
@@ -60,41 +64,42 @@ def _check_fields(args) -> None:
     Fields().with_method(fields.pop("method", Fields.method), **fields)
 
 
-def _check_model(name: str) -> None:
-    """Raises `ValueError` if there is no such model, in a line; of the hub its config is asked for, or the cache."""
-    path = Path(name).expanduser()
-    if name in OWN_NAMES:
-        return
+def _check_source(option: str, name: str, files: tuple[str, ...], allowed: str, hint: str = "") -> None:
+    """Raises `ValueError`, in a line, unless a name is that of a directory with one of these files, or of a repository
+    on the hub, or in its cache, with the first of them.
+    """
+    path = Path(name)
     if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise ValueError(f"--model {name} is a directory without a config.json: {_MODELS}")
+        if not any((path / file).is_file() for file in files):
+            raise ValueError(f"{option} {name} is a directory without a {files[0]}: {allowed}")
         return
     if path.exists():
-        raise ValueError(f"--model {name} is a file: {_MODELS}")
+        raise ValueError(f"{option} {name} is a file: {allowed}")
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    told = f"--model {name}: there is no such directory"
-    hint = did_you_mean(name, OWN_NAMES)
+    told = f"{option} {name}: there is no such directory"
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        if not isinstance(try_to_load_from_cache(name, files[0]), str):
+            get_hf_file_metadata(hf_hub_url(name, files[0]))
     except errors.HFValidationError as error:
-        raise ValueError(f"{told}: {_MODELS}") from error
+        raise ValueError(f"{told}: {allowed}") from error
     except errors.GatedRepoError as error:
         raise ValueError(
-            f"--model {name} is gated: ask for access on its page on the hub, and log in with `hf auth login`"
+            f"{option} {name} is gated: ask for access on its page on the hub, and log in with `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ValueError(
-            f"{told}, and no such model on the hub (or it is private: log in with `hf auth login`).{hint} Otherwise "
-            + _MODELS
+            f"{told}, and nothing of that name on the hub (or it is private: log in with `hf auth login`).{hint} "
+            f"Otherwise {allowed}"
         ) from error
-    except errors.EntryNotFoundError:
-        pass  # such as of an adapter, of which transformers knows more
+    except errors.EntryNotFoundError as error:
+        if files[1:]:  # such as of an adapter, of which transformers knows more
+            return
+        raise ValueError(f"{option} {name} has no {files[0]} on the hub: {allowed}") from error
     except Exception as error:  # those of the client's HTTP library differ by version
         raise ValueError(
-            f"{told}, nor such a model in the hub's cache, and the hub cannot be reached ({type(error).__name__})."
-            f"{hint} Connect to it, or {_MODELS}"
+            f"{told}, nothing of that name in the hub's cache, and the hub cannot be reached "
+            f"({type(error).__name__}).{hint} Connect to it, or {allowed}"
         ) from error
 
 

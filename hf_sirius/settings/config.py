@@ -10,10 +10,9 @@ from transformers.utils import PushToHubMixin, cached_file
 from transformers.utils.hub import hf_api
 
 from .calibration import CALIBRATION_NAME, Calibration
-from .fields import Fields, check_field_names
+from .fields import CONFIG_NAME, Fields, check_field_names
 
 
-CONFIG_NAME = "sirius_config.json"
 _DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",
     "user_agent",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .calibration import Calibration
 
+CONFIG_NAME = "sirius_config.json"  # in which they are saved
 DRAFT_DTYPES = ("bfloat16", "float16", "int8", "int4", "nf4")
 _Fields = TypeVar("_Fields", bound="Fields")
 

@@ -72,7 +72,7 @@ def test_a_model_that_is_not_there_is_told_in_a_line(name, words, command, tmp_p
 @pytest.mark.parametrize(
     ("raised", "words"),
     [
-        (errors.RepositoryNotFoundError, "and no such model on the hub (or it is private: log in"),
+        (errors.RepositoryNotFoundError, "and nothing of that name on the hub (or it is private: log in"),
         (errors.GatedRepoError, "is gated: ask for access on its page on the hub, and log in"),
         (ConnectionError, "the hub cannot be reached (ConnectionError). Connect to it, or give the directory"),
     ],
@@ -82,6 +82,26 @@ def test_what_the_hub_says_is_told_in_a_line(raised, words, monkeypatch, capsys)
     error = raised("An essay.\nOf many lines.", **given) if given else raised("An essay.\nOf many lines.")
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", mock.Mock(side_effect=error))
     assert words in told(["generate", "--model", "some/model", "--prompt", "a"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "raised", "words"),
+    [
+        ("./nope", None, "there is no such directory: give the directory of a saved SiriusConfig"),
+        (".", None, "is a directory without a sirius_config.json: give"),
+        ("some/config", ConnectionError("An essay.\nOf lines."), "the hub cannot be reached (ConnectionError)"),
+        (
+            "some/config",
+            errors.EntryNotFoundError("An essay.\nOf lines."),
+            "has no sirius_config.json on the hub",
+        ),
+    ],
+)
+def test_a_config_that_is_not_there_is_told_in_a_line(name, raised, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", mock.Mock(side_effect=raised))
+    error = told([*GENERATE, "--config", name], capsys)
+    assert f"--config {name}" in error and words in error
 
 
 @pytest.mark.parametrize("cached", [None, "/cache/config.json"])
@@ -96,8 +116,11 @@ def test_a_model_of_the_hub_goes_on_and_one_in_the_cache_needs_no_hub(cached, mo
 
 def test_an_adapter_without_a_config_is_left_to_transformers(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").touch()
+    missing = mock.Mock(side_effect=errors.EntryNotFoundError("no config.json"))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", missing)
     monkeypatch.setattr(commands, "generate", mock.Mock())
-    assert main(["generate", "--model", str(tmp_path), "--prompt", "a"]) == 0
+    for name in (str(tmp_path), "some/adapter"):
+        assert main(["generate", "--model", name, "--prompt", "a"]) == 0
 
 
 @pytest.mark.parametrize("command", ["generate", "report"])
