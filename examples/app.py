@@ -11,7 +11,6 @@ import html
 import threading
 import time
 
-import gradio as gr
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
@@ -19,6 +18,11 @@ import hf_sirius
 from hf_sirius.study.tracing import FATES, TokenTracer
 
 
+try:
+    import gradio as gr
+except ImportError as error:
+    cause = None if error.name == "gradio" else error
+    raise ImportError("examples/app.py needs Gradio: pip install hf_sirius[demo]") from cause
 PROBLEM = hf_sirius.reasoner_problems()[0]["question"]
 THEME = gr.themes.Base(  # with the reader's own fonts, so that the page needs no network
     primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

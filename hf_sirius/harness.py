@@ -14,7 +14,8 @@ from transformers import StoppingCriteriaList
 
 from .decode.attach import make_sparse
 from .settings.calibration import Calibration
-from .settings.config import SiriusConfig, rules
+from .settings.config import SiriusConfig
+from .settings.fields import rules
 from .study.named_models import model_path
 
 
@@ -23,7 +24,8 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 except ImportError as error:
-    raise ImportError("hf_sirius.harness needs the lm-evaluation-harness: pip install hf_sirius[eval]") from error
+    cause = None if error.name == "lm_eval" else error  # which may be a part that an old version lacks
+    raise ImportError("hf_sirius.harness needs the lm-evaluation-harness: pip install hf_sirius[eval]") from cause
 
 
 # Below the harness' own logger, which is the one that its command line shows.
@@ -71,7 +73,7 @@ class SiriusLM(HFLM):
             answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self.batch_size_per_gpu = batch_size
-        logger.info("Sirius, all answers so far: %s", self.sparse.stats.total)
+        logger.info("Sirius, all answers so far: %r", self.sparse.stats.total)
         return answers
 
     def _model_generate(self, context, max_length: int, stop: list[str], **generation_kwargs) -> torch.Tensor:

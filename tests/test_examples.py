@@ -22,7 +22,7 @@ def run(*command: str, given: str = "") -> str:
 
 def test_generate():
     printed = run("examples/generate.py")
-    assert printed.count("####") >= 2 and "GenerationStats" in printed
+    assert printed.count("####") >= 2 and "drafted ones were kept" in printed
 
 
 def test_pipeline():
@@ -33,6 +33,48 @@ def test_streaming_chat_over_two_turns():
     problem = "Ann has {} apples. She buys 8 more. She sells 5 of them. How many apples does Ann have now?\n"
     printed = run("examples/streaming_chat.py", given=problem.format(17) + problem.format(30) + "\n")
     assert "#### 20" in printed and "#### 33" in printed
+
+
+def test_streaming_chat_ends_quietly_at_the_end_of_its_input():
+    done = subprocess.run(
+        [sys.executable, "examples/streaming_chat.py"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0 and done.stdout == "you: \n" and "Traceback" not in done.stderr
+
+
+def test_streaming_chat_forgets_an_answer_that_is_interrupted(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import streaming_chat
+
+    class Interrupted(streaming_chat.TextStreamer):
+        num_texts = 0
+
+        def on_finalized_text(self, text, stream_end=False):
+            Interrupted.num_texts += 1
+            if Interrupted.num_texts == 2:
+                raise KeyboardInterrupt
+            super().on_finalized_text(text, stream_end)
+
+    problem = "Ann has {} apples. She buys 8 more. She sells 5 of them. How many apples does Ann have now?"
+    lines = iter([problem.format(17), problem.format(30), KeyboardInterrupt])
+
+    def input_(prompt):
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", input_)
+    monkeypatch.setattr(streaming_chat, "TextStreamer", Interrupted)
+    monkeypatch.setattr(sys, "argv", ["streaming_chat.py"])
+    streaming_chat.main()
+    printed = capsys.readouterr().out
+    assert "#### 20" not in printed and "#### 33" in printed
+    assert "Ann" not in printed  # the prompt of the next answer is skipped as ever
 
 
 @pytest.mark.parametrize("options", [(), ("--method", "teal", "--budget", "greedy", "--density", "0.5")])
@@ -110,3 +152,11 @@ def test_reasoner_training_goes_on_from_its_checkpoint(tmp_path):
 @pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "examples").glob("*.*")))
 def test_every_example_is_on_a_page(name):
     assert f"`examples/{name}`" in (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
+
+
+def test_the_app_tells_what_to_install(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"needs Gradio: pip install hf_sirius\[demo\]") as raised:
+        import app  # noqa: F401
+    assert raised.value.__cause__ is None

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import lm_eval
 import peft
@@ -153,11 +154,20 @@ def test_it_is_registered(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_without_the_harness_the_error_tells_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+@pytest.mark.parametrize("missing", ["lm_eval", "lm_eval.api.registry"])
+def test_without_the_harness_the_error_tells_what_to_install(missing, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("lm_eval")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "hf_sirius.harness")
-    with pytest.raises(ImportError, match=r"pip install hf_sirius\[eval\]"):
+
+    def find_spec(name, *rest):
+        if name == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [types.SimpleNamespace(find_spec=find_spec), *sys.meta_path])
+    with pytest.raises(ImportError, match=r"pip install hf_sirius\[eval\]") as raised:
         import hf_sirius.harness  # noqa: F401
+    assert (raised.value.__cause__ is None) == (missing == "lm_eval")
 
 
 # Requests

@@ -6,8 +6,8 @@ from accelerate import disk_offload
 from tiny import build_model, make_prompt
 
 from hf_sirius import SiriusConfig, make_sparse, tune
-from hf_sirius.cli import main as cli
-from hf_sirius.cli import options
+from hf_sirius.cli import loading
+from hf_sirius.cli.arguments import make_parser
 from hf_sirius.settings.methods import METHODS, MethodRow
 from hf_sirius.sparsity.base import SparsityMethod, TwinActivation
 
@@ -89,8 +89,8 @@ def test_it_is_saved_and_loaded(method, tmp_path):
 
 
 def test_the_command_line_and_tune_know_it(method):
-    args = cli._parser().parse_args(["generate", "--model", "reasoner", "--prompt", "a", "--method", method])
-    assert options.sirius_config(args).method == method
+    args = make_parser().parse_args(["generate", "--model", "reasoner", "--prompt", "a", "--method", method])
+    assert loading.sirius_config(args).method == method
     prompts = [{"input_ids": make_prompt()}]
     tuned = tune(build_model(), prompts, methods=[method], densities=[0.3], kernel_sizes=[4], max_new_tokens=8)
     assert tuned.config.method == method

@@ -7,14 +7,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decode.attach import make_sparse
 from ..reasoner import reasoner_path, reasoner_problems
 from ..study import benchmark, tuning
-from ..study.demo import demo_modes, show_one_answer
+from ..study.demo import demo_modes, explain, show_one_answer
 from ..study.drafts import compare_drafts
 from ..study.evaluation import default_directory, describe_run, process_state, run_task, standard_modes
 from ..study.named_models import own_prompts
@@ -25,17 +24,9 @@ from ..study.tasks import ProblemTask, TextTask, load_task
 from ..study.timing import describe_machine
 from ..study.tracing import trace
 from ..study.widening import widen
-from .options import (
-    check_device,
-    check_place,
-    choose_method,
-    load_model,
-    load_tokenizer,
-    read_prompt,
-    sirius_config,
-    twin_options,
-)
-from .tables import bench_lines, show_drafts, show_results, show_tuning
+from .loading import device_of, load_model, load_tokenizer, read_prompt, sirius_config, twin_options
+from .options import choose_method
+from .tables import bench_lines, make_console, show_drafts, show_results, show_tuning
 
 
 def demo(args) -> None:
@@ -47,18 +38,26 @@ def demo(args) -> None:
     with tempfile.TemporaryDirectory() as directory:
         results = run_task(model, task, demo_modes(), directory, name, show_progress=True)
     show_results(results, task.columns)
-    print("\nAAL: tokens gained per cycle, of 16; effective density: parameters needed per token, as a share of all.\n")
-    show_one_answer(Console(), task, model)
+    console = make_console()
+    console.print(
+        "\nAAL: tokens gained per cycle, of 16. Density: parameters that a draft step needs, as a share of all; "
+        "effective density: those that a token of the output needs, of which the dense model needs 1."
+    )
+    for line in explain(results, model.get_memory_footprint()):
+        console.print(f"\n{line}")
+    console.print()
+    show_one_answer(console, task, model)
 
 
 def generate(args) -> None:
     options = twin_options(args)
-    model, tokenizer = load_model(args), load_tokenizer(args)
-    inputs = read_prompt(args, tokenizer).to(model.device)
+    tokenizer = load_tokenizer(args)
+    inputs = read_prompt(args, tokenizer)
+    model = load_model(args)
     torch.manual_seed(args.seed)
     with make_sparse(model, **options) as twin:
         output = model.generate(
-            **inputs,
+            **inputs.to(model.device),
             assistant_model=twin,
             max_new_tokens=args.max_new_tokens,
             do_sample=args.do_sample,
@@ -72,10 +71,9 @@ def generate(args) -> None:
 
 def report(args) -> None:
     options = twin_options(args)
-    for name in ("output", "json"):
-        check_place(f"--{name}", getattr(args, name))
-    model, tokenizer = load_model(args), load_tokenizer(args)
+    tokenizer = load_tokenizer(args)
     inputs = read_prompt(args, tokenizer)
+    model = load_model(args)
     torch.manual_seed(args.seed)
     with make_sparse(model, **options) as twin:
         traced = trace(twin, tokenizer, inputs, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample)
@@ -97,8 +95,6 @@ def sweep(args) -> None:
         raise ValueError("--plot names a file to draw to, but --no_plots was given too: leave one out")
     if not args.no_plots:
         check_plots(args.plot)
-    check_place("--plot", args.plot)
-
     grid = {"method": args.methods, "density": args.densities, "kernel_size": args.kernel_sizes}
     swept = sweep_modes(sirius_config(args), {**grid, "threshold": args.thresholds, "tree_width": args.tree_widths})
 
@@ -118,8 +114,6 @@ def _run_task(args, make_modes) -> tuple[dict, Path, bool]:
     """Runs the task that the options name, in the modes that `make_modes` gives for it; returns its results, their
     directory, and whether this is the first process.
     """
-    if args.output_dir and Path(args.output_dir).is_file():
-        raise ValueError(f"--output_dir {args.output_dir} is a file: name a directory")
     state = process_state()
     if args.device is None and state.device.type != "cpu":
         args.device = str(state.device)
@@ -144,8 +138,6 @@ def _run_task(args, make_modes) -> tuple[dict, Path, bool]:
 def tune(args) -> None:
     choose_method(args)
     config = sirius_config(args)
-    check_place("--json", args.json)
-    check_place("--output", args.output, is_directory=True)
     if args.model != "reasoner" and args.widen:
         raise ValueError(f"--widen is for --model reasoner alone, got {args.model}: leave it out")
     if args.quantization and args.widen:
@@ -160,7 +152,8 @@ def tune(args) -> None:
         given["draft_dtypes"] = [None if name == "none" else name for name in args.draft_dtypes]
     tuning.candidate_grid(config, **given)  # a wrong value is told before anything is loaded
     given |= {name: getattr(args, name) for name in ("max_new_tokens", "num_measured", "num_repeats")}
-    model, tokenizer = load_model(args), load_tokenizer(args)
+    tokenizer = load_tokenizer(args)
+    model = load_model(args)
     if args.widen:
         model = widen(model, *args.widen)
     prompts = [tokenize(text, tokenizer, chat) for text, chat in texts[: args.num_prompts]]
@@ -178,8 +171,7 @@ def tune(args) -> None:
 
 
 def compare(args) -> None:
-    check_place("--json", args.json)
-    check_device(args.device)
+    device_of(args)
     options = {
         name: getattr(args, name) for name in ("model", "num_prompts", "max_new_tokens", "kernel_size", "device")
     }
@@ -194,8 +186,7 @@ def bench(args) -> None:
     if "config" in of_twin:
         choose_method(args)
         of_twin = {"config": sirius_config(args)}
-    check_place("--json", args.json)
-    check_device(args.device)
+    device_of(args)
     function = {"decode": benchmark.bench_decode, "offload": benchmark.bench_offload}[args.benchmark]
     names = [name for name in inspect.signature(function).parameters if name not in ("config", "fields")]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

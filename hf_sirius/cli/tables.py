@@ -1,5 +1,7 @@
 """What the command line shows: tables of results, and benchmarks in a line each."""
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
@@ -7,6 +9,13 @@ from ..study.tuning_result import draft_name
 
 
 _NUM_SHOWN = 20  # candidates of hf-sirius tune, at most
+_WHOLE = 10_000  # columns, into which any table fits
+
+
+def make_console() -> Console:
+    """Returns what the command line prints to: in a terminal as wide as that, elsewhere nothing is cut or wrapped."""
+    width = None if sys.stdout.isatty() else _WHOLE
+    return Console(markup=False, emoji=False, highlight=False, width=width)  # names and reasons may hold brackets
 
 
 def show_results(results: dict, columns: tuple[str, ...]) -> None:
@@ -15,23 +24,23 @@ def show_results(results: dict, columns: tuple[str, ...]) -> None:
              "ms_per_token": "ms per\ntoken"}  # fmt: skip
     if not any((row["config"] or {}).get("tree_width", 1) > 1 for row in results["rows"]):
         del heads["nodes_per_cycle"]  # without a tree it says nothing
+    digits = {"num_rolled_back": 0, "ms_per_token": 1, "nodes_per_cycle": 1, "aal": 2}
     names = [name for name in (*columns, *heads) if any(row.get(name) is not None for row in results["rows"])]
-    table = Table("", box=None, pad_edge=False)
+    table = Table("", box=None, pad_edge=False, padding=(0, 1, 0, 0))  # in 80 columns
     for name in names:
         table.add_column(heads.get(name, name), justify="right", no_wrap=True)
     for row in results["rows"]:
-        table.add_row(row["way"], *(_shown(name, row.get(name)) for name in names))
-    console = Console(markup=False, emoji=False)  # names and reasons may hold brackets
+        table.add_row(row["way"], *(_shown(row.get(name), digits.get(name, 3)) for name in names))
+    console = make_console()
     dtype = results["dtype"].removeprefix("torch.")
     console.print(f"{results['model']} ({dtype}), {results['num_items']} items of {results['task']}:\n")
     console.print(table)
 
 
-def _shown(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    digits = {"num_rolled_back": 0, "ms_per_token": 1, "nodes_per_cycle": 1, "aal": 2}.get(name, 3)
-    return f"{value:.{digits}f}"
+def _shown(value: float | None, digits: int) -> str:
+    return (
+        "" if value is None else f"{value:.{digits}f}"
+    )  # such as the AAL of outputs that end within their first draft
 
 
 def show_tuning(tuning, title: str) -> None:
@@ -41,7 +50,7 @@ def show_tuning(tuning, title: str) -> None:
             made.add_column(head, justify="right" if i else "left", no_wrap=True)
         return made
 
-    console = Console(markup=False, emoji=False)  # names and reasons may hold brackets
+    console = make_console()
     console.print(title)
     costs = tuning.costs
     sizes = sorted({candidate.config.kernel_size for candidate in tuning.candidates})
@@ -81,8 +90,8 @@ def show_tuning(tuning, title: str) -> None:
     if len(tuning.candidates) > _NUM_SHOWN:
         console.print(f"and {len(tuning.candidates) - _NUM_SHOWN} more, which --json writes as well")
     for name, reason in tuning.left_out.items():
-        console.print(f"Left out: {name}: {reason}", highlight=False)
-    console.print(f"\n{tuning.verdict}", highlight=False)
+        console.print(f"Left out: {name}: {reason}")
+    console.print(f"\n{tuning.verdict}")
 
 
 def show_drafts(figures: dict) -> None:
@@ -95,8 +104,8 @@ def show_drafts(figures: dict) -> None:
         told = {"weighting": ", by column", "reselect_every": ", refreshed", "draft_head": ", shortlist"}
         name += "".join(words for field, words in told.items() if field in row)
         digits = {"agreement": 3, "aal": 2, "bytes": 2, "ratio": 3}
-        table.add_row(name, row.get("draft_dtype"), *(f"{row[key]:.{n}f}" for key, n in digits.items()))
-    console = Console(markup=False, emoji=False)
+        table.add_row(name, row.get("draft_dtype"), *(_shown(row[key], n) for key, n in digits.items()))
+    console = make_console()
     for row in figures["left_out"]:
         console.print(
             f"Left out: {draft_name(row.get('method', ''), row['density'], row['draft_dtype'])}: {row['reason']}"

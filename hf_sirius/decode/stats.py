@@ -1,15 +1,19 @@
 """What happened in each cycle of a call, and the measures that follow from it."""
 
 import dataclasses
+import statistics
 import threading
 from typing import Any
 
+from .summary import as_html, as_text, summarize
+
 
 _COUNTS = (
-    "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified",
-    "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum", "_num_masking",
-    "selection_seconds",
+    "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted", "num_accepted",
+    "num_nodes_drafted", "num_nodes_verified", "_full_advance", "_full_drafted", "_full_likeliest_advance",
+    "_num_densities", "_density_sum", "_num_masking", "selection_seconds", "draft_seconds", "verification_seconds",
 )  # fmt: skip
+_FEWEST_STEPS = 3  # of which a median is no chance
 _lock = threading.Lock()  # calls in several threads add to one total
 
 
@@ -73,9 +77,16 @@ class Cycle:
         """Tokens that the cycle added to the sequence: the accepted ones and the bonus token."""
         return self.num_accepted + 1
 
+    @property
+    def is_dense_step(self) -> bool:
+        """Whether nothing was proposed, so that the verification is a step of the full model alone."""
+        return not self.drafted_ids and not self.num_steps
+
 
 class GenerationStats:
     """Counts of one `generate` call, kept while it runs; `total` has the same counts over all calls of the twin.
+
+    Printed, and in a notebook, they are a summary in words; `as_dict` and `seconds` have the numbers.
 
     Attributes:
         kernel_size: tokens per cycle, n, or `"auto"`.
@@ -83,9 +94,11 @@ class GenerationStats:
         first_id, first_likelihood: the full model's own token after the prefill, which precedes the cycles, and its
             likelihood as in [`Cycle`]; `None` before it, and in the total.
         selection_seconds: what choosing and gathering the neurons took behind the prefill; of the total, of all calls.
+        draft_seconds, verification_seconds: what the cycles took that proposed tokens.
         cycles: the [`Cycle`]s of the call, in order (the total keeps none).
         num_cycles: cycles, the short ones included; the prefill is not a cycle.
         num_short_cycles: cycles that EOS, a stopping criterion or the length cut short.
+        num_dense_steps, num_lookups: cycles that proposed nothing, and those whose tokens were looked up.
         num_drafted, num_accepted, num_rolled_back: drafted tokens, and how many of them were kept and rolled back; of
             trees the continuations that won count.
         num_nodes_drafted, num_nodes_verified: tokens that drafts wrote, and that verifications read, losing branches
@@ -94,11 +107,15 @@ class GenerationStats:
 
     num_cycles: int
     num_short_cycles: int
+    num_dense_steps: int
+    num_lookups: int
     num_drafted: int
     num_accepted: int
     num_nodes_drafted: int
     num_nodes_verified: int
     selection_seconds: float
+    draft_seconds: float
+    verification_seconds: float
 
     def __init__(self, kernel_size: int | str, total: "GenerationStats | None" = None):
         self.kernel_size = kernel_size
@@ -145,6 +162,8 @@ class GenerationStats:
         counts = {
             "num_cycles": 1,
             "num_short_cycles": not cycle.is_full,
+            "num_dense_steps": cycle.is_dense_step,
+            "num_lookups": cycle.is_lookup,
             "num_drafted": num_drafted,
             "num_accepted": cycle.num_accepted,
             "num_nodes_drafted": branches.num_nodes_drafted,
@@ -152,6 +171,8 @@ class GenerationStats:
             "full_advance": cycle.advance_length * cycle.is_full,
             "full_drafted": num_drafted * cycle.is_full * (not cycle.is_lookup),
             "full_likeliest_advance": branches.likeliest_advance_length * cycle.is_full,
+            "draft_seconds": cycle.draft_seconds * (not cycle.is_dense_step),
+            "verification_seconds": cycle.verification_seconds * (not cycle.is_dense_step),
         }
         self._record(counts)
 
@@ -210,12 +231,33 @@ class GenerationStats:
             return None
         return (self._full_drafted * self.draft_density + num_full) / self._full_advance
 
+    @property
+    def dense_step_seconds(self) -> float | None:
+        """What a step of the full model alone took, the median of those of this call behind its first one, which loads
+        what is used for the first time; `None` with fewer than three, and in the total, which keeps no cycles.
+        """
+        others = [cycle.verification_seconds for cycle in self.cycles if cycle.is_dense_step][1:]
+        return statistics.median(others) if len(others) >= _FEWEST_STEPS else None
+
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers, and the `reason`; what has no data is `None`."""
-        counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back",
-                  "num_nodes_drafted", "num_nodes_verified")  # fmt: skip
+        counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted",
+                  "num_accepted", "num_rolled_back", "num_nodes_drafted", "num_nodes_verified")  # fmt: skip
         measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
         return {name: getattr(self, name) for name in (*counts, *measures, "reason")}
+
+    def seconds(self) -> dict[str, float | None]:
+        """Returns what was measured by the host's clock: of drafts, of their verifications, of the choice of neurons,
+        and of a dense step, `None` where none was.
+        """
+        parts = ("draft", "verification", "selection", "dense_step")
+        return {name: getattr(self, f"{name}_seconds") for name in parts}
+
+    def __str__(self) -> str:
+        return as_text(summarize(self.as_dict(), self.seconds()))
+
+    def _repr_html_(self) -> str:
+        return as_html(summarize(self.as_dict(), self.seconds()))
 
     def __repr__(self) -> str:
         values = {k: v for k, v in self.as_dict().items() if k != "reason" or v is not None}

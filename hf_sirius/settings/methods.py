@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -29,9 +30,13 @@ def check_method_name(name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"method must be one of {list(METHODS)}, got {name!r}")
     if name not in METHODS:
-        close = difflib.get_close_matches(name.lower(), METHODS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown method {name!r}.{hint} The methods are {list(METHODS)}.")
+        raise ValueError(f"unknown method {name!r}.{did_you_mean(name, METHODS)} The methods are {list(METHODS)}.")
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Returns a question that names the known word closest to what was given, with a space before it, or ""."""
+    close = difflib.get_close_matches(given.lower(), list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def method_class(name: str) -> type:

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 from ..model.observation import evaluating, observing
 from ..model.sites import find_mlps, find_projections
 from ..settings.calibration import CALIBRATED_DENSITIES, Calibration, probe_weights
-from ..settings.config import SiriusConfig, rules
+from ..settings.config import SiriusConfig
+from ..settings.fields import rules
 from ..settings.methods import check_method_name, method_class, owners_of
 from ..weights.draft_modules import TwinModule
 from .base import TwinActivation

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -25,8 +26,37 @@ def demo_modes() -> list[Mode]:
     modes = [Mode("dense")]
     for method, density in (("griffin", 0.5), ("griffin", 0.3), ("cats", 0.1)):
         config, name = SiriusConfig(method=method, density=density), f"{method} {density:.0%}"
-        modes += [Mode(f"{name}, sparse alone", config, corrected=False), Mode(f"{name} + Sirius", config)]
+        modes += [Mode(f"{name} alone", config, corrected=False), Mode(f"{name} + Sirius", config)]
     return modes
+
+
+def explain(results: dict[str, Any], num_bytes: int) -> list[str]:
+    """Returns what the results of `demo_modes` show and why, in sentences, one string for each line of thought.
+
+    Args:
+        results: what `run_task` returned.
+        num_bytes: of the model's weights.
+    """
+    dense, *others = results["rows"]
+    alone = [row for row in others if row["alone"]]
+    corrected = [row for row in others if not row["alone"]]
+    fastest = min(corrected, key=lambda row: row["ms_per_token"])
+    is_faster = fastest["ms_per_token"] < dense["ms_per_token"]
+    saved = f"{fastest['way']} saved time" if is_faster else "no time was saved"
+    return [
+        f"Alone, the sparse drafts solved {_range(alone, 'accuracy', '.2f')} of the problems. Corrected they solved "
+        f"{_range(corrected, 'accuracy', '.2f')}; the dense model by itself {dense['accuracy']:.2f}.",
+        f"A token took the dense model {dense['ms_per_token']:.1f} ms, the drafts alone "
+        f"{_range(alone, 'ms_per_token', '.1f')} ms, and with Sirius {_range(corrected, 'ms_per_token', '.1f')} ms: "
+        f"here {saved}. Sparsity saves the reading of weights, and all {num_bytes / 1e6:.0f} MB of this model fit into "
+        "a processor's cache, where reading costs next to nothing. Larger models do not fit: what decides there is the "
+        "bytes that are read for each token. hf-sirius bench decode times this model, widened, on this machine.",
+    ]
+
+
+def _range(rows: list[dict[str, Any]], name: str, form: str) -> str:
+    values = sorted(row[name] for row in rows)
+    return " to ".join(dict.fromkeys(format(value, form) for value in (values[0], values[-1])))
 
 
 def show_one_answer(console: Console, task: ProblemTask, model: PreTrainedModel) -> None:

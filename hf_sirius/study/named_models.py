@@ -2,10 +2,10 @@
 
 from ..reasoner import reasoner_path
 from ..smollm2 import smollm2_path, smollm2_prompts
-from .problems import long_prompts
 
 
 _PATHS = {"reasoner": reasoner_path, "smollm2": smollm2_path}
+OWN_NAMES = tuple(_PATHS)
 
 
 def model_path(name: str) -> str:
@@ -30,4 +30,8 @@ def own_prompts(name: str, chat: bool = False) -> list[tuple[str, bool]]:
         if chat:
             raise ValueError("of smollm2's own prompts half go into the chat template anyway: leave --chat out")
         return smollm2_prompts()
-    return [(prompt, chat) for prompt in long_prompts(chat)] if name == "reasoner" else []
+    if name != "reasoner":
+        return []
+    from .problems import long_prompts  # which imports transformers, that the names do without
+
+    return [(prompt, chat) for prompt in long_prompts(chat)]

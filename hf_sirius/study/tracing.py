@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..decode.sparse_twin import SparseTwin
 from ..decode.stats import Cycle, GenerationStats
+from ..decode.summary import as_html, as_text, summarize
 from ..model.accelerate_hooks import execution_device
 from ..reasoner import reasoner_path
 
@@ -68,6 +70,7 @@ class Trace:
         tokens: all tokens that were written, cycle by cycle; see [`TokenTracer`] for their order.
         measures: of the call, `GenerationStats.as_dict()`.
         config: the settings, `SiriusConfig.to_dict()`.
+        seconds: `GenerationStats.seconds()`.
     """
 
     model_name: str
@@ -75,6 +78,7 @@ class Trace:
     tokens: tuple[TracedToken, ...]
     measures: dict[str, Any]
     config: dict[str, Any]
+    seconds: dict[str, float | None] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def text(self) -> str:
@@ -84,6 +88,17 @@ class Trace:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values, for JSON."""
         return {"text": self.text, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        return as_text(self._summary())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._summary())
+
+    def _summary(self) -> tuple[str, list[tuple[str, str]]]:
+        head, rows = summarize(self.measures, self.seconds)
+        settings = f"{self.model_name}, {self.config['method']} {self.config['density']}"
+        return head, [("model", settings), ("output", repr(shorten(self.text, 120))), *rows]
 
 
 def trace(
@@ -127,6 +142,7 @@ def trace(
         tokens=tuple(TokenTracer(tokenizer).tokens(sparse.stats)),
         measures=sparse.stats.as_dict(),
         config=sparse.sirius_config.to_dict(),
+        seconds=sparse.stats.seconds(),
     )
 
 

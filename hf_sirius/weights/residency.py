@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
 from ..model.projections import device_of, is_projection
 from ..model.sites import MlpSite, find_other_modules
-from ..settings.config import SiriusConfig, memory_bytes
+from ..settings.config import SiriusConfig
+from ..settings.fields import memory_bytes
 from .formats import changes, gathered_shapes, head_dtype, num_bytes
 from .shortlist import SHORTLIST
 

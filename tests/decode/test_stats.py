@@ -11,8 +11,8 @@ from hf_sirius.decode.stats import Cycle, GenerationStats
 
 MEASURES = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
 COUNTS = (
-    "num_cycles", "num_short_cycles", "num_drafted", "num_accepted", "num_rolled_back",
-    "num_nodes_drafted", "num_nodes_verified",
+    "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted", "num_accepted",
+    "num_rolled_back", "num_nodes_drafted", "num_nodes_verified",
 )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ def test_counts_are_those_of_the_cycles(call):
     assert stats.cycles == of_call
     assert stats.num_cycles == len(of_call)
     assert stats.num_short_cycles == sum(not cycle.is_full for cycle in of_call)
+    assert stats.num_dense_steps == sum(not cycle.drafted_ids for cycle in of_call)
     assert stats.num_drafted == sum(len(cycle.drafted_ids) for cycle in of_call)
     assert stats.num_accepted + stats.num_rolled_back == stats.num_drafted
     assert sum(cycle.advance_length for cycle in of_call) == stats.num_accepted + stats.num_cycles

@@ -16,7 +16,8 @@ from transformers import LlamaConfig
 
 from hf_sirius import Calibration, SiriusConfig
 from hf_sirius.settings.calibration import CALIBRATION_NAME
-from hf_sirius.settings.config import CONFIG_NAME, DRAFT_DTYPES, memory_bytes, rules
+from hf_sirius.settings.config import CONFIG_NAME
+from hf_sirius.settings.fields import DRAFT_DTYPES, memory_bytes, rules
 
 
 FIELDS = [field.name for field in dataclasses.fields(SiriusConfig)]

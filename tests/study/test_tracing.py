@@ -1,5 +1,6 @@
 """What became of each token: their texts, their order, and what the full model thought of them."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -242,7 +243,7 @@ def test_a_trace_tells_what_happened(name, method, threshold, kernel_size, way, 
     assert tuple(output_of(traced.tokens)) == output
     if name != "sentencepiece":  # of which random bytes are no characters
         assert traced.text == tokenizer.decode(output, skip_special_tokens=True)
-    assert traced.measures == stats.as_dict()
+    assert traced.measures == stats.as_dict() and traced.seconds == stats.seconds()
     assert json.loads(json.dumps(traced.to_dict(), allow_nan=False))["text"] == traced.text
     counts = {fate: sum(token.fate == fate for token in traced.tokens) for fate in FATES}
     # A draft that ends the output counts its last token as the bonus token.
@@ -271,6 +272,19 @@ def test_branches_are_traced():
         traced = trace(sparse, build_tokenizer(), {"input_ids": make_prompt()}, max_new_tokens=30, do_sample=False)
     branches = [token for token in traced.tokens if token.fate == "branch"]
     assert any(token.likelihood is not None for token in branches) and any(token.after for token in branches)
+
+
+def test_a_trace_has_the_summary_of_its_call():
+    with make_sparse(shared_model(), method="griffin", density=0.4, kernel_size=5) as sparse:
+        traced = trace(sparse, build_tokenizer(), {"input_ids": make_prompt()}, max_new_tokens=30, do_sample=False)
+        told = str(sparse.stats)
+    told_of_trace = str(dataclasses.replace(traced, model_name="<b>m</b>"))
+    assert told_of_trace.splitlines()[0] == told.splitlines()[0] and "<b>m</b>, griffin 0.4" in told_of_trace
+    assert {line.strip() for line in told.splitlines()} <= {line.strip() for line in told_of_trace.splitlines()}
+    assert "&lt;b&gt;m&lt;/b&gt;" in (page := dataclasses.replace(traced, model_name="<b>m</b>")._repr_html_())
+    assert "<b>" not in page and traced.text.split()[0] in page
+    # One that was made of plain values has no times, and tells of none.
+    assert "ms" not in str(dataclasses.replace(traced, seconds={}))
 
 
 def test_a_sampled_draft_that_ends_with_eos_was_kept():

@@ -12,7 +12,7 @@ import torch
 from families import tiny_model
 from tiny import build_model, make_prompt, shared_model
 
-from hf_sirius import SiriusConfig, make_sparse
+from hf_sirius import SiriusConfig, make_sparse, reasoner_path
 from hf_sirius.cli.main import main
 from hf_sirius.study import timing, tuning
 from hf_sirius.study.prediction import Costs, expected_events, match_rates
@@ -355,8 +355,8 @@ def test_command_shows_reasons_as_they_are(capsys, monkeypatch):
         (["--output", "nowhere/tuned"], "does not exist: make it first"),
         (["--json", "nowhere/tuned.json"], "does not exist: make it first"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
-        (["--model", "other"], "other needs --prompts, a file; only reasoner and smollm2"),
-        (["--model", "other", "--widen", "2", "2"], "--widen is for --model reasoner alone"),
+        (["--model", reasoner_path()], "needs --prompts, a file; only reasoner and smollm2"),
+        (["--model", reasoner_path(), "--widen", "2", "2"], "--widen is for --model reasoner alone"),
         (["--quantization", "8bit", "--widen", "2", "2"], "leave --quantization or --widen out"),
         (["--draft_dtype", "int3"], "draft_dtype must be"),
         (["--agreement", "2"], "agreement must be in (0, 1)"),

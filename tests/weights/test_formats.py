@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_sirius import make_sparse, reasoner_path, reasoner_problems
 from hf_sirius.cli import main as cli
 from hf_sirius.kernels import cpu
-from hf_sirius.settings.config import DRAFT_DTYPES
+from hf_sirius.settings.fields import DRAFT_DTYPES
 from hf_sirius.study.problems import problem_prompt
 from hf_sirius.weights import gather
 from hf_sirius.weights.bnb import is_4bit, is_8bit, quantized_to_4bit, quantized_to_8bit

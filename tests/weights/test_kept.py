@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_sirius import make_sparse
 from hf_sirius.draft.draft import Draft
-from hf_sirius.settings.config import DRAFT_DTYPES
+from hf_sirius.settings.fields import DRAFT_DTYPES
 from hf_sirius.study.widening import wide_reasoner
 from hf_sirius.weights import formats
 from hf_sirius.weights import gather as gather_module

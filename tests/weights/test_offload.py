@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 from hf_sirius import calibrate, make_sparse
 from hf_sirius.draft.draft import Draft
 from hf_sirius.model.accelerate_hooks import is_offloaded, streaming_hook
-from hf_sirius.settings.config import DRAFT_DTYPES
+from hf_sirius.settings.fields import DRAFT_DTYPES
 from hf_sirius.weights import offload as offload_module
 from hf_sirius.weights.memory import process_memory, trim_heap
 
