@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from .decode.attach import make_sparse
+from .decode.attach import KERNEL_SIZE, make_sparse
 from .settings.calibration import Calibration
 from .settings.config import SiriusConfig
 from .settings.fields import rules
@@ -53,7 +53,8 @@ class SiriusLM(HFLM):
 
     def __init__(self, pretrained, **kwargs):
         fields = {name: _parse(name, kwargs.pop(name)) for name in list(kwargs) if name in _FIELDS}
-        config = SiriusConfig(**fields)  # a wrong value is told before anything is loaded
+        # A wrong value is told before anything is loaded. Measures are to come again, which "auto" does not promise.
+        config = SiriusConfig(**{"kernel_size": KERNEL_SIZE, **fields})
         if isinstance(pretrained, str):
             pretrained = model_path(pretrained)
         try:

@@ -23,9 +23,14 @@ def twin_options(args) -> dict:
     given = given_fields(args)
     if args.config or any(name in CHOSEN for name in given):
         return {"config": config}
-    # Behind a seed the same text comes again, which "auto", by the clock, does not promise.
-    is_seeded = getattr(args, "do_sample", False)
-    return {"kernel_size": KERNEL_SIZE, **given} if is_seeded else given
+    return {"kernel_size": KERNEL_SIZE, **given} if _is_to_repeat(args) else given
+
+
+def _is_to_repeat(args) -> bool:
+    """Whether the same text, behind a seed, or the same measures are to come again, which `kernel_size="auto"`, by the
+    clock, does not promise.
+    """
+    return args.run in ("evaluate", "sweep") or getattr(args, "do_sample", False)
 
 
 def sirius_config(args) -> SiriusConfig:
@@ -37,6 +42,8 @@ def sirius_config(args) -> SiriusConfig:
         fields["calibration"] = Calibration.from_pretrained(fields["calibration"])
     config = SiriusConfig.from_pretrained(args.config) if args.config else SiriusConfig()
     config = config.with_method(fields.pop("method", config.method), **fields)
+    if config.kernel_size is None and _is_to_repeat(args):
+        config = config.replace(kernel_size=KERNEL_SIZE)
     if config.draft_dtype is not None:
         check_draft_dtype(config.draft_dtype, torch.device(device_of(args)))
     return config

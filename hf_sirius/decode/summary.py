@@ -36,9 +36,7 @@ def summarize(measures: Mapping[str, Any], seconds: Mapping[str, float | None]) 
 
 
 def _rows(measures: Mapping[str, Any], seconds: Mapping[str, float | None], per_token: float | None):
-    num_dense, num_drafted, num_nodes = (
-        measures[f"num_{name}"] for name in ("dense_steps", "drafted", "nodes_drafted")
-    )
+    num_dense, num_drafted = measures["num_dense_steps"], measures["num_drafted"]
     rows = []
     if num_drafted:
         kept = f"{measures['num_accepted']} of {num_drafted} drafted ones were kept ({measures['acceptance_rate']:.0%})"

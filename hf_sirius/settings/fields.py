@@ -87,12 +87,12 @@ class Fields:
             Share of the neurons of each MLP (of `"teal"` of the inputs of each projection) that a draft step keeps, in
             (0, 1]. At 1 nothing is dropped, whatever the method: a draft is then its `draft_dtype` alone.
         kernel_size (`int` or `str`, *optional*):
-            Tokens per cycle, at least 2, or `"auto"`, which chooses them anew for each cycle. All but one are drafted;
-            by default 16, or 32 for a model that accelerate offloads, where a verification costs more. The twin's own
-            config tells which default it was. `"auto"` drafts as many as promise the least time per token, by what
-            steps took and how many tokens were kept so far, and none where a dense step takes less
-            (`decode/controller.py`). At `threshold=1.0` greedy outputs do not depend on it; below, and when sampling
-            with a seed, they do.
+            Tokens per cycle, at least 2, of which all but one are drafted, or `"auto"`, which chooses them anew for
+            each cycle. By default `"auto"` at `threshold=1.0` and 16 below; 32 for a model that accelerate offloads,
+            where a verification costs more. The twin's own config tells which default it was. `"auto"` drafts as many
+            as promise the least time per token, by what steps took and how many tokens were kept so far, and none where
+            a dense step takes less (`decode/controller.py`). At `threshold=1.0` greedy outputs do not depend on it;
+            below, and when sampling with a seed, they do.
         threshold (`float`, defaults to 0.1):
             A drafted token is kept if it is the full model's argmax or its likelihood is at least this, in [0, 1]; 1
             gives the full model's output, token for token when greedy, the same distribution when sampling.
