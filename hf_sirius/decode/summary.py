@@ -35,10 +35,10 @@ def summarize(measures: Mapping[str, Any], seconds: Mapping[str, float | None]) 
     return told, _rows(measures, seconds, per_token)
 
 
-def _rows(measures: Mapping[str, Any], seconds: Mapping[str, float | None], per_token: float | None):
-    num_dense, num_drafted, num_nodes = (
-        measures[f"num_{name}"] for name in ("dense_steps", "drafted", "nodes_drafted")
-    )
+def _rows(
+    measures: Mapping[str, Any], seconds: Mapping[str, float | None], per_token: float | None
+) -> list[tuple[str, str]]:
+    num_dense, num_drafted = measures["num_dense_steps"], measures["num_drafted"]
     rows = []
     if num_drafted:
         kept = f"{measures['num_accepted']} of {num_drafted} drafted ones were kept ({measures['acceptance_rate']:.0%})"
@@ -108,9 +108,8 @@ def as_text(summary: tuple[str, Sequence[tuple[str, str]]]) -> str:
     width = max((len(name) for name, _ in rows), default=0) + 4
     lines = [textwrap.fill(head, _WIDTH)]
     for name, told in rows:
-        lines.append(
-            textwrap.fill(told, _WIDTH, initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width)
-        )
+        start = f"  {name}".ljust(width)
+        lines.append(textwrap.fill(told, _WIDTH, initial_indent=start, subsequent_indent=" " * width))
     return "\n".join(lines)
 
 
