@@ -117,7 +117,7 @@ def as_html(summary: tuple[str, Sequence[tuple[str, str]]]) -> str:
     """Returns a summary for a notebook."""
     head, rows = summary
     style = 'style="text-align: left; vertical-align: top; white-space: {}"'
-    name_style, style = style.format("nowrap"), style.format("normal")
+    name_style, style = style.format("nowrap; padding-right: 1em"), style.format("normal")
     cells = "".join(
         f"<tr><th {name_style}>{escape(name)}</th><td {style}>{escape(told)}</td></tr>" for name, told in rows
     )
