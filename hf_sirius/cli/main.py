@@ -50,10 +50,12 @@ def _interruptible(prog: str) -> Iterator[None]:
         os.write(2, f"\n{prog}: interrupted\n".encode())
         os._exit(130)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone sees signals
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()  # which alone sees signals
+    if not is_main or before is not signal.default_int_handler:  # such as of a shell's job in the background
         yield
         return
-    before = signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGINT, leave)
     try:
         yield
     finally:

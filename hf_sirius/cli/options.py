@@ -43,9 +43,7 @@ def check(args) -> None:
     if "prompt" in given:
         args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
         if not args.prompt.strip():
-            raise ValueError(
-                "the prompt is empty: give a text to continue, as --prompt or, with '-', by standard input"
-            )
+            raise ValueError("the prompt is empty: give a text to continue (--prompt - reads standard input)")
     if given.get("config"):
         _check_source("--config", args.config, (CONFIG_NAME,), _CONFIGS)
     if "model" in given and args.model not in OWN_NAMES:

@@ -35,7 +35,9 @@ def summarize(measures: Mapping[str, Any], seconds: Mapping[str, float | None]) 
     return told, _rows(measures, seconds, per_token)
 
 
-def _rows(measures: Mapping[str, Any], seconds: Mapping[str, float | None], per_token: float | None):
+def _rows(
+    measures: Mapping[str, Any], seconds: Mapping[str, float | None], per_token: float | None
+) -> list[tuple[str, str]]:
     num_dense, num_drafted = measures["num_dense_steps"], measures["num_drafted"]
     rows = []
     if num_drafted:
@@ -106,9 +108,8 @@ def as_text(summary: tuple[str, Sequence[tuple[str, str]]]) -> str:
     width = max((len(name) for name, _ in rows), default=0) + 4
     lines = [textwrap.fill(head, _WIDTH)]
     for name, told in rows:
-        lines.append(
-            textwrap.fill(told, _WIDTH, initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width)
-        )
+        start = f"  {name}".ljust(width)
+        lines.append(textwrap.fill(told, _WIDTH, initial_indent=start, subsequent_indent=" " * width))
     return "\n".join(lines)
 
 
@@ -116,7 +117,7 @@ def as_html(summary: tuple[str, Sequence[tuple[str, str]]]) -> str:
     """Returns a summary for a notebook."""
     head, rows = summary
     style = 'style="text-align: left; vertical-align: top; white-space: {}"'
-    name_style, style = style.format("nowrap"), style.format("normal")
+    name_style, style = style.format("nowrap; padding-right: 1em"), style.format("normal")
     cells = "".join(
         f"<tr><th {name_style}>{escape(name)}</th><td {style}>{escape(told)}</td></tr>" for name, told in rows
     )

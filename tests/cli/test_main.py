@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from hf_sirius.cli import options
 from hf_sirius.cli.main import main
 
 
@@ -142,3 +144,28 @@ def test_ctrl_c_in_a_command_ends_in_a_line_and_leaves_the_handler(monkeypatch, 
     monkeypatch.setattr(commands, "demo", interrupted)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "\nhf-sirius: interrupted\n"
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_what_ignores_ctrl_c_goes_on_ignoring_it(is_ignored, monkeypatch):
+    from hf_sirius.cli import commands
+
+    seen = []
+    monkeypatch.setattr(options, "check", lambda args: seen.append(signal.getsignal(signal.SIGINT)))
+    monkeypatch.setattr(commands, "demo", lambda args: seen.append(signal.getsignal(signal.SIGINT)))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if is_ignored else signal.default_int_handler)
+    try:
+        assert main(["demo"]) == 0
+        during, after = seen
+        assert after is (signal.SIG_IGN if is_ignored else signal.default_int_handler)
+        assert (during is signal.SIG_IGN) == is_ignored and during is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_it_runs_in_any_thread(monkeypatch):
+    from hf_sirius.cli import commands
+
+    monkeypatch.setattr(commands, "demo", lambda args: None)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(main, ["demo"]).result() == 0
