@@ -6,14 +6,15 @@ import griffe
 
 
 class Fields(griffe.Extension):
-    """Shows a field's own default in place of the call that makes it, and once."""
+    """Shows a field of `SiriusConfig` with its own default in place of the call that makes it, and once."""
 
-    def on_class_members(self, *, cls: griffe.Class, **kwargs) -> None:
-        if cls.name == "SiriusConfig":
-            for field in cls.attributes.values():
-                if isinstance(field.value, griffe.ExprCall):
-                    field.value = field.value.arguments[0]
-            cls.docstring.value = re.sub(r"(?m)^( +\w+) \(.*\):\n +", r"\1: ", cls.docstring.value)
+    def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
+        fields, config = pkg["settings.fields.Fields"], pkg["settings.config.SiriusConfig"]
+        for field in fields.attributes.values():
+            if isinstance(field.value, griffe.ExprCall):
+                field.value = field.value.arguments[0]
+        text = re.sub(r"(?m)^( +\w+) \(.*\):\n +", r"\1: ", fields.docstring.value)
+        config.docstring = griffe.Docstring(text, parent=config, parser=griffe.Parser.google)
 
 
 def on_page_content(html: str, **kwargs) -> str:

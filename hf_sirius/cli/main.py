@@ -29,6 +29,10 @@ def main(argv: list[str] | None = None, prog: str = "hf-sirius") -> int:
             check(args)
             commands = importlib.import_module("hf_sirius.cli.commands")
         getattr(commands, args.run)(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would tell of it as it ends
+        return 141  # that of a process which SIGPIPE ended
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args is None or args.traceback:
             raise

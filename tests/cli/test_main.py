@@ -163,6 +163,16 @@ def test_what_ignores_ctrl_c_goes_on_ignoring_it(is_ignored, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_reader_who_has_seen_enough_ends_it_quietly():
+    command = [sys.executable, "-m", "hf_sirius", *GENERATE, "--max_new_tokens", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    with process.stderr:
+        told = process.stderr.read()
+    assert process.wait(timeout=300) == 141
+    assert "Traceback" not in told and "pipe" not in told.lower()
+
+
 def test_it_runs_in_any_thread(monkeypatch):
     from hf_sirius.cli import commands
 
