@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from .decode.attach import KERNEL_SIZE, make_sparse
+from .decode.attach import make_sparse, repeatable
+from .model.accelerate_hooks import is_offloaded
 from .settings.calibration import Calibration
 from .settings.config import SiriusConfig
 from .settings.fields import rules
@@ -53,8 +54,7 @@ class SiriusLM(HFLM):
 
     def __init__(self, pretrained, **kwargs):
         fields = {name: _parse(name, kwargs.pop(name)) for name in list(kwargs) if name in _FIELDS}
-        # A wrong value is told before anything is loaded. Measures are to come again, which "auto" does not promise.
-        config = SiriusConfig(**{"kernel_size": KERNEL_SIZE, **fields})
+        config = SiriusConfig(**fields)  # a wrong value is told before anything is loaded
         if isinstance(pretrained, str):
             pretrained = model_path(pretrained)
         try:
@@ -66,7 +66,7 @@ class SiriusLM(HFLM):
             raise ValueError(
                 f"an argument is neither one of the hf model's nor a field of SiriusConfig {list(_FIELDS)}: {error}"
             ) from error
-        self.sparse = make_sparse(self.model, config)
+        self.sparse = make_sparse(self.model, config if is_offloaded(self.model) else repeatable(config))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1

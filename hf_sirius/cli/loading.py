@@ -5,7 +5,7 @@ import logging
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from ..decode.attach import KERNEL_SIZE
+from ..decode.attach import KERNEL_SIZE, repeatable
 from ..draft.choice import CHOSEN
 from ..settings.calibration import Calibration
 from ..settings.config import SiriusConfig
@@ -21,16 +21,10 @@ def twin_options(args) -> dict:
     """
     config = sirius_config(args)  # a wrong value is told before anything is loaded
     given = given_fields(args)
+    is_seeded = getattr(args, "do_sample", False)
     if args.config or any(name in CHOSEN for name in given):
-        return {"config": config}
-    return {"kernel_size": KERNEL_SIZE, **given} if _is_to_repeat(args) else given
-
-
-def _is_to_repeat(args) -> bool:
-    """Whether the same text, behind a seed, or the same measures are to come again, which `kernel_size="auto"`, by the
-    clock, does not promise.
-    """
-    return args.run in ("evaluate", "sweep") or getattr(args, "do_sample", False)
+        return {"config": repeatable(config) if is_seeded else config}
+    return {"kernel_size": KERNEL_SIZE, **given} if is_seeded else given
 
 
 def sirius_config(args) -> SiriusConfig:
@@ -42,8 +36,6 @@ def sirius_config(args) -> SiriusConfig:
         fields["calibration"] = Calibration.from_pretrained(fields["calibration"])
     config = SiriusConfig.from_pretrained(args.config) if args.config else SiriusConfig()
     config = config.with_method(fields.pop("method", config.method), **fields)
-    if config.kernel_size is None and _is_to_repeat(args):
-        config = config.replace(kernel_size=KERNEL_SIZE)
     if config.draft_dtype is not None:
         check_draft_dtype(config.draft_dtype, torch.device(device_of(args)))
     return config

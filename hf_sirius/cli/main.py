@@ -5,6 +5,7 @@ which take seconds, when a command runs.
 import contextlib
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -29,19 +30,32 @@ def main(argv: list[str] | None = None, prog: str = "hf-sirius") -> int:
             check(args)
             commands = importlib.import_module("hf_sirius.cli.commands")
         getattr(commands, args.run)(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would tell of it as it ends
-        return 141  # that of a process which SIGPIPE ended
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args is None or args.traceback:
             raise
+        if isinstance(error, BrokenPipeError) and not _is_read():
+            return 141  # that of a process which SIGPIPE ended
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_read() -> bool:
+    """Whether somebody reads the standard output. Where nobody does any more, what is left of it goes nowhere."""
+    try:
+        output, poll = sys.stdout.fileno(), select.poll()
+    except (AttributeError, OSError):  # it is captured, or this is Windows, where the error is another one
+        return True
+    poll.register(output, 0)
+    if not poll.poll(0):  # which would tell of a closed pipe
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # else Python would tell of it as it ends
+    return False
 
 
 @contextlib.contextmanager

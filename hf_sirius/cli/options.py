@@ -64,7 +64,7 @@ def _check_fields(args) -> None:
 
 def _check_source(option: str, name: str, files: tuple[str, ...], allowed: str, hint: str = "") -> None:
     """Raises `ValueError`, in a line, unless a name is that of a directory with one of these files, or of a repository
-    on the hub, or in its cache, with the first of them.
+    on the hub with the first of them, or in its cache with any.
     """
     path = Path(name)
     if path.is_dir():
@@ -77,7 +77,7 @@ def _check_source(option: str, name: str, files: tuple[str, ...], allowed: str, 
 
     told = f"{option} {name}: there is no such directory"
     try:
-        if not isinstance(try_to_load_from_cache(name, files[0]), str):
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
             get_hf_file_metadata(hf_hub_url(name, files[0]))
     except errors.HFValidationError as error:
         raise ValueError(f"{told}: {allowed}") from error

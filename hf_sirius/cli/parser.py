@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     def _check_options(self, args: Iterable[str]) -> None:
         """Ends with an error for an option that there is not, which comes before one that is missing."""
         for arg in args:
-            is_option = re.fullmatch(r"-[^\d.\s]\S*", arg.partition("=")[0])
+            is_option = re.fullmatch(r"-[^\d.\s]\S*", arg)
             if arg == "--" or (self._has_commands and not is_option):
                 return
             name = arg.partition("=")[0]

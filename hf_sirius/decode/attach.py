@@ -118,6 +118,13 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     return user
 
 
+def repeatable(config: SiriusConfig) -> SiriusConfig:
+    """Returns the config with a `kernel_size` where it has none, for a model that is not offloaded: by default it might
+    be `"auto"`, which goes by the clock, and the same text or the same measures are to come again.
+    """
+    return config.replace(kernel_size=KERNEL_SIZE) if config.kernel_size is None else config
+
+
 def _check_compiled(model: PreTrainedModel, config: SiriusConfig, offloaded: bool) -> None:
     """Raises `ValueError` unless the step of such a draft can be compiled."""
     if not method_of(config).is_steady:

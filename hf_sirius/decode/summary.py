@@ -19,7 +19,9 @@ def summarize(measures: Mapping[str, Any], seconds: Mapping[str, float | None]) 
     """
     num_cycles, num_dense = measures["num_cycles"], measures["num_dense_steps"]
     if not num_cycles:
-        return "Nothing was drafted: there was no cycle.", _rows(measures, seconds, None)
+        is_alone = measures["draft_density"] is not None
+        head = "The twin wrote alone, uncorrected." if is_alone else "There was no cycle, and so no draft."
+        return head, _rows(measures, seconds, None)
     if num_cycles == num_dense:
         head = f"Nothing was drafted: {_number(num_cycles, 'token')} by dense steps."
         return head, _rows(measures, seconds, None)
@@ -78,7 +80,8 @@ def _advance(measures: Mapping[str, Any]) -> str:
     most = "" if measures["kernel_size"] in ("auto", 0) else f" of {measures['kernel_size']}"
     num_full = measures["num_cycles"] - measures["num_short_cycles"]
     short = f", {measures['num_short_cycles']} cut short left out" if measures["num_short_cycles"] else ""
-    included = ", dense steps included" if measures["num_dense_steps"] else ""
+    # More of them than were cut short, so that some are among the rest.
+    included = ", dense steps included" if measures["num_dense_steps"] > measures["num_short_cycles"] else ""
     return f"{measures['aal']:.2f}{most} (AAL, over {_number(num_full, 'cycle')}{short}{included})"
 
 

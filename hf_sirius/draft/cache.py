@@ -125,8 +125,8 @@ def growing(cache: Cache, num_tokens: int) -> Iterator[None]:
         if now and now - length != num_tokens:
             raise ValueError(
                 f"the model read {num_tokens} tokens, and its KV-cache grew by {now - length}: something, such as a "
-                "hook that compresses it, drops tokens that would be needed again once a draft is rolled back. Take it "
-                "off, or call generate without a twin"
+                "hook that compresses it, drops or adds tokens, so that a draft cannot be rolled back. Take it off, or "
+                "call generate without a twin"
             )
 
 

@@ -16,9 +16,10 @@ from ..model.stock import stock_class
 
 
 # Code of torch.compile, accelerate's hook, what is laid over the original, and its mode, which is followed by itself.
-_OF_THE_ORIGINAL = frozenset(
-    ("_compiled_call_impl", "_hf_hook", "_old_forward", "_own_forward", "forward", "generate", "training")
-)
+_OF_THE_ORIGINAL = frozenset((
+    "_compiled_call_impl", "_hf_hook", "_old_forward", "_own_forward", "_update_model_kwargs_for_generation", "forward",
+    "generate", "prepare_inputs_for_generation", "training",
+))  # fmt: skip
 
 
 def copy_with(
@@ -58,10 +59,12 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 def follow(twin: nn.Module, module: nn.Module) -> None:
     """Gives a copy the attributes of its original, but for its mode."""
     attributes = vars(twin)
-    for name, value in vars(module).items():
+    for name, value in list(vars(module).items()):
         if attributes.get(name, module) is value:  # nearly always
             continue
-        if name not in _OF_THE_ORIGINAL and not _is_own_dict(name, value) and not _runs(value, module):
+        if name in _OF_THE_ORIGINAL or name in twin._modules:  # an activation that was a plain function
+            continue
+        if not _is_own_dict(name, value) and not _runs(value, module):
             attributes[name] = value
 
 

@@ -141,6 +141,12 @@ def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.
 def find_projections(model: nn.Module) -> list[ProjectionSite]:
     """Returns the projections of a model's decoder, in order, but for the head and what adapts others."""
     decoder, adapters = set(model.get_decoder().modules()), find_adapters(model)
+    for name, module in model.named_modules():
+        if module in decoder and {"original_module", "modules_to_save"} <= module._modules.keys():
+            raise ValueError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, which has several layers in one "
+                "place: call merge_and_unload() of the PeftModel before"
+            )
     head = model.get_output_embeddings()
     places = [
         (f"{owner_name}.{name}".lstrip("."), owner, name)
@@ -194,7 +200,7 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
                 raise ValueError(
                     f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs "
                     "of Linear, Conv1D and the quantized layers of libraries sparse: load the model without what "
-                    "replaces them"
+                    "replaces them (a PeftModel's merge_and_unload() does so)"
                 )
         num_neurons = projection_shape(getattr(module, kind.down))[1]
         if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:

@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import PushToHubMixin, cached_file
 from transformers.utils.hub import hf_api
 
+from . import fields
 from .calibration import CALIBRATION_NAME, Calibration
 from .fields import CONFIG_NAME, Fields, check_field_names
 
+
+# For `typing.get_type_hints`, as that file imports neither.
+fields.Calibration, fields.torch = Calibration, torch
 
 _DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "subfolder", "token",

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..decode.attach import make_sparse
+from ..decode.attach import make_sparse, repeatable
 from ..decode.sparse_twin import SparseTwin
 from ..model.accelerate_hooks import execution_device
+from ..model.adapters import adapters_in_use
 from ..settings.config import SiriusConfig
 from .tasks import Task, digest
 
@@ -58,6 +59,7 @@ class Mode:
 
 def standard_modes(config: SiriusConfig) -> list[Mode]:
     """Returns the dense model, the twin alone, and the two together."""
+    config = repeatable(config)
     return [Mode("dense"), Mode("sparse alone", config, corrected=False), Mode("Sirius", config)]
 
 
@@ -279,6 +281,7 @@ def describe_run(model: PreTrainedModel, model_name: str, task: Task) -> dict[st
         "model": model_name,
         "dtype": str(model.dtype),
         "weights": _fingerprint(model),
+        "adapters": adapters_in_use(model),
         "device": execution_device(model).type,
         "attention": model.config._attn_implementation,
         "hf_sirius": __version__,

@@ -22,7 +22,7 @@ _NUMBER = re.compile(
     rf"(?:\.[0-9]+)?|\.[0-9]+)(?P<rest>.*)"
 )
 _HEADING = re.compile(r"[.:)]\s+\w")  # "1. Compute"
-_SCALE = re.compile(rf"[kKMB]\b|[{_SPACES}-]*(?i:dozen|hundred|thousand|million|billion|trillion)")
+_SCALE = re.compile(rf"[{_SPACES}]*[kKMB]\b|[{_SPACES}-]*(?i:dozen|hundred|thousand|million|billion|trillion)")
 
 
 def problem_prompt(question: str) -> str:
@@ -44,9 +44,14 @@ def final_answer(text: str) -> str | None:
     marked = [part for line in text.splitlines() for part in re.split("#{4,}", line)[1:]]
     for part in marked:
         found = _NUMBER.match("".join("$" if unicodedata.category(char) == "Sc" else char for char in part))
-        if not found or _HEADING.match(found["rest"]):
+        if not found:
             continue
-        if any(unicodedata.category(char)[0] == "N" for char in found["rest"]) or _SCALE.match(found["rest"]):
+        closing = ")" if "(" in found[0][: found.start("sign")] else ""
+        rest = found["rest"].lstrip(closing)
+        if _HEADING.match(rest):
+            continue
+        is_scaled = _SCALE.match(rest.lstrip(f"*`\"'”’»›]}}$\\{closing}"))
+        if is_scaled or any(unicodedata.category(char)[0] == "N" for char in rest):
             return None
         number = f"{Decimal(re.sub(f'[{_SEPARATORS}]', '', found['number'])):f}"
         if "." in number:

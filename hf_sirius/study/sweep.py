@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..decode.attach import repeatable
 from ..settings.config import SiriusConfig
 from .evaluation import Mode
 
@@ -23,6 +24,7 @@ def sweep_modes(config: SiriusConfig, grid: Mapping[str, Sequence[Any]]) -> list
     Raises:
         `ValueError` for a combination that is no valid config.
     """
+    config = repeatable(config)
     grid = {name: list(dict.fromkeys(values)) for name, values in grid.items() if values}
     varied = [name for name in ("kernel_size", "threshold", "tree_width") if len(grid.get(name, ())) > 1]
     modes = {}

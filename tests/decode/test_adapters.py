@@ -6,6 +6,7 @@ from accelerate import cpu_offload, disk_offload
 from tiny import METHODS, build_model, make_prompt
 
 from hf_sirius import make_sparse
+from hf_sirius.model.adapters import adapters_in_use
 
 
 peft = pytest.importorskip("peft")
@@ -85,6 +86,30 @@ def test_the_twin_of_a_peft_model_is_that_of_its_base_model():
     user = build_adapted()
     with make_sparse(user, method="griffin") as sparse:
         assert sparse.dense_model is user.get_base_model()
+
+
+def test_a_mixed_model_is_that_of_its_base_model_as_well():
+    model = build_model()
+    user = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
+    with make_sparse(user, method="griffin") as sparse:
+        assert sparse.dense_model is model
+
+
+def test_layers_beside_the_model_s_own_are_refused_by_what_looks_at_them():
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"])
+    user = peft.get_peft_model(build_model(), config).double().eval()
+    with pytest.raises(ValueError, match=r"o_proj is a peft.* several layers in one place: call merge_and_unload\(\)"):
+        make_sparse(user, method="teal")
+
+
+def test_the_adapters_in_use_are_told():
+    user = build_adapted()
+    told = []
+    for to in ("default", "other", "none", "merged"):
+        switch(user, to)
+        told.append(adapters_in_use(user.get_base_model()))
+    assert told == [{"active": ["default"]}, {"active": ["other"]}, {}, {"active": ["other"], "merged": ["other"]}]
+    assert adapters_in_use(build_model()) == {}
 
 
 def test_adapters_of_mlps_are_refused_with_what_helps():

@@ -47,6 +47,7 @@ def test_soft_prompts_are_refused(kind, tree_width, peft):
         with pytest.raises(ValueError, match=r"PeftModelForCausalLM.prepare_inputs_for_generation is laid over"):
             user.generate(input_ids=make_prompt(), **GREEDY, assistant_model=sparse)
         assert torch.equal(user.generate(input_ids=make_prompt(), **GREEDY), expected)
+        assert "prepare_inputs_for_generation" not in vars(sparse._twin.module), "of the PeftModel"
 
 
 @every_width

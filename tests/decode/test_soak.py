@@ -13,8 +13,7 @@ from hf_sirius.decode.costs import costs_of
 
 
 NUM_CALLS = 1000
-# More than the allocator's own noise, and less than what a tiny number of tensors, kept by each call, would take.
-MOST_BYTES = 24 * 2**20
+MOST_BYTES = 4 * 2**20  # of the allocator's own; a call's KV-cache takes up to 7 KiB
 
 
 def count_objects() -> collections.Counter:
@@ -23,17 +22,17 @@ def count_objects() -> collections.Counter:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_made_anew", [False, True])
-def test_a_thousand_generations_leave_memory_and_costs_where_they_were(is_made_anew):
+@pytest.mark.parametrize(("kernel_size", "is_made_anew"), [(4, False), (4, True), ("auto", False)])
+def test_a_thousand_generations_leave_memory_and_costs_where_they_were(kernel_size, is_made_anew):
     model = build_model(dtype=torch.float32)
-    fields = {"method": "griffin", "density": 0.5, "threshold": 1.0, "kernel_size": "auto"}
+    fields = {"method": "griffin", "density": 0.5, "threshold": 1.0, "kernel_size": kernel_size}
     kept = make_sparse(model, **fields)
 
     def call(number: int) -> None:
         twin = make_sparse(model, **fields) if is_made_anew else kept
-        model.generate(
-            make_prompt(1 + number % 20, number % 7), max_new_tokens=8, do_sample=False, assistant_model=twin
-        )
+        prompt = make_prompt(1 + number % 20, number % 7)
+        model.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=twin)
+        assert twin.stats.num_drafted or kernel_size == "auto"
 
     for number in range(100):
         call(number)
@@ -44,4 +43,6 @@ def test_a_thousand_generations_leave_memory_and_costs_where_they_were(is_made_a
     assert not grown, "objects that calls leave behind"
     assert psutil.Process().memory_info().rss - bytes_before < MOST_BYTES
     costs, _ = costs_of(model, kept.sirius_config)
-    assert 0 < len(costs._of_tokens) <= 32 and max(len(of_n._latest) for of_n in costs._of_tokens.values()) <= 33
+    assert len(costs._of_tokens) <= 32
+    if kernel_size == "auto":
+        assert max(len(of_n._latest) for of_n in costs._of_tokens.values()) <= 33

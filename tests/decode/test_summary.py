@@ -83,8 +83,14 @@ def test_short_outputs_tell_why_there_is_no_average():
     assert "1.33 of" not in told and "a draft step needs 0.50 of the model's" in told
 
 
+def test_a_twin_alone_is_not_said_to_have_drafted_nothing():
+    with make_sparse(shared_model(), method="griffin") as twin:
+        twin.generate(make_prompt(), max_new_tokens=8)
+        assert str(twin.stats).startswith("The twin wrote alone, uncorrected.")
+
+
 def test_without_drafts_none_is_told_of():
-    assert str(GenerationStats(4)) == "Nothing was drafted: there was no cycle."
+    assert str(GenerationStats(4)) == "There was no cycle, and so no draft."
     stats = stats_of(dense(0.01), dense(0.01), density=None, kernel_size="auto")
     stats.reason = "drafting given up for 32 cycles: a draft step costs 1.20 of a dense one"
     told = words(stats)

@@ -285,12 +285,25 @@ def test_a_copy_of_a_copy_runs_what_is_laid_over_the_module():
     assert shallow_copy(shallow_copy(module))(torch.ones(1)).item() == 2
 
 
+@pytest.mark.parametrize("selection", ["threshold", "topk"])
+def test_an_activation_that_is_a_plain_function(selection):
+    model = build_model()
+    for block in model.model.layers:
+        del block.mlp._modules["act_fn"]
+        block.mlp.act_fn = torch.nn.functional.silu
+    expected = model.generate(make_prompt(), **GREEDY)
+    fields = {"method": "cats", "selection": selection, "density": 0.3, "threshold": 1.0, "kernel_size": 5}
+    with make_sparse(model, **fields) as twin:
+        assert torch.equal(model.generate(make_prompt(), assistant_model=twin, **GREEDY), expected)
+        assert twin.stats.draft_density < 0.9
+
+
 def test_taking_accelerates_hooks_off_the_twin_leaves_those_that_it_stands_in_for():
     model = build_model()
     for part in (model.model.layers[0].mlp, model.model.layers[0].mlp.gate_proj):
         add_hook_to_module(part, ModelHook())
     before, expected = snapshot(model), model.generate(make_prompt(), **GREEDY)
-    twin = make_sparse(model, method="griffin", threshold=1.0)
+    twin = make_sparse(model, method="griffin", threshold=1.0, kernel_size=5)
     remove_hook_from_submodules(twin)
     assert snapshot(model) == before
     assert torch.equal(model.generate(make_prompt(), assistant_model=twin, **GREEDY), expected)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import tempfile
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +194,11 @@ def test_a_dtype_of_torch_is_taken_by_its_name():
     config = SiriusConfig(method="griffin", draft_dtype=torch.bfloat16)
     assert config == SiriusConfig(method="griffin", draft_dtype="bfloat16")
     assert SiriusConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_types_of_the_fields_can_be_asked_for():
+    hints = typing.get_type_hints(SiriusConfig)
+    assert hints["density"] is float and hints["calibration"] == Calibration | None
 
 
 @pytest.mark.parametrize("value, expected", [(7, 7), ("1000", 1000), ("6GiB", 6 * 2**30), ("500MB", 500_000_000)])

@@ -67,6 +67,11 @@ from hf_sirius.study.problems import final_answer, load_problems, problem_prompt
         ("#### 5 + 3", None),
         ("#### 5 + 3\n#### 4", None),  # of the next question
         ("#### 2 million", None),
+        ("#### **2** million", None),
+        ("#### $2$ million", None),
+        ("#### \\boxed{2} million", None),
+        ("#### 10 k", None),
+        ("#### (18) dollars", "18"),
         ("#### 10k", None),
         ("#### - 5", None),
         ("#### 1e3", None),

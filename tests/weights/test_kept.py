@@ -39,7 +39,7 @@ def weights_in(held: dict) -> list[torch.Tensor]:
 
 def test_they_are_made_once_for_all_calls_and_twins():
     model = build_model()
-    with make_sparse(model, **FIELDS) as twin, make_sparse(model, **FIELDS, kernel_size=4) as other:
+    with make_sparse(model, **FIELDS) as twin, make_sparse(model, **{**FIELDS, "kernel_size": 4}) as other:
         held = held_in_a_call(twin)
         assert held and all(isinstance(part, DraftLinear) for part in held.values())
         assert held_in_a_call(twin) == held == held_in_a_call(other)
