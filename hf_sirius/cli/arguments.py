@@ -61,11 +61,13 @@ def make_parser(prog: str = "hf-sirius") -> Parser:
     sweep = command("sweep", "sweep", "a task with many settings: one table, and plots")
     _add_task_options(sweep)
     grid = sweep.add_argument_group("what varies (every combination is run)")
-    _add(grid, "--thresholds", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
-    _add(grid, "--methods", nargs="+", default=[])
-    _add(grid, "--densities", type=float, nargs="+", default=[])
-    _add(grid, "--kernel_sizes", type=int, nargs="+", default=[])
-    _add(grid, "--tree_widths", type=int, nargs="+", default=[])
+    thresholds = [0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0]
+    thresholds_help = f"separated by spaces, as all of these (default: {' '.join(map(str, thresholds))})"
+    _add(grid, "--thresholds", type=float, nargs="+", default=thresholds, help=thresholds_help)
+    _add(grid, "--methods", nargs="+", default=[], help="default: --method")
+    _add(grid, "--densities", type=float, nargs="+", default=[], help="default: --density")
+    _add(grid, "--kernel_sizes", type=int, nargs="+", default=[], help="default: --kernel_size")
+    _add(grid, "--tree_widths", type=int, nargs="+", default=[], help="default: --tree_width")
     _add(sweep, "--plot", help="file to draw to (default: sweep.png in the output directory)")
     _add(sweep, "--no_plots", action="store_true", help="draw nothing (needs no matplotlib)")
     _add_config_options(sweep, method="griffin", left_out=("threshold",))

@@ -42,6 +42,10 @@ def check(args) -> None:
         )
     if "prompt" in given:
         args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        try:
+            args.prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError("the prompt is not valid UTF-8: save or type it as UTF-8") from error
         if not args.prompt.strip():
             raise ValueError("the prompt is empty: give a text to continue (--prompt - reads standard input)")
     if given.get("config"):

@@ -33,14 +33,18 @@ def show_results(results: dict, columns: tuple[str, ...]) -> None:
         table.add_row(row["way"], *(_shown(row.get(name), digits.get(name, 3)) for name in names))
     console = make_console()
     dtype = results["dtype"].removeprefix("torch.")
-    console.print(f"{results['model']} ({dtype}), {results['num_items']} items of {results['task']}:\n")
+    told = f"{results['model']} ({dtype}), {results['num_items']} items of {results['task']}"
+    drafts = [row["config"] for row in results["rows"] if row["config"]]
+    if drafts and all(draft == drafts[0] for draft in drafts):  # not of a sweep, whose rows name them
+        names = ("method", "density", "draft_dtype", "kernel_size", "threshold")
+        told += "; drafts: " + ", ".join(f"{name} {drafts[0][name]}" for name in names if drafts[0].get(name))
+    console.print(f"{told}:\n")
     console.print(table)
 
 
 def _shown(value: float | None, digits: int) -> str:
-    return (
-        "" if value is None else f"{value:.{digits}f}"
-    )  # such as the AAL of outputs that end within their first draft
+    # There may be none, such as the AAL of outputs that end within their first draft.
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def show_tuning(tuning, title: str) -> None:

@@ -147,7 +147,13 @@ def _run_missing(
     total, is_shown = len(mine) * len(modes), show_progress and state.is_main_process
     with (
         contextlib.ExitStack() as cleanup,
-        tqdm(desc=task.name, unit="item", total=total, initial=total - len(todo), disable=not is_shown) as progress,
+        tqdm(
+            desc=f"{task.name}, each in {len(modes)} ways",
+            unit="item",
+            total=total,
+            initial=total - len(todo),
+            disable=not is_shown,
+        ) as progress,
     ):
         twins: dict[str, SparseTwin | None] = {}
         for idx, mode in todo:

@@ -68,6 +68,8 @@ def read_text(path: str | os.PathLike) -> str:
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path}: name one that is there") from error
     except UnicodeDecodeError as error:
         number = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {number}: not valid UTF-8 ({error.reason}): save the file as UTF-8") from error
