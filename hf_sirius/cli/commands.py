@@ -33,9 +33,7 @@ def demo(args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     model = AutoModelForCausalLM.from_pretrained(reasoner_path())
     problems = reasoner_problems()[: args.num_problems]
-    task = ProblemTask(
-        f"{len(problems)} unseen problems of 6 to 10 steps, in each way", problems, tokenizer, max_new_tokens=200
-    )
+    task = ProblemTask("unseen problems of 6 to 10 steps", problems, tokenizer, max_new_tokens=200)
     name = f"The embedded reasoner, {model.num_parameters() / 1e6:.1f} M parameters"
     with tempfile.TemporaryDirectory() as directory:
         results = run_task(model, task, demo_modes(), directory, name, show_progress=True)
