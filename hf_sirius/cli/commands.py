@@ -194,6 +194,7 @@ def bench(args) -> None:
     text = json.dumps(figures, indent=2)
     if args.json:
         Path(args.json).write_text(text + "\n", encoding="utf-8")
-        print("\n".join(bench_lines(figures)))
     else:
         print(text)
+    # Where the figures are on standard output, the words are beside it.
+    print("\n".join(bench_lines(figures)), file=sys.stdout if args.json else sys.stderr)

@@ -210,7 +210,9 @@ def test_tune_puts_smollm2s_questions_into_the_chat_template_and_its_code_not(as
 def test_bench_decode_takes_a_path_and_answers_the_first_problems(tmp_path, capsys):
     options = ["--num_problems", "2", "--num_repeats", "1", "--max_new_tokens", "5", "--threshold", "1.0"]
     assert main(["bench", "decode", "--model", reasoner_path(), *options]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)
+    assert "2 of 2 answers identical" in printed.err
     narrow = AutoModelForCausalLM.from_pretrained(reasoner_path()).num_parameters()
     assert figures["model"]["name"] == reasoner_path() and figures["model"]["num_parameters"] == narrow
     assert figures["num_problems"] == figures["num_identical"] == 2 and figures["agreement"] == 1.0
