@@ -285,8 +285,8 @@ def test_the_method_is_the_one_that_options_were_given_for(command, method, tmp_
     ("command", "told"),
     [
         (["eval", "--task", "nowhere.txt"], "there is no task 'nowhere.txt'"),
-        (["eval", "--few_shot", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
-        (["eval", "--few_shot", "reasoner"], "No such file or directory: 'reasoner'"),
+        (["eval", "--few_shot", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["eval", "--few_shot", "reasoner"], "there is no file reasoner"),
         (["eval", "--window", "100"], "window means nothing"),
         (["eval", "--output_dir", "file"], "--output_dir file is a file"),
         (["tune", "--model", "smollm2", "--chat"], "leave --chat out"),
