@@ -109,6 +109,6 @@ def check_lengths(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
 def _of_one_length(what: str, given: torch.Tensor, length: int, leave_out: str) -> str:
     return (
         f"{what} of {given.shape[1]} tokens came with {length} input_ids, while assisted decoding takes them to be of "
-        f"one length: pass the input_ids of the whole sequence (not inputs_embeds, or of the new tokens alone), or "
+        "one length: pass the input_ids of the whole sequence (not inputs_embeds, or of the new tokens alone), or "
         f"leave the {leave_out} out"
     )
