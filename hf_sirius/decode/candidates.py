@@ -59,11 +59,16 @@ class SiriusCandidateGenerator(CandidateGenerator):
         if self.config.tree_width > 1:
             self.path = PathProcessor(LogitsProcessorList(logits_processor))
             logits_processor[:] = [self.path]
+        self.controller = Controller(call.model, self.config) if self.config.kernel_size == "auto" else None
         proposer_class = ChainProposer if self.path is None else TreeProposer
         self.proposer = proposer_class(
-            call.draft, self.logits_processor, self.end.would_stop, self.do_sample, self.end.keeps_scores
+            call.draft,
+            self.logits_processor,
+            self.end.would_stop,
+            self.do_sample,
+            self.end.keeps_scores,
+            self.controller and self.controller.goes_on,
         )
-        self.controller = Controller(call.model, self.config) if self.config.kernel_size == "auto" else None
         self.lookup = self._lookup(generation_config)
         self.proposal: Proposal | None = None  # what is being verified
         self.verdict: Verdict | None = None  # about its tree
@@ -203,7 +208,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         )
         self.call.stats.record_cycle(cycle)
         if self.controller is not None:
-            self.controller.note(cycle)
+            self.controller.note(cycle, self.proposal.margins)
             self.call.stats.reason = self.controller.reason
 
     def _select(self) -> None:

@@ -3,6 +3,7 @@ or none.
 """
 
 import math
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ _FIRST = 1  # token of a draft of which nothing is known
 _PROBE = 2  # tokens by which a draft that lost is tried again
 _LONGEST_RUN = 32  # cycles of looked up tokens, behind which the draft is asked again
 _FURTHER = 2  # times as many tokens as were measured may be verified
+_FEW = 2  # drafts, of which their time per token is known
 _CLEARLY = 0.98  # of the time of a dense step, from which a draft is worth its while
 
 
@@ -27,6 +29,9 @@ class Controller:
     where a is the share of tokens that are kept as long as all before them were. A draft that promises no less time
     per token than a dense step is left for a while, then tried by a short one, then left for twice as long.
 
+    A chain ends in doubt: it is drafted on as long as a token more is worth its step. How likely the tokens so far are
+    to be kept tells the margin by which the draft preferred each to the next likely one.
+
     Looked up tokens are a draft whose steps take nothing: they are taken where they promise less time than both.
 
     What the full model keeps does not depend on any of it. At a threshold of 1.0 a greedy output is the same whatever
@@ -37,11 +42,13 @@ class Controller:
         self.costs, self.record = costs_of(model, config)
         self.reason: str | None = None  # of the latest choice, in words
         self.is_selected = False  # whether neurons were chosen in this call
+        self._is_tree = config.tree_width > 1
+        self._worth = math.inf  # seconds that a token more of the running draft may take
 
     def num_tokens(self, most: int) -> int:
         """Returns how many tokens, of at most so many before the call ends, the next cycle drafts; maybe none."""
         record = self.record
-        record.num_lookups = 0
+        record.num_lookups, self._worth = 0, math.inf
         if most < 1:
             return 0
         if self.costs.of(1) is None:
@@ -54,11 +61,15 @@ class Controller:
         if record.step.median is None:
             self.reason = "a draft is measured"
             return min(_FIRST, most)
-        longest, _ = self._best(most)
+        longest, least = self._best(most)
         if longest:
             record.take()
-            self.reason = f"drafts of {longest}: {self._told()}"
-            return longest
+            if self._is_tree or longest >= self.costs.most_tokens:  # of so many nobody knows what they take
+                self.reason = f"drafts of {longest}: {self._told()}"
+                return longest
+            self._worth = least
+            self.reason = f"drafts that end in doubt: {self._told()}"
+            return int(self._most(most))
         if record.is_probing:
             record.is_probing = False
             return min(_PROBE, most)
@@ -66,6 +77,15 @@ class Controller:
             record.leave()
             self.reason = self._given_up()
         return 0
+
+    def goes_on(self, margins: Sequence[float]) -> bool:
+        """Whether a draft is to have a token more, behind those with these margins, at least one."""
+        if self._worth == math.inf:  # a short one, of which something is to be learnt
+            return True
+        are_kept = math.prod(map(self.record.acceptance_of, margins)) * self.record.acceptance
+        # On average: single numbers of tokens are measured too seldom to tell their difference.
+        price = (self.costs.of(1 + len(margins)) - self.costs.of(1)) / len(margins)
+        return are_kept * self._worth > self.record.step.median + max(0.0, price)
 
     def looks_up(self) -> bool:
         """Whether the text is to be searched for what may follow, in this cycle. The draft is measured, and tried
@@ -110,8 +130,22 @@ class Controller:
         """Returns how many drafted tokens promise the least time per token, and that; none where a dense step does."""
         dense, record = self.costs.of(1), self.record
         best, least = self._least(num_left, record, 0.0, record.step.median, record.nodes_per_step, _CLEARLY * dense)
+        if num_left > 1 and not self._is_tree and (lately := self._lately()) < least:
+            best, least = max(best, 1), lately
         selection = 0.0 if self.is_selected or not best else record.selection.median or 0.0
         return (best, least) if (dense - least) * num_left > selection else (0, _CLEARLY * dense)
+
+    def _lately(self) -> float:
+        """Returns the seconds per token of drafts that end in doubt, as they ended lately."""
+        record = self.record
+        if record.num_drafts < _FEW:
+            return math.inf
+        num_steps, num_added = record.num_steps / record.num_drafts, record.num_added / record.num_drafts
+        return (num_steps * record.step.median + self.costs.of(1 + num_steps)) / num_added
+
+    def _most(self, num_tokens: float, nodes_per_step: float = 1.0) -> float:
+        """Returns how many of so many tokens may be proposed: what a verification of many more takes is not known."""
+        return min(num_tokens, LONGEST, math.ceil(_FURTHER * self.costs.most_tokens / nodes_per_step))
 
     def _least(
         self, num_tokens: float, record: KeptRecord, ahead: float, step: float, nodes_per_step: float, least: float
@@ -123,10 +157,8 @@ class Controller:
             ahead, step: seconds that a proposal takes, and each of its tokens.
             nodes_per_step: how many a verification reads for each.
         """
-        # What a verification of many more tokens takes is not known.
-        most = min(num_tokens, LONGEST, math.ceil(_FURTHER * self.costs.most_tokens / nodes_per_step))
         best, advance = 0, 1.0
-        for num in range(1, most + 1):
+        for num in range(1, int(self._most(num_tokens, nodes_per_step)) + 1):
             advance += record.acceptance**num
             seconds = (ahead + num * step + self.costs.of(1 + num * nodes_per_step)) / advance
             if seconds < least:
@@ -145,8 +177,8 @@ class Controller:
         self.is_selected = True
         self.record.selection.note(seconds)
 
-    def note(self, cycle: Cycle) -> None:
-        """Takes note of a cycle."""
+    def note(self, cycle: Cycle, margins: Sequence[float] = ()) -> None:
+        """Takes note of a cycle; `margins` are those of its tokens, where the draft is a chain."""
         num_read = 1 + (len(cycle.drafted_ids) if cycle.branches is None else cycle.branches.num_nodes_verified)
         self.costs.note(num_read, cycle.verification_seconds)
         if cycle.is_lookup:
@@ -159,3 +191,5 @@ class Controller:
         if num_drafted:  # else EOS or a criterion would have come first
             self.record.nodes_per_step = max(1.0, (num_read - 1) / cycle.num_steps)
             self.record.note(cycle.num_accepted, is_rejected=cycle.num_accepted < num_drafted)
+            if cycle.is_full:
+                self.record.note_draft(cycle.num_steps, margins, cycle.num_accepted)

@@ -5,6 +5,7 @@ import collections
 import statistics
 import threading
 import weakref
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ _CHEAP_TOKENS = 8
 _NUM_SETTINGS = 16  # of which a model remembers how its drafts did
 _PRIOR_ACCEPTANCE, _PRIOR_OF_LOOKUPS = 0.8, 0.5  # of tokens that have not been seen
 _FADING = 0.98  # what a token counts when the next one is seen
+_MARGINS = (0.1, 0.2, 0.4, 0.8, 1.6)  # between kinds of tokens, in nats
 _PATIENCE, _LONGEST_WAIT = 32, 256  # cycles for which a losing draft is left at first, and at most
 
 
@@ -130,6 +132,8 @@ class DraftRecord(KeptRecord):
 
     Attributes:
         nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
+        num_drafts, num_steps, num_added: drafts that ended by themselves, their steps, and by how many tokens the
+            output grew with them; what is long ago counts less.
         lookups: the same of looked up tokens.
         num_lookups: cycles in which they were taken since the draft was last asked.
     """
@@ -138,7 +142,27 @@ class DraftRecord(KeptRecord):
         super().__init__(_PRIOR_ACCEPTANCE)
         self.step, self.selection = _Seconds(), _Seconds(is_warm=True)
         self.nodes_per_step = 1.0
+        self.num_drafts, self.num_steps, self.num_added = 0.0, 0.0, 0.0
+        self._of_margins = [(0.0, 0.0) for _ in range(len(_MARGINS) + 1)]  # tokens kept, and judged
         self.lookups, self.num_lookups = LookupRecord(_PRIOR_OF_LOOKUPS), 0
+
+    def acceptance_of(self, margin: float) -> float:
+        """Returns the share that is kept of the tokens with about this margin, by which the draft preferred them to the
+        next likely one, in nats.
+        """
+        num_kept, num_judged = self._of_margins[bisect.bisect(_MARGINS, margin)]
+        return (num_kept + self.acceptance) / (num_judged + 1)
+
+    def note_draft(self, num_steps: int, margins: Sequence[float], num_accepted: int) -> None:
+        """Takes note of a draft that ended by itself, and of which so many tokens were kept, each with its margin."""
+        fading = _FADING ** (num_accepted + 1)
+        self.num_drafts = fading * self.num_drafts + 1
+        self.num_steps = fading * self.num_steps + num_steps
+        self.num_added = fading * self.num_added + num_accepted + 1
+        for i, margin in enumerate(margins[: num_accepted + 1]):  # behind the first rejected one nothing was judged
+            kind = bisect.bisect(_MARGINS, margin)
+            num_kept, num_judged = self._of_margins[kind]
+            self._of_margins[kind] = _FADING * num_kept + (i < num_accepted), _FADING * num_judged + 1
 
 
 _lock = threading.Lock()

@@ -24,9 +24,19 @@ AUTO = SiriusConfig(kernel_size="auto")
 class Machine:
     """A model and its draft as the controller sees them: what they take, and what is kept."""
 
-    def __init__(self, step: float, per_token: float, acceptance: float, selection: float = 0.0, seed: int = 0):
+    def __init__(
+        self, step: float, per_token: float, acceptance: float, selection: float = 0.0, seed: int = 0, knows=False
+    ):
         self.step, self.per_token, self.acceptance, self.selection = step, per_token, acceptance, selection
         self.model, self.random = torch.nn.Linear(1, 1), random.Random(seed)
+        self.knows = knows  # whether margins tell which tokens are kept for sure
+
+    def token(self) -> tuple[float, bool]:
+        """Returns a token's margin, and whether it is kept."""
+        if not self.knows:
+            return self.random.expovariate(1.0), self.random.random() < self.acceptance
+        is_doubtful = self.random.random() < 2 * (1 - self.acceptance)
+        return (0.05, self.random.random() < 0.5) if is_doubtful else (3.0, True)
 
     def verification(self, num_tokens: int) -> float:
         return 1.0 + self.per_token * (num_tokens - 1)
@@ -40,11 +50,15 @@ class Machine:
             if num_tokens and not is_selected:
                 is_selected, seconds = True, seconds + self.selection
                 controller.note_selection(self.selection)
-            num_accepted = 0
-            while num_accepted < num_tokens and self.random.random() < self.acceptance:
-                num_accepted += 1
+            tokens: list[tuple[float, bool]] = []
+            while len(tokens) < num_tokens and (not tokens or controller.goes_on([margin for margin, _ in tokens])):
+                tokens.append(self.token())
+            num_tokens = len(tokens)
+            num_accepted = next((i for i, (_, is_kept) in enumerate(tokens) if not is_kept), num_tokens)
             draft, verification = num_tokens * self.step, self.verification(1 + num_tokens)
-            controller.note(cycle(num_tokens, num_accepted, draft, verification))
+            is_full = length + num_tokens + 1 < max_tokens
+            margins = [margin for margin, _ in tokens]
+            controller.note(cycle(num_tokens, num_accepted, draft, verification, is_full), margins)
             seconds += draft + verification
             length += num_accepted + 1
         return seconds
@@ -58,9 +72,11 @@ class Machine:
         )
 
 
-def cycle(num_drafted: int, num_accepted: int, draft_seconds: float, verification_seconds: float) -> Cycle:
+def cycle(
+    num_drafted: int, num_accepted: int, draft_seconds: float, verification_seconds: float, is_full: bool = True
+) -> Cycle:
     return Cycle(
-        drafted_ids=(1,) * num_drafted, num_accepted=num_accepted, bonus_id=2, is_full=True, num_agreed=num_accepted,
+        drafted_ids=(1,) * num_drafted, num_accepted=num_accepted, bonus_id=2, is_full=is_full, num_agreed=num_accepted,
         likelihoods=(0.5,) * num_drafted, bonus_likelihood=0.5, num_steps=num_drafted, draft_seconds=draft_seconds,
         verification_seconds=verification_seconds,
     )  # fmt: skip
@@ -85,6 +101,15 @@ def test_a_draft_that_wins_is_nearly_as_long_as_is_best(step, per_token, accepta
     assume((best := machine.best()) <= 0.8)
     seconds = [machine.call(128) for _ in range(10)]
     assert sum(seconds[2:]) <= 1.12 * best * 8 * 128
+
+
+@settings(deadline=None)
+@given(step=st.floats(0.3, 0.6), per_token=st.floats(0.0, 0.1), acceptance=st.floats(0.9, 0.97))
+def test_a_draft_that_knows_its_doubts_is_faster_than_any_fixed_number(step, per_token, acceptance):
+    machine = Machine(step, per_token, acceptance, knows=True)
+    assume((best := machine.best()) <= 0.9)
+    seconds = [machine.call(128) for _ in range(10)]
+    assert sum(seconds[2:]) <= 0.99 * best * 8 * 128
 
 
 def test_a_draft_is_tried_again_and_taken_when_it_wins():
@@ -181,6 +206,7 @@ def test_whatever_is_chosen_the_output_is_the_dense_one(
     fields = {**METHODS[method], "density": density, "tree_width": tree_width, "draft_dtype": draft_dtype}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Controller, "num_tokens", lambda self, most: max(0, min(next(choices, 3), most)))
+        patch.setattr(Controller, "goes_on", lambda self, margins: margins[-1] > seed % 3 / 10)
         with make_sparse(model, threshold=1.0, kernel_size="auto", **fields) as twin:
             assert torch.equal(model.generate(prompt, assistant_model=twin, **options), expected)
             assert sum(c.advance_length for c in twin.stats.cycles) >= 15
@@ -210,6 +236,32 @@ def test_counts_of_calls_in_which_some_cycles_draft_nothing(method, any_choice):
     assert lengths[0] and lengths[1] and total.num_cycles == sum(lengths.values())
     assert total.aal is not None and total.aal < 7 and 0 < total.draft_density <= 1
     assert total.as_dict()["kernel_size"] == "auto"
+
+
+def test_margins_are_those_of_the_draft():
+    model, prompt = build_model(), make_prompt()
+    with make_sparse(model, threshold=1.0, kernel_size="auto", density=1.0, draft_dtype="int8") as twin:
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Controller, "num_tokens", lambda self, most: min(most, 3))
+            patch.setattr(Controller, "note", lambda self, cycle, margins: seen.append((cycle.drafted_ids, margins)))
+            model.generate(prompt, max_new_tokens=6, assistant_model=twin)
+    outputs = model.generate(prompt, max_new_tokens=6)
+    drafted_ids, margins = seen[0]
+    assert drafted_ids == tuple(outputs[0, prompt.shape[1] + 1 :][:3].tolist())
+    best = model(outputs).logits[0, prompt.shape[1] : -1].topk(2).values
+    torch.testing.assert_close(torch.tensor(margins), (best[:, 0] - best[:, 1])[:3].float(), rtol=0.1, atol=0.05)
+
+
+def test_what_is_kept_is_learnt_by_margins():
+    record = counting.DraftRecord()
+    before = record.acceptance_of(0.05)
+    for _ in range(20):
+        record.note_draft(2, [3.0, 0.05], 1)
+    record.note_draft(3, [3.0, 0.05, 1.0], 1)
+    assert record.acceptance_of(0.05) < 0.1 < before and record.acceptance_of(3.0) > 0.9
+    assert record.acceptance_of(1.0) == record.acceptance == before, "of it nothing was judged"
+    assert record.acceptance_of(float("inf")) == record.acceptance_of(2.0)
 
 
 def test_stats_say_why(monkeypatch):

@@ -210,13 +210,17 @@ class Text:
             if most and controller.looks_up():
                 num = controller.num_looked_up(min(self.random.randint(self.least, 10), most), 10)
             is_lookup = bool(num)
-            num = num or controller.num_tokens(most)
+            if not num and (most := controller.num_tokens(most)):
+                num = 1
+                while num < most and controller.goes_on(num * [1.0]):
+                    num += 1
             self.num_drafts += bool(num) and not is_lookup
             kept = self.num_kept(num, self.acceptance if is_lookup else self.draft_acceptance)
             draft, verification = (0.0 if is_lookup else num * self.step), 1 + num * self.per_token
             controller.note(
                 Cycle((1,) * num, kept, 2, True, (0.5,) * num, 0.5, kept, 0 if is_lookup else num, is_lookup, draft,
-                      verification)
+                      verification),
+                num * [1.0],
             )  # fmt: skip
             seconds += draft + verification
             length += kept + 1

@@ -276,6 +276,17 @@ def test_choosing_how_many_tokens_are_drafted_keeps_the_dense_distribution(monke
     assert p_value(counts, exact_probabilities(model)) > 1e-3
 
 
+def test_drafts_that_end_where_they_are_unsure_keep_the_dense_distribution(monkeypatch):
+    model, asked = sampled_model(), []
+    monkeypatch.setattr(Controller, "num_tokens", lambda self, most: min(most, 3))
+    monkeypatch.setattr(Controller, "goes_on", lambda self, margins: asked.append(margins[-1]) or margins[-1] > 0.0)
+    with make_sparse(model, method="griffin", density=1 / 8, kernel_size="auto", threshold=1.0) as sparse:
+        counts = sample(model, 400, assistant_model=sparse, top_k=0)
+    # That of the drawn token, which may be no likely one.
+    assert min(asked) < 0 < max(asked)
+    assert p_value(counts, exact_probabilities(model)) > 1e-3
+
+
 def test_a_compiled_draft_keeps_the_dense_distribution(monkeypatch):
     model, compile_as_traced = sampled_model(), functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compile_as_traced)
