@@ -78,12 +78,15 @@ class Tree:
         is_kept = (node in accepted_children.get(parent, ()) for parent, node in zip([0, *path], path, strict=False))
         return sum(itertools.takewhile(bool, is_kept))
 
-    def lineage(self) -> torch.Tensor:
-        """Returns bool [num_nodes, num_nodes]: whether the second is the first or one of its ancestors."""
-        lineage = torch.eye(len(self), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                lineage[node] |= lineage[parent]
+    def lineage(self, first: int = 0) -> torch.Tensor:
+        """Returns bool [num_nodes - first, num_nodes]: whether the second, any node, is the first, one of those from
+        `first` on, or one of its ancestors.
+        """
+        lineage = torch.zeros(len(self) - first, len(self), dtype=torch.bool)
+        lineage[:, 0] = True
+        places = [(node - first, other) for node in range(first, len(self)) for other in self.path(node)]
+        if places:
+            lineage[tuple(torch.tensor(places).T)] = True
         return lineage
 
 

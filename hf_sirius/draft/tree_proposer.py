@@ -8,7 +8,7 @@ import torch
 from ..model.compat import stepwise_windows
 from .cache import CacheView, wide_windows
 from .proposers import ChainProposer, Proposal
-from .tree import Leaf, Tree, ids_at
+from .tree import Leaf, Tree
 from .tree_reading import TreeReader
 
 
@@ -50,6 +50,7 @@ class TreeProposer(ChainProposer):
         """Returns the drafted tree, the nodes that lead nowhere included, and the number of forwards."""
         width = self.config.tree_width
         tree = Tree(input_ids[0, -1].item())
+        ids_of = {0: input_ids}  # the tokens up to each node that is to be read, long [1, length]
         scores_of: dict[int, tuple[torch.Tensor, ...]] = {0: ()}
         chain: int | None = 0  # the last node of what a draft without branches would write, until that is finished
         is_doubtful = False  # whether such a draft would have ended in doubt
@@ -66,20 +67,19 @@ class TreeProposer(ChainProposer):
                     inputs = reader.inputs(tree, first, {**given, "past_key_values": cache.cache})
                     logits = self.draft.forward(inputs).logits
                     first, num_steps = len(tree), num_steps + 1
-                    offers, level_scores = list(finished), {}
-                    for i, leaf in enumerate(unread):
-                        scores = logits[:, i].to(dtype=torch.float32, device=input_ids.device, copy=True)
-                        scores = self.logits_processor(ids_at(input_ids, tree, leaf), scores)
-                        level_scores[leaf] = scores
-                        offers += self._offers(leaf, tree.log_probs[leaf], scores[0], is_chain=leaf == chain)
+                    scores = logits[0].to(dtype=torch.float32, device=input_ids.device, copy=True)
+                    if self.logits_processor:  # made for a single row, as everywhere in assisted decoding
+                        rows = [self.logits_processor(ids_of[leaf], scores[i, None]) for i, leaf in enumerate(unread)]
+                        scores = torch.cat(rows)
+                    level_scores = dict(zip(unread, scores.split(1), strict=True))
+                    offers = finished + self._offers(tree, unread, scores, chain)
                     unread, finished, is_sure = [], [], False
                     # The chain always stays, so that no cycle is worse for its branches.
                     offers.sort(key=lambda offer: (-offer.is_chain, -offer.log_prob))
                     for offer in offers[:width]:
                         leaf, token_id = offer.leaf, offer.token_id
                         if token_id is not None:
-                            leaf_ids = ids_at(input_ids, tree, leaf)
-                            next_ids = torch.cat([leaf_ids, leaf_ids.new_tensor([[token_id]])], dim=-1)
+                            next_ids = torch.cat([ids_of[leaf], input_ids.new_tensor([[token_id]])], dim=-1)
                             if self.would_stop(next_ids, [*scores_of[leaf], level_scores[leaf]]):
                                 token_id = None  # as in a draft without branches, it is the dense model's
                         if token_id is None:
@@ -87,6 +87,7 @@ class TreeProposer(ChainProposer):
                             chain = None if offer.is_chain else chain
                             continue
                         node = tree.add(leaf, token_id, offer.log_prob)
+                        ids_of[node] = next_ids
                         scores_of[node] = (*scores_of[leaf], level_scores[leaf]) if self.keeps_scores else ()
                         unread.append(node)
                         is_likely = math.exp(offer.log_prob - tree.log_probs[leaf]) >= self.config.draft_confidence
@@ -104,20 +105,21 @@ class TreeProposer(ChainProposer):
         tree.leaves = sorted(leaves, key=lambda leaf: -leaf.log_prob)
         return tree, num_steps
 
-    def _offers(self, leaf: int, leaf_log_prob: float, scores: torch.Tensor, is_chain: bool) -> list[_Offer]:
-        """Returns the likeliest tokens behind a leaf; scores is float32 [vocab_size], processed."""
-        likeliest = scores.argmax().item()  # of equal ones, the token that a draft without branches takes
-        log_probs = (scores / self.config.temperature).log_softmax(dim=-1)
-        token_ids = [likeliest]
-        if not log_probs[likeliest].exp() >= self.config.branch_cutoff:
-            width = self.config.tree_width
-            others = scores.topk(min(width, len(scores))).indices.tolist()
-            token_ids = list(dict.fromkeys([likeliest, *others]))[:width]
-        offers = [
-            _Offer(is_chain and token_id == likeliest, leaf_log_prob + log_prob, leaf, token_id)
-            for token_id, log_prob in zip(token_ids, log_probs[token_ids].tolist(), strict=True)
-            if log_prob > -math.inf
-        ]
-        if is_chain and not any(offer.is_chain for offer in offers):  # no token is allowed here
-            offers.append(_Offer(True, leaf_log_prob, leaf, None))
+    def _offers(self, tree: Tree, leaves: list[int], scores: torch.Tensor, chain: int | None) -> list[_Offer]:
+        """Returns the likeliest tokens behind some leaves; scores is float32 [num_leaves, vocab_size], processed."""
+        width, offers = self.config.tree_width, []
+        # Of equal ones first the token that a draft without branches takes.
+        likeliest = scores.argmax(dim=-1, keepdim=True)
+        token_ids = torch.cat([likeliest, scores.topk(min(width, scores.shape[-1])).indices], dim=-1)
+        log_probs = (scores / self.config.temperature).log_softmax(dim=-1).gather(-1, token_ids)
+        for leaf, ids, of_ids in zip(leaves, token_ids.tolist(), log_probs.tolist(), strict=True):
+            likely = dict(zip(ids, of_ids, strict=True))
+            num_branches = 1 if math.exp(of_ids[0]) >= self.config.branch_cutoff else width
+            offers += [
+                _Offer(leaf == chain and token_id == ids[0], tree.log_probs[leaf] + log_prob, leaf, token_id)
+                for token_id, log_prob in list(likely.items())[:num_branches]
+                if log_prob > -math.inf
+            ]
+            if leaf == chain and not any(offer.is_chain for offer in offers):  # no token is allowed here
+                offers.append(_Offer(True, tree.log_probs[leaf], leaf, None))
         return offers

@@ -93,7 +93,7 @@ class TreeReader:
             # The last verified token is the root, and a window holds the last ones of the rest.
             end = self.attention_mask.shape[1] - 1
             context = context & self.attention_mask[:, end - num_context : end].to(device)
-        nodes = tree.lineage()[first:].to(device) & (depths[first:, None] - depths < window)
+        nodes = tree.lineage(first).to(device) & (depths[first:, None] - depths < window)
         allowed = torch.cat([context, nodes], dim=-1)[None, None]
         return torch.zeros(allowed.shape, dtype=self.dtype, device=device).masked_fill_(
             ~allowed, torch.finfo(self.dtype).min
