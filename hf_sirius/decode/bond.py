@@ -142,7 +142,6 @@ class Assisted:
         return SiriusCandidateGenerator(call, generation_config, logits_processor)
 
 
-
 class _Stateful:
     """What lets a twin draft for a model with recurrent states, under [`Assisted`]."""
 

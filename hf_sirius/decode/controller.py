@@ -23,7 +23,8 @@ class Controller:
     """Chooses for each cycle of one call, from what forwards took and how many tokens were kept so far, in this call
     and in those before it.
 
-    A draft of n tokens takes n steps and a verification, and advances by (1 - a^(n + 1)) / (1 - a) tokens on average,
+    A draft of n tokens takes n steps and a verification, of a model with recurrent states also what bringing these to
+    the accepted length takes where a token is rejected, and advances by (1 - a^(n + 1)) / (1 - a) tokens on average,
     where a is the share of tokens that are kept as long as all before them were. A draft that promises no less time
     per token than a dense step is left for a while, then tried by a short one, then left for twice as long.
 
@@ -123,12 +124,15 @@ class Controller:
             ahead, step: seconds that a proposal takes, and each of its tokens.
             nodes_per_step: how many a verification reads for each.
         """
+        rereading = self.record.rereading.median or 0.0  # behind a rejection
         # What a verification of many more tokens takes is not known.
         most = min(num_tokens, LONGEST, math.ceil(_FURTHER * self.costs.most_tokens / nodes_per_step))
         best, advance = 0, 1.0
         for num in range(1, most + 1):
             advance += record.acceptance**num
-            seconds = (ahead + num * step + self.costs.of(1 + num * nodes_per_step)) / advance
+            is_rejected = 1 - record.acceptance**num  # the likelihood of it
+            verification = self.costs.of(1 + num * nodes_per_step) + is_rejected * rereading
+            seconds = (ahead + num * step + verification) / advance
             if seconds < least:
                 best, least = num, seconds
         return best, least
@@ -149,6 +153,8 @@ class Controller:
         """Takes note of a cycle."""
         num_read = 1 + (len(cycle.drafted_ids) if cycle.branches is None else cycle.branches.num_nodes_verified)
         self.costs.note(num_read, cycle.verification_seconds)
+        if cycle.num_accepted < len(cycle.drafted_ids):
+            self.record.rereading.note(cycle.state_seconds)
         if cycle.is_lookup:
             self.record.lookups.search.note(cycle.draft_seconds)
             self.record.lookups.note(cycle.num_accepted, is_rejected=cycle.num_accepted < len(cycle.drafted_ids))

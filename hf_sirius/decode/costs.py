@@ -129,6 +129,7 @@ class DraftRecord(KeptRecord):
     """How drafts of some settings did: what a step takes, and how many tokens are kept. Kept from call to call.
 
     Attributes:
+        rereading: what bringing recurrent states to the accepted length takes, where a token was rejected.
         nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
         lookups: the same of looked up tokens.
         num_lookups: cycles in which they were taken since the draft was last asked.
@@ -136,7 +137,7 @@ class DraftRecord(KeptRecord):
 
     def __init__(self):
         super().__init__(_PRIOR_ACCEPTANCE)
-        self.step, self.selection = _Seconds(), _Seconds(is_warm=True)
+        self.step, self.selection, self.rereading = _Seconds(), _Seconds(is_warm=True), _Seconds(is_warm=True)
         self.nodes_per_step = 1.0
         self.lookups, self.num_lookups = LookupRecord(_PRIOR_OF_LOOKUPS), 0
 

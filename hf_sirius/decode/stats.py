@@ -10,9 +10,9 @@ from .summary import as_html, as_text, summarize
 
 _COUNTS = (
     "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted", "num_accepted",
-    "num_nodes_drafted", "num_nodes_verified", "num_reread", "_full_advance", "_full_drafted", "_full_likeliest_advance",
-    "_num_densities", "_density_sum", "_num_masking", "selection_seconds", "draft_seconds", "verification_seconds",
-    "state_seconds",
+    "num_nodes_drafted", "num_nodes_verified", "num_reread", "_full_advance", "_full_drafted",
+    "_full_likeliest_advance", "_num_densities", "_density_sum", "_num_masking", "selection_seconds", "draft_seconds",
+    "verification_seconds", "state_seconds",
 )  # fmt: skip
 _FEWEST_STEPS = 3  # of which a median is no chance
 _lock = threading.Lock()  # calls in several threads add to one total
@@ -254,15 +254,16 @@ class GenerationStats:
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers, and the `reason`; what has no data is `None`."""
         counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted",
-                  "num_accepted", "num_rolled_back", "num_nodes_drafted", "num_nodes_verified")  # fmt: skip
+                  "num_accepted", "num_rolled_back", "num_nodes_drafted", "num_nodes_verified",
+                  "num_reread")  # fmt: skip
         measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
         return {name: getattr(self, name) for name in (*counts, *measures, "reason")}
 
     def seconds(self) -> dict[str, float | None]:
-        """Returns what was measured by the host's clock: of drafts, of their verifications, of the choice of neurons,
-        and of a dense step, `None` where none was.
+        """Returns what was measured by the host's clock: of drafts, of their verifications, of bringing recurrent
+        states to the accepted length, of the choice of neurons, and of a dense step, `None` where none was.
         """
-        parts = ("draft", "verification", "selection", "dense_step")
+        parts = ("draft", "verification", "state", "selection", "dense_step")
         return {name: getattr(self, f"{name}_seconds") for name in parts}
 
     def __str__(self) -> str:

@@ -190,7 +190,7 @@ def _joined(outputs: list) -> Any:
 
 
 def find_recurrence(model: PreTrainedModel) -> Recurrence | None:
-    """Returns how a model's recurrent states are read and taken back, by a trial of a few tokens; `None` if it has none.
+    """Returns how a model's recurrent states are read and taken back, by a trial of a few tokens; `None` without any.
 
     Raises:
         `ValueError` for a model whose states cannot be taken back.
@@ -213,8 +213,8 @@ def find_recurrence(model: PreTrainedModel) -> Recurrence | None:
         known = (DynamicLayer, DynamicSlidingWindowLayer, *((DummyLayer,) if DummyLayer else ()))
         if not (is_recurrent(layer) or type(layer) in known):
             raise ValueError(
-                f"{name} keeps a {type(layer).__name__} beside its states, from which drafts cannot be rolled back: use "
-                "a hybrid with plain attention"
+                f"{name} keeps a {type(layer).__name__} beside its states, from which drafts cannot be rolled back: "
+                "use a hybrid with plain attention"
             )
     if is_offloaded(model):
         raise ValueError(f"{name} keeps states, and is offloaded as well, which is not supported: load it whole")
@@ -237,6 +237,9 @@ def _trial(model: PreTrainedModel) -> Recurrence:
     cache = DynamicCache(config=model.config)
     with _noting(model, cache, mixers):
         _read(model, _CONTEXT, cache)
+    for layer in filter(is_recurrent, cache.layers):
+        if all(state is None for states in snapshot(layer) for state in states.values()):
+            raise ValueError("it keeps them outside of the KV-cache")
     right = torch.cat([_read(model, (token,), cache) for token in _NEW])
     tolerance = _TOLERANCE_16 if torch.finfo(model.dtype).bits == 16 else _TOLERANCE
     for is_at_once in (True, False):
