@@ -237,9 +237,9 @@ def _trial(model: PreTrainedModel) -> Recurrence:
     cache = DynamicCache(config=model.config)
     with _noting(model, cache, mixers):
         _read(model, _CONTEXT, cache)
-    for layer in filter(is_recurrent, cache.layers):
-        if all(state is None for states in snapshot(layer) for state in states.values()):
-            raise ValueError("it keeps them outside of the KV-cache")
+    kept = [states for layer in cache.layers if is_recurrent(layer) for states in snapshot(layer)]
+    if all(state is None for states in kept for state in states.values()):
+        raise ValueError("it keeps them outside of the KV-cache")
     right = torch.cat([_read(model, (token,), cache) for token in _NEW])
     tolerance = _TOLERANCE_16 if torch.finfo(model.dtype).bits == 16 else _TOLERANCE
     for is_at_once in (True, False):
