@@ -7,6 +7,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..draft.choice import CHOSEN, choose_draft
+from ..draft.states import find_recurrence
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded, unloaded
@@ -87,6 +88,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     _prepare_quantized(model, offloaded)
     if offloaded:
         check_offload(model)
+    recurrence = find_recurrence(model)
     sites = find_mlps(model)
     if not is_chosen:
         config = config.replace(**{**choose_draft(model, sites, OFFLOADED_KERNEL_SIZE), **fields})
@@ -107,6 +109,10 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         check_head(model)
     if config.compile_draft:
         _check_compiled(model, config, offloaded)
+    if config.tree_width > 1 and recurrence is not None:
+        raise ValueError(
+            f"{type(model).__name__} keeps states, which cannot branch with a tree's continuations: use tree_width=1"
+        )
     if config.tree_width > 1:
         check_tree(model)
     if config.calibration is not None:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
 
 from ..model.compat import IS_5_17, SettledCriteria
 from ..model.stock import STOCK_CLASS, stock_class
@@ -141,6 +142,16 @@ class Assisted:
         return SiriusCandidateGenerator(call, generation_config, logits_processor)
 
 
+class _Stateful:
+    """What lets a twin draft for a model with recurrent states, under [`Assisted`]."""
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if self._is_stateful and _is_bound(generation_mode_kwargs.get("assistant_model"), self):
+            # Stock assisted decoding refuses such models. The twin keeps their states, as `make_sparse` has tried.
+            generation_mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+
 # What `generate` does before it decodes, in which it tells of wrong arguments.
 STEPS = (
     "_get_deprecated_gen_repo", "_prepare_generation_config", "_validate_model_kwargs", "_validate_generation_mode",
@@ -155,7 +166,7 @@ for _name in STEPS:
 def _assisted_class(model_class: type[PreTrainedModel]) -> type:
     # transformers keys hooks and messages by these names.
     namespace = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(model_class.__name__, (Assisted, model_class), {**namespace, STOCK_CLASS: model_class})
+    return type(model_class.__name__, (Assisted, _Stateful, model_class), {**namespace, STOCK_CLASS: model_class})
 
 
 def bind(user: Any, kept: list, model: PreTrainedModel) -> None:

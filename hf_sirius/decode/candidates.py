@@ -14,6 +14,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from ..draft.cache import CacheView, check_cache, growing, roomy
 from ..draft.lookup import LookupProposer
 from ..draft.proposers import ChainProposer, Proposal, likelihood
+from ..draft.states import States, find_recurrence, stop_growing
 from ..draft.tree_proposer import TreeProposer
 from ..draft.tree_reading import keep_rows
 from ..model.compat import IS_5_17, stop_recording
@@ -73,6 +74,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.proposal: Proposal | None = None  # what is being verified
         self.verdict: Verdict | None = None  # about its tree
         self._is_cut = False  # whether the length cut the draft short
+        self.recurrence = find_recurrence(call.model)
+        self.states: States | None = None  # of recurrent layers, while a draft is verified
         self._draft_seconds = self._verification_start = 0.0
 
     def _lookup(self, generation_config: GenerationConfig) -> LookupProposer | None:
@@ -105,6 +108,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
             check_lengths(input_ids, model_kwargs)
             if IS_5_17:
                 self.call.undo.callback(stop_recording, cache)
+            if self.recurrence is not None:
+                self.call.undo.callback(stop_growing, cache)
             mask_length = getattr(self.generation_config, "_mask_length", None)
             self._take_next_forward(
                 self.call.draft.observing(mask_of_new_tokens(model_kwargs)),
@@ -122,6 +127,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         if self.proposal is None:
             self.proposal = self._drafted(input_ids, model_kwargs, most)
         proposal = self.proposal
+        if self.recurrence is not None:
+            self.states = States(self.call.model, cache, self.recurrence) if proposal.ids.shape[1] else None
         # On the device to which the loop would move it, which would make another tensor of it.
         candidate_ids = torch.cat([input_ids, proposal.ids], dim=-1).to(self.call.model.device)
         if proposal.ends_output:
@@ -170,6 +177,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
         processed logits, `scores`, float32 [1, num_drafted + 1, vocab_size].
         """
         now, num_matches = time.perf_counter(), int(num_matches)
+        num_reread, state_seconds = 0, 0.0
+        if self.states is not None:
+            with self.call.draft.verifying():
+                num_reread = self.states.keep(num_matches + 1)
+            self.states, state_seconds = None, time.perf_counter() - now
         if self.hook is not None:
             self.hook.restore(scores)
         self.end.reached(scores, num_matches)
@@ -204,6 +216,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
             is_lookup=self.proposal.is_lookup,
             draft_seconds=self._draft_seconds,
             verification_seconds=now - self._verification_start,
+            num_reread=num_reread,
+            state_seconds=state_seconds,
             branches=branches,
         )
         self.call.stats.record_cycle(cycle)
@@ -248,7 +262,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
             inputs = prepare(inputs)
             cache = inputs.get("past_key_values")  # which Phi-3 drops once
             grown = contextlib.nullcontext() if cache is None else growing(cache, _num_tokens(inputs))
-            with observed, self.call.draft.verifying(), grown:
+            kept = contextlib.nullcontext() if self.states is None else self.states.reading(_num_tokens(inputs))
+            with observed, self.call.draft.verifying(), grown, kept:
                 outputs = forward(**inputs)
             finish(outputs)
             return outputs

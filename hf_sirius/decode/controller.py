@@ -25,7 +25,8 @@ class Controller:
     """Chooses for each cycle of one call, from what forwards took and how many tokens were kept so far, in this call
     and in those before it.
 
-    A draft of n tokens takes n steps and a verification, and advances by (1 - a^(n + 1)) / (1 - a) tokens on average,
+    A draft of n tokens takes n steps and a verification, of a model with recurrent states also what bringing these to
+    the accepted length takes where a token is rejected, and advances by (1 - a^(n + 1)) / (1 - a) tokens on average,
     where a is the share of tokens that are kept as long as all before them were. A draft that promises no less time
     per token than a dense step is left for a while, then tried by a short one, then left for twice as long.
 
@@ -141,7 +142,8 @@ class Controller:
         if record.num_drafts < _FEW:
             return math.inf
         num_steps, num_added = record.num_steps / record.num_drafts, record.num_added / record.num_drafts
-        return (num_steps * record.step.median + self.costs.of(1 + num_steps)) / num_added
+        rereading = (record.rereading.median or 0.0) * record.num_rejected / record.num_drafts
+        return (num_steps * record.step.median + self.costs.of(1 + num_steps) + rereading) / num_added
 
     def _most(self, num_tokens: float, nodes_per_step: float = 1.0) -> float:
         """Returns how many of so many tokens may be proposed: what a verification of many more takes is not known."""
@@ -157,10 +159,13 @@ class Controller:
             ahead, step: seconds that a proposal takes, and each of its tokens.
             nodes_per_step: how many a verification reads for each.
         """
+        rereading = self.record.rereading.median or 0.0  # behind a rejection
         best, advance = 0, 1.0
         for num in range(1, int(self._most(num_tokens, nodes_per_step)) + 1):
             advance += record.acceptance**num
-            seconds = (ahead + num * step + self.costs.of(1 + num * nodes_per_step)) / advance
+            is_rejected = 1 - record.acceptance**num  # the likelihood of it
+            verification = self.costs.of(1 + num * nodes_per_step) + is_rejected * rereading
+            seconds = (ahead + num * step + verification) / advance
             if seconds < least:
                 best, least = num, seconds
         return best, least
@@ -181,6 +186,8 @@ class Controller:
         """Takes note of a cycle; `margins` are those of its tokens, where the draft is a chain."""
         num_read = 1 + (len(cycle.drafted_ids) if cycle.branches is None else cycle.branches.num_nodes_verified)
         self.costs.note(num_read, cycle.verification_seconds)
+        if cycle.num_accepted < len(cycle.drafted_ids):
+            self.record.rereading.note(cycle.state_seconds)
         if cycle.is_lookup:
             self.record.lookups.search.note(cycle.draft_seconds)
             self.record.lookups.note(cycle.num_accepted, is_rejected=cycle.num_accepted < len(cycle.drafted_ids))

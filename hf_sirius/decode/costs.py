@@ -131,18 +131,19 @@ class DraftRecord(KeptRecord):
     """How drafts of some settings did: what a step takes, and how many tokens are kept. Kept from call to call.
 
     Attributes:
+        rereading: what bringing recurrent states to the accepted length takes, where a token was rejected.
         nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
-        num_drafts, num_steps, num_added: drafts that ended by themselves, their steps, and by how many tokens the
-            output grew with them; what is long ago counts less.
+        num_drafts, num_rejected, num_steps, num_added: drafts that ended by themselves, those of them that were not kept
+            whole, their steps, and by how many tokens the output grew with them; what is long ago counts less.
         lookups: the same of looked up tokens.
         num_lookups: cycles in which they were taken since the draft was last asked.
     """
 
     def __init__(self):
         super().__init__(_PRIOR_ACCEPTANCE)
-        self.step, self.selection = _Seconds(), _Seconds(is_warm=True)
+        self.step, self.selection, self.rereading = _Seconds(), _Seconds(is_warm=True), _Seconds(is_warm=True)
         self.nodes_per_step = 1.0
-        self.num_drafts, self.num_steps, self.num_added = 0.0, 0.0, 0.0
+        self.num_drafts, self.num_rejected, self.num_steps, self.num_added = 0.0, 0.0, 0.0, 0.0
         self._of_margins = [(0.0, 0.0) for _ in range(len(_MARGINS) + 1)]  # tokens kept, and judged
         self.lookups, self.num_lookups = LookupRecord(_PRIOR_OF_LOOKUPS), 0
 
@@ -157,6 +158,7 @@ class DraftRecord(KeptRecord):
         """Takes note of a draft that ended by itself, and of which so many tokens were kept, each with its margin."""
         fading = _FADING ** (num_accepted + 1)
         self.num_drafts = fading * self.num_drafts + 1
+        self.num_rejected = fading * self.num_rejected + (num_accepted < len(margins))
         self.num_steps = fading * self.num_steps + num_steps
         self.num_added = fading * self.num_added + num_accepted + 1
         for i, margin in enumerate(margins[: num_accepted + 1]):  # behind the first rejected one nothing was judged

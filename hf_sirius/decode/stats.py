@@ -10,8 +10,9 @@ from .summary import as_html, as_text, summarize
 
 _COUNTS = (
     "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted", "num_accepted",
-    "num_nodes_drafted", "num_nodes_verified", "_full_advance", "_full_drafted", "_full_likeliest_advance",
-    "_num_densities", "_density_sum", "_num_masking", "selection_seconds", "draft_seconds", "verification_seconds",
+    "num_nodes_drafted", "num_nodes_verified", "num_reread", "_full_advance", "_full_drafted",
+    "_full_likeliest_advance", "_num_densities", "_density_sum", "_num_masking", "selection_seconds", "draft_seconds",
+    "verification_seconds", "state_seconds",
 )  # fmt: skip
 _FEWEST_STEPS = 3  # of which a median is no chance
 _lock = threading.Lock()  # calls in several threads add to one total
@@ -55,7 +56,10 @@ class Cycle:
         num_agreed: how many of the accepted tokens are its argmax.
         num_steps: forwards of the draft.
         is_lookup: whether no draft wrote them: they are what followed the latest tokens where these stood before.
+        num_reread: accepted tokens that the recurrent layers of the full model read again after a rejection, as their
+            states cannot be cropped.
         draft_seconds, verification_seconds: what the two took, by the host's clock.
+        state_seconds: what bringing the states of recurrent layers to the accepted length took.
         branches: of a tree, else `None`.
     """
 
@@ -70,6 +74,8 @@ class Cycle:
     is_lookup: bool = False
     draft_seconds: float = dataclasses.field(default=0.0, compare=False)
     verification_seconds: float = dataclasses.field(default=0.0, compare=False)
+    num_reread: int = 0
+    state_seconds: float = dataclasses.field(default=0.0, compare=False)
     branches: Branches | None = None
 
     @property
@@ -94,7 +100,8 @@ class GenerationStats:
         first_id, first_likelihood: the full model's own token after the prefill, which precedes the cycles, and its
             likelihood as in [`Cycle`]; `None` before it, and in the total.
         selection_seconds: what choosing and gathering the neurons took behind the prefill; of the total, of all calls.
-        draft_seconds, verification_seconds: what the cycles took that proposed tokens.
+        draft_seconds, verification_seconds, state_seconds: what the cycles took that proposed tokens; the last is what
+            bringing the states of recurrent layers to the accepted length took, behind the verifications.
         cycles: the [`Cycle`]s of the call, in order (the total keeps none).
         num_cycles: cycles, the short ones included; the prefill is not a cycle.
         num_short_cycles: cycles that EOS, a stopping criterion or the length cut short.
@@ -103,6 +110,7 @@ class GenerationStats:
             trees the continuations that won count.
         num_nodes_drafted, num_nodes_verified: tokens that drafts wrote, and that verifications read, losing branches
             included. Looked up tokens count as drafted.
+        num_reread: accepted tokens that the recurrent layers of the full model read again, as in [`Cycle`].
     """
 
     num_cycles: int
@@ -113,9 +121,11 @@ class GenerationStats:
     num_accepted: int
     num_nodes_drafted: int
     num_nodes_verified: int
+    num_reread: int
     selection_seconds: float
     draft_seconds: float
     verification_seconds: float
+    state_seconds: float
 
     def __init__(self, kernel_size: int | str, total: "GenerationStats | None" = None):
         self.kernel_size = kernel_size
@@ -168,11 +178,13 @@ class GenerationStats:
             "num_accepted": cycle.num_accepted,
             "num_nodes_drafted": branches.num_nodes_drafted,
             "num_nodes_verified": branches.num_nodes_verified,
+            "num_reread": cycle.num_reread,
             "full_advance": cycle.advance_length * cycle.is_full,
             "full_drafted": num_drafted * cycle.is_full * (not cycle.is_lookup),
             "full_likeliest_advance": branches.likeliest_advance_length * cycle.is_full,
             "draft_seconds": cycle.draft_seconds * (not cycle.is_dense_step),
             "verification_seconds": cycle.verification_seconds * (not cycle.is_dense_step),
+            "state_seconds": cycle.state_seconds,
         }
         self._record(counts)
 
@@ -242,15 +254,16 @@ class GenerationStats:
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers, and the `reason`; what has no data is `None`."""
         counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted",
-                  "num_accepted", "num_rolled_back", "num_nodes_drafted", "num_nodes_verified")  # fmt: skip
+                  "num_accepted", "num_rolled_back", "num_nodes_drafted", "num_nodes_verified",
+                  "num_reread")  # fmt: skip
         measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
         return {name: getattr(self, name) for name in (*counts, *measures, "reason")}
 
     def seconds(self) -> dict[str, float | None]:
-        """Returns what was measured by the host's clock: of drafts, of their verifications, of the choice of neurons,
-        and of a dense step, `None` where none was.
+        """Returns what was measured by the host's clock: of drafts, of their verifications, of bringing recurrent
+        states to the accepted length, of the choice of neurons, and of a dense step, `None` where none was.
         """
-        parts = ("draft", "verification", "selection", "dense_step")
+        parts = ("draft", "verification", "state", "selection", "dense_step")
         return {name: getattr(self, f"{name}_seconds") for name in parts}
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ def summarize(measures: Mapping[str, Any], seconds: Mapping[str, float | None]) 
         head = f"Nothing was drafted: {_number(num_cycles, 'token')} by dense steps."
         return head, _rows(measures, seconds, None)
     advance = measures["num_accepted"] + num_cycles - num_dense
-    spent = sum(seconds.get(name) or 0.0 for name in ("draft", "verification", "selection"))
+    spent = sum(seconds.get(name) or 0.0 for name in ("draft", "verification", "state", "selection"))
     per_token = spent / advance if spent else None
     dense = seconds.get("dense_step")
     if per_token is None or not dense:
@@ -50,6 +50,9 @@ def _rows(
     if (num_nodes := measures["num_nodes_drafted"]) != num_drafted:
         gain = "" if measures["aal_gain"] is None else f"; branches made advances {measures['aal_gain']:.0%} longer"
         rows.append(("trees", f"{num_nodes} tokens drafted, {measures['num_nodes_verified']} verified{gain}"))
+    if num_reread := measures.get("num_reread"):
+        took = f", in {_ms(seconds['state'])}" if seconds.get("state") else ""
+        rows.append(("states", f"recurrent layers read {_number(num_reread, 'accepted token')} again{took}"))
     if num_dense:
         took = f", {_ms(seconds['dense_step'])} each (median)" if seconds.get("dense_step") else ""
         rows.append(("dense steps", f"{num_dense} of {_number(measures['num_cycles'], 'cycle')} drafted nothing{took}"))
@@ -60,7 +63,7 @@ def _rows(
     if measures["is_masking"]:
         rows.append(("masking", "what drafts dropped was computed all the same, so that dropping it saved no time"))
     if per_token is not None:
-        named = {"draft": "drafting", "verification": "verifying", "selection": "choosing neurons"}
+        named = {"draft": "drafting", "verification": "verifying", "state": "states", "selection": "choosing neurons"}
         spent = {words: seconds.get(name) or 0.0 for name, words in named.items()}
         shares = {words: round(100 * value / sum(spent.values())) for words, value in spent.items()}
         told = ", ".join(f"{words} {share}%" for words, share in shares.items() if share)

@@ -9,6 +9,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, QuantizedLayer
 
 from ..model.compat import BaseQuantizedLayer, DummyLayer
+from .states import is_recurrent, restore, snapshot
 
 
 _ROOM = 64  # tokens
@@ -136,10 +137,12 @@ class CacheView:
     def __init__(self, cache: Cache):
         self.cache = cache
         self._lengths: list[int | None] = []
+        self._states: dict = {}
 
     def mark(self) -> None:
         """Takes note of how many tokens each layer has seen; of one that keeps no keys and values that is not known."""
         self._lengths = _lengths(self.cache)
+        self._states = {idx: snapshot(layer) for idx, layer in enumerate(self.cache.layers) if is_recurrent(layer)}
 
     def roll_back(self, num_tokens: int) -> None:
         """Takes back what was written since the mark: `num_tokens`, or more in some layers if a forward was
@@ -148,6 +151,8 @@ class CacheView:
         for layer, length in zip(self.cache.layers, self._lengths, strict=True):
             # A crop by 0 still brings sliding windows back to their size.
             layer.crop(-num_tokens if length is None else length - int(layer.get_seq_length()))
+        for idx, state in self._states.items():
+            restore(self.cache.layers[idx], state)
 
     def keep(self, num_read: int, kept: torch.Tensor) -> None:
         """Leaves of the tokens that the last forward read only some, in this order.

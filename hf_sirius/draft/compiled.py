@@ -20,6 +20,7 @@ from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.linear import has_kernel, is_bare_linear, plain_over
 from .cache import RoomyLayer, room_for
 from .copies import follow
+from .states import is_recurrent
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class CompiledStep:
     ):
         self._module, self._places, self._copies = module, places, copies
         self.graph, self._config = graph, config
-        self._are_sliding = [layer.is_sliding for layer in DynamicCache(config=config).layers]
+        self._are_sliding = [getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers]
         self._plain: dict[nn.Module, nn.Module] = {}
         self._lock = threading.Lock()
         self._told: set[str] = set()
@@ -148,6 +149,8 @@ class CompiledStep:
         others = [name for name, value in inputs.items() if value is not None and name not in _KNOWN]
         if others or inputs.get("position_ids") is None:
             return f"the model is given {', '.join(others) or 'no position_ids'}"
+        if any(map(is_recurrent, cache.layers)):
+            return "the model keeps states beside its KV-cache"
         are_fit = [
             type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in cache.layers
         ]

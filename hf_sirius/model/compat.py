@@ -42,7 +42,11 @@ def stepwise_windows(cache: Cache) -> Iterator[None]:
     is made for. Mended in 5.18; to go with the support for 5.17. Here it does not record meanwhile, and its states are
     set aside and put back.
     """
-    layers = [layer for layer in cache.layers if layer.is_sliding and layer.record_past] if IS_5_17 else []
+    layers = (
+        [layer for layer in cache.layers if getattr(layer, "is_sliding", False) and layer.record_past]
+        if IS_5_17
+        else []
+    )
     # 5.17 leaves a tensor for a length, which its updates then change in place.
     states = [(layer.keys, layer.values, int(layer.cumulative_length)) for layer in layers]
     for layer in layers:
@@ -61,5 +65,5 @@ def stepwise_windows(cache: Cache) -> Iterator[None]:
 def stop_recording(cache: Cache) -> None:
     """Leaves a cache that plain `generate` can go on with in transformers 5.17, see `stepwise_windows`."""
     for layer in cache.layers:
-        if layer.is_sliding:
+        if getattr(layer, "is_sliding", False):
             layer.record_past = False

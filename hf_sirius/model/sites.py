@@ -206,11 +206,6 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
         if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:
             continue
         sites.append(MlpSite(len(sites), name, module, kind, activation, num_neurons))
-    if not sites and getattr(model, "_is_stateful", False):
-        raise ValueError(
-            f"{type(model).__name__} keeps a state in place of a KV-cache, from which drafts cannot be rolled back: "
-            "use a model with attention and dense MLPs"
-        )
     if not sites:
         layouts = ", ".join("/".join(kind.part_names) for kind in MLP_KINDS)
         raise ValueError(

@@ -1,8 +1,9 @@
 """GRIFFIN (arXiv 2404.01365): one set of neurons per prompt, from its activations. CSparse in the Sirius paper."""
 
 import torch
+from torch import nn
 
-from ..model.projections import projection_shape
+from ..model.projections import is_projection, projection_shape
 from ..weights.formats import num_kept_neurons
 from .base import SparsityMethod
 
@@ -26,6 +27,7 @@ class Griffin(SparsityMethod):
     @classmethod
     def replacements(cls, site):
         hidden_size, _ = projection_shape(site.down)
+        gate_features, _ = projection_shape(site.gate)
         for name, child in site.owner.named_children():
             if name in site.part_names or site.num_neurons == hidden_size:
                 continue
@@ -33,6 +35,13 @@ class Griffin(SparsityMethod):
                 raise ValueError(
                     f"{site.name}.{name} works on all {site.num_neurons} neurons together, so a share of them cannot "
                     "be gathered: use method='cats' for this model"
+                )
+            # Zamba2 adapts a block that several layers share.
+            in_lists = child.modules() if isinstance(child, nn.ModuleList) else ()
+            if any(is_projection(part) and projection_shape(part)[0] == gate_features for part in in_lists):
+                raise ValueError(
+                    f"{site.name}.{name} adds to what {site.kind.gate} makes, which cannot be gathered: use "
+                    "method='cats' for this model"
                 )
         return {}  # what is gathered takes its place as all draft weights do
 

@@ -72,13 +72,6 @@ def test_mixtures_of_experts_are_refused(family):
         find_mlps(model)
 
 
-@pytest.mark.parametrize("family, fields", [("mamba", {}), ("mamba2", {"num_heads": 4, "head_dim": 16, "n_groups": 1})])
-def test_models_that_keep_a_state_are_refused(family, fields):
-    model = build_meta_model(family, **fields)
-    with pytest.raises(ValueError, match=rf"{type(model).__name__} keeps a state in place of a KV-cache"):
-        find_mlps(model)
-
-
 def test_models_without_a_known_mlp_are_refused():
     model = build_model()
     for block in model.model.layers:
