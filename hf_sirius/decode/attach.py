@@ -12,6 +12,7 @@ from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded, unloaded
 from ..model.adapters import base_of_adapters
+from ..model.encoder_decoder import text_inputs
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import find_mlps, find_projections
@@ -29,7 +30,8 @@ KERNEL_SIZE, OFFLOADED_KERNEL_SIZE = 16, 32
 
 
 def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fields: Any) -> SparseTwin:
-    """Returns the contextually sparse twin of a causal language model, which drafts for it in stock `generate`.
+    """Returns the contextually sparse twin of a language model, which drafts for it in stock `generate`. Of an
+    encoder-decoder the decoder drafts.
 
         sparse = make_sparse(model, method="griffin", density=0.5)
         model.generate(**inputs, assistant_model=sparse)
@@ -75,10 +77,6 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     check_field_names(fields)
     is_chosen = config is not None or any(name in CHOSEN for name in fields)
     config = (config or SiriusConfig()).replace(**fields)
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model; hf_sirius takes decoder-only language models"
-        )
     offloaded = is_offloaded(model)
     if (name := next(unloaded(model), None)) is not None:
         raise ValueError(
@@ -140,6 +138,8 @@ def _check_compiled(model: PreTrainedModel, config: SiriusConfig, offloaded: boo
         )
     if offloaded:
         raise ValueError("the step of an offloaded model's draft cannot be compiled: leave compile_draft out")
+    if model.config.is_encoder_decoder:
+        raise ValueError("the step of an encoder-decoder's draft cannot be compiled: leave compile_draft out")
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if not model._can_compile_fullgraph or "chunked_attention" in layer_types:
         raise ValueError(f"a step of {type(model).__name__} cannot be compiled as a whole: leave compile_draft out")
@@ -159,4 +159,4 @@ def _prepare_quantized(model: PreTrainedModel, offloaded: bool) -> None:
         # Libraries may unpack or move what their layers hold in the first forward, which the twin is to see.
         token_id = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         with torch.no_grad(), evaluating(model), uncompiled(model):
-            model(token_id, use_cache=False)
+            model(**text_inputs(model, token_id), use_cache=False)

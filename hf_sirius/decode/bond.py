@@ -27,6 +27,7 @@ from ..model.stock import STOCK_CLASS, stock_class
 from .call import Call
 from .candidates import SiriusCandidateGenerator
 from .checks import check_batch_size, check_call
+from .whisper import Segmented
 
 
 class _Lock:
@@ -166,7 +167,10 @@ for _name in STEPS:
 def _assisted_class(model_class: type[PreTrainedModel]) -> type:
     # transformers keys hooks and messages by these names.
     namespace = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(model_class.__name__, (Assisted, _Stateful, model_class), {**namespace, STOCK_CLASS: model_class})
+    bases: tuple[type, ...] = (Assisted, _Stateful, model_class)
+    if hasattr(model_class, "generate_with_fallback"):
+        bases, namespace["is_bound"] = (Assisted, Segmented, model_class), staticmethod(_is_bound)
+    return type(model_class.__name__, bases, {**namespace, STOCK_CLASS: model_class})
 
 
 def bind(user: Any, kept: list, model: PreTrainedModel) -> None:
@@ -208,6 +212,10 @@ def _is_bound(user: Any, model: PreTrainedModel) -> bool:
     return any(bond() is user for bond in tuple(_bonds.get(model, ())))
 
 
+# Modules whose frames are those of a call of `generate`.
+_OF_GENERATE = ("transformers.generation.", "transformers.models.whisper.", Segmented.__module__, "torch.")
+
+
 def _forget(user: Any, frame: FrameType | None) -> None:
     """Takes a twin out of the frames of a failed stock `generate`.
 
@@ -216,13 +224,13 @@ def _forget(user: Any, frame: FrameType | None) -> None:
     """
     if "_end" not in getattr(user, "__dict__", ()):  # no twin
         return
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("transformers.generation.", "torch.")):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_OF_GENERATE):
         values = frame.f_locals
         for name, value in list(values.items()):
             if value is user:
                 values[name] = None
-            elif name in ("kwargs", "generation_mode_kwargs") and dict(value).get("assistant_model") is user:
-                value["assistant_model"] = None
+            elif name in ("kwargs", "generation_mode_kwargs", "generate_kwargs"):
+                value.update({key: None for key, given in value.items() if given is user})
         if sys.version_info < (3, 13):  # from there on f_locals writes through
             ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
         frame = frame.f_back

@@ -8,16 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..draft.cache import CacheView, check_cache, growing, roomy
+from ..draft.cache import CacheView, check_cache, growing, roomy, text_cache
 from ..draft.lookup import LookupProposer
 from ..draft.proposers import ChainProposer, Proposal, likelihood
 from ..draft.states import States, find_recurrence, stop_growing
 from ..draft.tree_proposer import TreeProposer
 from ..draft.tree_reading import keep_rows
 from ..model.compat import IS_5_17, stop_recording
+from ..model.encoder_decoder import text_input
 from ..model.observation import is_compiled
 from ..model.positions import Positions
 from .call import Call
@@ -26,6 +34,11 @@ from .controller import Controller
 from .stats import Cycle
 from .tree_verification import PathProcessor, Verdict, judge, unread
 from .verification import VerificationHook
+
+
+# Tokens of its text that an encoder-decoder's method sees before it chooses, as the prefill is mostly a single one.
+# Until then nothing is drafted.
+NUM_OBSERVED = 8
 
 
 class SiriusCandidateGenerator(CandidateGenerator):
@@ -72,6 +85,9 @@ class SiriusCandidateGenerator(CandidateGenerator):
         )
         self.lookup = self._lookup(generation_config)
         self.proposal: Proposal | None = None  # what is being verified
+        is_early = call.model.config.is_encoder_decoder and call.draft.method.needs_prefill()
+        self._num_unobserved = NUM_OBSERVED if is_early else 0  # tokens that the method is still to see
+        self._is_selected = False
         self.verdict: Verdict | None = None  # about its tree
         self._is_cut = False  # whether the length cut the draft short
         self.recurrence = find_recurrence(call.model)
@@ -102,18 +118,20 @@ class SiriusCandidateGenerator(CandidateGenerator):
         processed logits, float32 [1, num_drafted, vocab_size]. Before the prompt is read there is no draft.
         """
         self.call.is_verifying = True
-        cache = model_kwargs["past_key_values"]
+        cache = text_cache(model_kwargs["past_key_values"])
         if is_first_iteration:
             check_cache(cache)
-            check_lengths(input_ids, model_kwargs)
+            check_lengths(input_ids, model_kwargs, text_input(self.call.model, "attention_mask"))
             if IS_5_17:
                 self.call.undo.callback(stop_recording, cache)
             if self.recurrence is not None:
                 self.call.undo.callback(stop_growing, cache)
             mask_length = getattr(self.generation_config, "_mask_length", None)
+            self._num_unobserved -= input_ids.shape[1]
+            mask = mask_of_new_tokens(self.call.model, model_kwargs)
             self._take_next_forward(
-                self.call.draft.observing(mask_of_new_tokens(model_kwargs)),
-                _reading_new_tokens_only(input_ids, model_kwargs, mask_length),
+                self.call.draft.observing(mask, takes_weights=self._num_unobserved <= 0),
+                _reading_new_tokens_only(self.call.model, input_ids, model_kwargs, mask_length),
             )
             return input_ids, None
         # The prefill has made the cache's layers, if they were not there. Compiled code takes the stock ones alone.
@@ -134,7 +152,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
         if proposal.ends_output:
             self.end.put_at(candidate_ids.shape[1])
         observed = contextlib.nullcontext()
-        if self.config.reselect_every is not None:
+        if self._num_unobserved > 0:
+            self._num_unobserved -= 1 + proposal.ids.shape[1]
+            observed = self.call.draft.observing(None, takes_weights=self._num_unobserved <= 0)
+        elif self.config.reselect_every is not None:
             observed = self.call.draft.observing(None, takes_weights=self._reselects())
         if self.path is None or not proposal.ids.shape[1]:
             self._take_next_forward(observed)
@@ -163,8 +184,13 @@ class SiriusCandidateGenerator(CandidateGenerator):
 
     def _drafted(self, input_ids: torch.LongTensor, model_kwargs: dict, most: int) -> Proposal:
         """Returns what the twin drafts, of at most so many tokens."""
-        wanted = self.config.kernel_size - 1 if self.controller is None else self.controller.num_tokens(most)
-        if wanted and self.controller is not None and not self.controller.is_selected:
+        if self._num_unobserved > 0:
+            wanted = 0
+        elif self.controller is None:
+            wanted = self.config.kernel_size - 1
+        else:
+            wanted = self.controller.num_tokens(most)
+        if wanted and not self._is_selected:
             self._select()
         start = time.perf_counter() - self.call.draft.compile_seconds
         proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
@@ -191,10 +217,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
         (bonus_likelihood,) = self._likelihoods(input_ids[:, -1:], scores[:, num_matches, None])
         if self.proposal is None:
             self.call.stats.record_first(bonus_id, bonus_likelihood)
-            if self.controller is None:
+            if self.controller is None and self._num_unobserved <= 0:
                 self._select()
             return
-        if self._reselects():
+        if self._is_selected and self._reselects():
             self.call.draft.select()
         is_cut, branches = self._is_cut or self.proposal.is_cut, self.verdict and self.verdict.branches
         if branches is None:
@@ -227,7 +253,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
 
     def _select(self) -> None:
         """Chooses neurons from what was observed, and gathers them; where drafts may never come, before the first."""
-        start = time.perf_counter()
+        self._is_selected, start = True, time.perf_counter()
         self.call.draft.select()
         seconds = time.perf_counter() - start
         self.call.stats.record_selection(seconds)
@@ -261,8 +287,9 @@ class SiriusCandidateGenerator(CandidateGenerator):
         def read(forward: Callable[..., Any], **inputs: Any) -> Any:
             inputs = prepare(inputs)
             cache = inputs.get("past_key_values")  # which Phi-3 drops once
-            grown = contextlib.nullcontext() if cache is None else growing(cache, _num_tokens(inputs))
-            kept = contextlib.nullcontext() if self.states is None else self.states.reading(_num_tokens(inputs))
+            num_tokens = _num_tokens(self.call.model, inputs)
+            grown = contextlib.nullcontext() if cache is None else growing(text_cache(cache), num_tokens)
+            kept = contextlib.nullcontext() if self.states is None else self.states.reading(num_tokens)
             with observed, self.call.draft.verifying(), grown, kept:
                 outputs = forward(**inputs)
             finish(outputs)
@@ -331,7 +358,7 @@ class _End(LogitsProcessor):
 
 
 def _reading_new_tokens_only(
-    input_ids: torch.LongTensor, model_kwargs: dict, mask_length: int | None
+    model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict, mask_length: int | None
 ) -> Callable[[dict], dict]:
     """Keeps the stock loop's first forward from reading again what a carried-over KV-cache already holds.
 
@@ -340,16 +367,18 @@ def _reading_new_tokens_only(
     sliced.
     """
     past_length, length = model_kwargs["past_key_values"].get_seq_length(), input_ids.shape[1]
-    if (attention_mask := model_kwargs.get("attention_mask")) is not None:
+    mask_length = length if model.config.is_encoder_decoder else mask_length  # else that of the encoder's mask
+    if (attention_mask := model_kwargs.get(text_input(model, "attention_mask"))) is not None:
         mask_length = attention_mask.shape[1]
-    if (embeddings := model_kwargs.get("inputs_embeds")) is not None:  # which are always those of the whole sequence
+    embeddings_name = text_input(model, "inputs_embeds")
+    if (embeddings := model_kwargs.get(embeddings_name)) is not None:  # which are always those of the whole sequence
         length = mask_length = embeddings.shape[1]
 
     def sliced(inputs: dict) -> dict:
-        if inputs.get("inputs_embeds") is not None:
-            inputs["inputs_embeds"] = inputs["inputs_embeds"][:, past_length:]
+        if inputs.get(embeddings_name) is not None:
+            inputs[embeddings_name] = inputs[embeddings_name][:, past_length:]
         for name in ("input_ids", "position_ids", "token_type_ids"):
-            value = inputs.get(name)
+            value = inputs.get(name := text_input(model, name))
             if value is not None and value.shape[-1] == length:
                 inputs[name] = value[..., past_length:]
         return inputs
@@ -365,14 +394,15 @@ def _reading_new_tokens_only(
     return sliced if past_length and length == mask_length else lambda inputs: inputs
 
 
-def _num_tokens(inputs: dict) -> int:
-    embeddings = inputs.get("inputs_embeds")
-    return (inputs["input_ids"] if embeddings is None else embeddings).shape[1]
+def _num_tokens(model: PreTrainedModel, inputs: dict) -> int:
+    embeddings = inputs.get(text_input(model, "inputs_embeds"))
+    return (inputs[text_input(model, "input_ids")] if embeddings is None else embeddings).shape[1]
 
 
-def mask_of_new_tokens(model_kwargs: dict) -> torch.Tensor | None:
+def mask_of_new_tokens(model: PreTrainedModel, model_kwargs: dict) -> torch.Tensor | None:
     """Returns the attention mask of the tokens that the first forward reads, long [batch_size, num_new_tokens]."""
-    attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    attention_mask = model_kwargs.get(text_input(model, "attention_mask"))
+    cache = model_kwargs.get("past_key_values")
     if attention_mask is None or cache is None:
         return attention_mask
     return attention_mask[:, cache.get_seq_length() :]

@@ -87,23 +87,26 @@ def check_batch_size(input_ids: torch.LongTensor) -> None:
         )
 
 
-def check_lengths(input_ids: torch.LongTensor, model_kwargs: dict) -> None:
+def check_lengths(input_ids: torch.LongTensor, model_kwargs: dict, mask_name: str) -> None:
     """Sees to a mask and token types of another length than input_ids, which the stock assisted loop would cut to that
     length.
 
     Such is the case with inputs_embeds, and where only the new tokens of a turn are passed. Without padding the mask
     says nothing, so it is dropped (as newer versions of `generate` do themselves); with padding this is an error, and
     so it is with token types.
+
+    Args:
+        mask_name: of the text's attention mask among `model_kwargs`.
     """
     length = input_ids.shape[1]
     if (token_types := model_kwargs.get("token_type_ids")) is not None and token_types.shape[1] != length:
         raise ValueError(_of_one_length("token_type_ids", token_types, length, "token types"))
-    attention_mask = model_kwargs.get("attention_mask")
+    attention_mask = model_kwargs.get(mask_name)
     if attention_mask is None or attention_mask.shape[1] == length:
         return
     if not attention_mask.all():
-        raise ValueError(_of_one_length("a padded attention_mask", attention_mask, length, "padding"))
-    del model_kwargs["attention_mask"]
+        raise ValueError(_of_one_length(f"a padded {mask_name}", attention_mask, length, "padding"))
+    del model_kwargs[mask_name]
 
 
 def _of_one_length(what: str, given: torch.Tensor, length: int, leave_out: str) -> str:

@@ -133,8 +133,8 @@ class DraftRecord(KeptRecord):
     Attributes:
         rereading: what bringing recurrent states to the accepted length takes, where a token was rejected.
         nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
-        num_drafts, num_rejected, num_steps, num_added: drafts that ended by themselves, those of them that were not kept
-            whole, their steps, and by how many tokens the output grew with them; what is long ago counts less.
+        num_drafts, num_rejected, num_steps, num_added: drafts that ended by themselves, those of them that were not
+            kept whole, their steps, and by how many tokens the output grew with them; what is long ago counts less.
         lookups: the same of looked up tokens.
         num_lookups: cycles in which they were taken since the draft was last asked.
     """

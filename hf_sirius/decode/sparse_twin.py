@@ -133,7 +133,7 @@ class SparseTwin(_Model):
         # The dense model's prefill is the one place where neurons are observed, with and without correction.
         check_batch_size(input_ids)
         call = Call.current()
-        with call.draft.observing(mask_of_new_tokens(model_kwargs)):
+        with call.draft.observing(mask_of_new_tokens(self.dense_model, model_kwargs)):
             outputs = self.dense_model._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         call.draft.select()
         call.undo.enter_context(call.draft.drafting())

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, QuantizedLayer
 
 from ..model.compat import BaseQuantizedLayer, DummyLayer
@@ -74,6 +74,13 @@ def room_for(states: torch.Tensor, length: int, dim: int = 2) -> torch.Tensor:
     room = states.new_empty(shape)
     room.narrow(dim, 0, num_tokens).copy_(states)
     return room
+
+
+def text_cache(cache: Cache) -> Cache:
+    """Returns what grows with the text: of an encoder-decoder's cache that of self-attention. The other part holds the
+    encoder's keys and values, which all forwards share.
+    """
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import execution_device, is_offloaded
+from ..model.encoder_decoder import text_inputs
 from ..model.observation import evaluating, is_compiled, uncompiled
 from ..model.projections import device_of, is_projection, plain_tensors, projection_shape
 from ..model.sites import MlpSite, find_other_modules
@@ -139,7 +140,8 @@ def _fastest(
 
     token_id = torch.full((1, 1), model.config.get_text_config().vocab_size // 2, device=device)
     with evaluating(model), uncompiled(model):
-        step = _seconds(lambda: model(token_id, use_cache=False), device)
+        inputs = text_inputs(model, token_id)
+        step = _seconds(lambda: model(**inputs, use_cache=False), device)
         around = max(step - num_weights * product(parts, 1), 0.0)
         linears = [part for part in parts if type(part) is nn.Linear and has_kernel(part)]
         with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears):

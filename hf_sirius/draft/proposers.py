@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from ..model.compat import stepwise_windows
-from .cache import CacheView
+from .cache import CacheView, text_cache
 from .draft import Draft
 from .tree import Tree
 from .tree_reading import TreeReader
@@ -96,7 +96,7 @@ class ChainProposer:
         margins: list[float] = []
         confidence = self.config.draft_confidence
         num_steps, stops = 0, False
-        cache = CacheView(model_kwargs["past_key_values"])
+        cache = CacheView(text_cache(model_kwargs["past_key_values"]))
         cache.mark()
         try:
             with (

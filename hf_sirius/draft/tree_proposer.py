@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from ..model.compat import stepwise_windows
-from .cache import CacheView, wide_windows
+from ..model.encoder_decoder import text_input
+from .cache import CacheView, text_cache, wide_windows
 from .proposers import ChainProposer, Proposal
 from .tree import Leaf, Tree
 from .tree_reading import TreeReader
@@ -26,12 +27,12 @@ class TreeProposer(ChainProposer):
 
     def propose(self, input_ids: torch.LongTensor, model_kwargs: dict, num_tokens: int) -> Proposal:
         """Returns a tree of up to `num_tokens` levels behind `input_ids`, long [1, length]."""
-        cache = CacheView(model_kwargs["past_key_values"])
-        given = self.draft.inputs(input_ids, model_kwargs)
-        position = given.get("position_ids")
+        model, cache = self.draft.model, CacheView(text_cache(model_kwargs["past_key_values"]))
+        given = {**self.draft.inputs(input_ids, model_kwargs), "past_key_values": model_kwargs["past_key_values"]}
+        position = given.get(text_input(model, "position_ids"))
         if position is None:
             position = input_ids.new_tensor([[input_ids.shape[1] - 1]])
-        reader = TreeReader(self.draft.model, cache.cache, position, model_kwargs.get("attention_mask"))
+        reader = TreeReader(model, cache.cache, position, model_kwargs.get(text_input(model, "attention_mask")))
         tree, num_steps = self._grow(input_ids, num_tokens, cache, reader, given)
         num_drafted = len(tree) - 1
         tree = tree.pruned()
@@ -64,7 +65,7 @@ class TreeProposer(ChainProposer):
                 stepwise_windows(cache.cache),
             ):
                 for _ in range(num_levels):
-                    inputs = reader.inputs(tree, first, {**given, "past_key_values": cache.cache})
+                    inputs = reader.inputs(tree, first, given)
                     logits = self.draft.forward(inputs).logits
                     first, num_steps = len(tree), num_steps + 1
                     scores = logits[0].to(dtype=torch.float32, device=input_ids.device, copy=True)

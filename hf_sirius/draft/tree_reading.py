@@ -4,19 +4,22 @@ They are read as one sequence over the shared KV-cache. A mask lets each see the
 and positions go by depth, so each has the logits that it would have at the end of its own path.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..model.accelerate_hooks import execution_device
 from ..model.compat import DummyLayer
+from ..model.encoder_decoder import text_input, text_inputs
 from ..model.observation import evaluating
-from .cache import RoomyLayer
+from ..model.stock import stock_class
+from .cache import RoomyLayer, text_cache
 from .tree import Tree
 
 
@@ -41,7 +44,7 @@ class TreeReader:
     def __init__(
         self, model: PreTrainedModel, cache: Cache, root_position: torch.Tensor, attention_mask: torch.Tensor | None
     ):
-        self.dtype = model.dtype
+        self.model, self.dtype = model, model.dtype
         self.root_position = root_position
         self.attention_mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         self.contexts: dict[str, tuple[int, float]] = {}
@@ -70,10 +73,10 @@ class TreeReader:
         masks = {name: self._mask(tree, first, depths, *context) for name, context in self.contexts.items()}
         inputs = {
             **given,
-            "input_ids": token_ids,
-            "position_ids": self.root_position + depths[first:],
+            text_input(self.model, "input_ids"): token_ids,
+            text_input(self.model, "position_ids"): self.root_position + depths[first:],
             # Several kinds of layers take a mask each, by name.
-            "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
+            text_input(self.model, "attention_mask"): masks if len(masks) > 1 else next(iter(masks.values())),
         }
         num_nodes = token_ids.shape[1]
         if inputs.get("logits_to_keep") is not None:
@@ -136,6 +139,14 @@ def check_tree(model: PreTrainedModel) -> None:
         )
     if _readers.get(model) == attention:
         return
+    if (
+        model.config.is_encoder_decoder
+        and "decoder_position_ids" not in inspect.signature(stock_class(model).forward).parameters
+    ):
+        raise ValueError(
+            f"{type(model).__name__} counts the positions of its text by itself, while branches of a tree share them: "
+            "use tree_width=1"
+        )
     context, root, branches = [1, 2, 3], 4, [[5, 6], [7, 8]]
     try:
         with evaluating(model):  # without dropout
@@ -145,11 +156,14 @@ def check_tree(model: PreTrainedModel) -> None:
             for first, second in branches:
                 tree.add(tree.add(0, _token_id(model, first), 0.0), _token_id(model, second), 0.0)
             cache = DynamicCache(config=model.config)
+            if model.config.is_encoder_decoder:
+                cache = EncoderDecoderCache(cache, DynamicCache())
             cache.activate_past_recording()
             _read(model, context, cache)
             position = torch.tensor([[len(context)]], device=execution_device(model))
-            reader = TreeReader(model, cache, position, None)
-            inputs = reader.inputs(tree, 0, {"past_key_values": cache, "use_cache": True})
+            reader = TreeReader(model, text_cache(cache), position, None)
+            given = {**text_inputs(model, position), "past_key_values": cache, "use_cache": True}
+            inputs = reader.inputs(tree, 0, given)
             outputs = model(**inputs, return_dict=True)
             found = outputs.logits[0, -1].double()
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
@@ -174,4 +188,5 @@ def _token_id(model: PreTrainedModel, number: int) -> int:
 def _read(model: PreTrainedModel, numbers: Sequence[int], cache: Cache | None = None) -> torch.Tensor:
     """Returns the logits of a sequence of made-up tokens, [length, vocab_size]."""
     input_ids = torch.tensor([[_token_id(model, number) for number in numbers]], device=execution_device(model))
-    return model(input_ids, past_key_values=cache, use_cache=cache is not None, return_dict=True).logits[0].double()
+    inputs = {**text_inputs(model, input_ids), "past_key_values": cache, "use_cache": cache is not None}
+    return model(**inputs, return_dict=True).logits[0].double()

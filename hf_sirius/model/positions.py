@@ -19,6 +19,8 @@ class Positions:
         self.limits: list[tuple[int, bool]] = []
         rope = getattr(config, "rope_parameters", None) or {}
         num_positions = getattr(config, "max_position_embeddings", None)
+        if num_positions is None:
+            num_positions = getattr(config, "max_target_positions", None)  # of Whisper and the like
         if not rope and num_positions:  # a table, or a bias that knows no end and takes no harm
             self.limits.append((num_positions, False))
         for parameters in [rope] if "rope_type" in rope else rope.values():  # or those of each kind of layer

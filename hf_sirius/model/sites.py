@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import find_adapters, is_adapted
+from .encoder_decoder import read_once
 from .projections import is_projection, projection_bias, projection_shape
 
 
@@ -36,6 +37,8 @@ MLP_KINDS = (
     MlpKind(gate="fc_in", down="fc_out"),  # GPT-J, CodeGen
     MlpKind(gate="c_fc", down="c_proj"),  # GPT-2, GPT-Neo, GPT-BigCode, StarCoder2
     MlpKind(gate="dense_h_to_4h", down="dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    MlpKind(gate="wi_0", up="wi_1", down="wo"),  # T5 v1.1, mT5, UMT5, Pix2Struct
+    MlpKind(gate="wi", down="wo"),  # T5
 )
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
 
@@ -126,21 +129,25 @@ def neuron_weight(projection: nn.Module) -> torch.Tensor:
 
 
 def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
-    """Returns the head, and the decoder's modules other than its MLPs' projections: (owner, attribute name) of each."""
-    in_mlps = {part for site in sites for part in site.parts}
+    """Returns the head, and the decoder's modules other than its MLPs' projections, that a draft step passes: (owner,
+    attribute name) of each.
+    """
+    left_out = {part for site in sites for part in site.parts} | read_once(model)
     decoder = set(model.get_decoder().modules())
     head = model.get_output_embeddings()
     return [
         (owner, name)
         for owner in model.modules()
         for name, child in owner.named_children()
-        if child not in in_mlps and (child in decoder or child is head)
+        if child not in left_out and (child in decoder or child is head)
     ]
 
 
 def find_projections(model: nn.Module) -> list[ProjectionSite]:
-    """Returns the projections of a model's decoder, in order, but for the head and what adapts others."""
-    decoder, adapters = set(model.get_decoder().modules()), find_adapters(model)
+    """Returns the projections of a model's decoder that a draft step passes, in order, but for the head and what adapts
+    others.
+    """
+    decoder, adapters = set(model.get_decoder().modules()) - read_once(model), find_adapters(model)
     for name, module in model.named_modules():
         if module in decoder and {"original_module", "modules_to_save"} <= module._modules.keys():
             raise ValueError(

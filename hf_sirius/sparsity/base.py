@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..model.encoder_decoder import read_once
 from ..model.observation import Observed, observing
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import MlpSite, ProjectionSite, num_parameters
@@ -105,7 +106,7 @@ class SparsityMethod(ABC):
         """Returns the parameters that a draft step needed / all parameters, or `None` before the first step.
 
         Of an embedding one row is read, unless the head is tied to it: the head is read whole. What no draft step
-        passes, such as a vision tower, does not count.
+        passes, such as a vision tower or an encoder, does not count.
         """
         read = [self.num_parameters_read(site) for site in self.sites]
         if None in read:
@@ -118,6 +119,7 @@ class SparsityMethod(ABC):
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
         num_all = sum((_num_parameters_of(decoder) | head_parameters).values())
+        num_all -= sum(num_parameters(part) for part in read_once(model))
         embedding = model.get_input_embeddings()
         is_tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
         if is_tied and not is_opaque(head) and head.weight.is_meta and id(embedding.weight) not in head_parameters:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..model.encoder_decoder import text_input
 from ..model.observation import evaluating, observing
 from ..model.sites import find_mlps, find_projections
 from ..settings.calibration import CALIBRATED_DENSITIES, Calibration, probe_weights
@@ -77,7 +78,8 @@ def calibrate(
         model: the dense model, loaded and on its device.
         tokenizer: the model's tokenizer. It may be `None` if every item of `texts` holds token ids already.
         texts: strings, or items with `input_ids` of shape [length] or [1, length] (such as those of
-            `optimum.gptq.data.get_dataset`).
+            `optimum.gptq.data.get_dataset`). Of an encoder-decoder an item has `decoder_input_ids`, the text, and what
+            the encoder reads, as the model's forward takes it.
         method: the method that it is for, `"cats"` or `"teal"`.
         weighting: that of the config, for teal.
         budget: `"greedy"` measures for teal how many inputs each projection can do without as well (see
@@ -87,11 +89,13 @@ def calibrate(
         progress: whether to show a progress bar.
 
     Raises:
-        TypeError: for a single string or for text without a tokenizer.
+        TypeError: for a single string, for text without a tokenizer, or text alone for an encoder-decoder.
         ValueError: if the corpus has no token, the model activations that are not finite, no known MLP or, for greedy
             budgets, blocks that do not run by themselves, or for options that do not go together.
     """
     _check_options(method, weighting, budget)
+    if budget == "greedy" and model.config.is_encoder_decoder:
+        raise ValueError("budget='greedy' is for decoder-only models: calibrate with budget='uniform'")
     minimum, why = 1, ""
     if budget == "greedy":
         minimum, why = 2, ", as budget='greedy' compares what follows the first token of a text"
@@ -113,7 +117,7 @@ def calibrate(
     sites = find_mlps(model) if acts_on == "mlps" else find_projections(model)
     scores = InputScores(sites, weighting) if acts_on == "projections" else lambda _, values: values
     histograms = [MagnitudeHistogram() for _ in sites]
-    num_texts = num_tokens = 0
+    num_texts, num_tokens, ids_name = 0, 0, text_input(model, "input_ids")
     sample: list[torch.Tensor] = []  # the first tokens of the corpus
 
     def count(site, values: torch.Tensor) -> None:
@@ -127,10 +131,12 @@ def calibrate(
     with evaluating(model), tqdm(total=max_tokens, unit="token", disable=not progress, desc="calibrating") as bar:
         for text in texts:
             length = max_length if max_tokens is None else min(max_length, max_tokens - num_tokens)
-            input_ids = _input_ids(text, tokenizer)[:, :length]
+            beside = _beside(model, text)
+            input_ids = _input_ids(beside.pop(ids_name) if beside else text, tokenizer)[:, :length]
             if input_ids.shape[1]:
+                inputs = {name: value.to(model.device) for name, value in {**beside, ids_name: input_ids}.items()}
                 with observing(model, sites, observed, count):
-                    model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+                    model.base_model(**inputs, use_cache=False)
                 if budget == "greedy" and num_tokens < MAX_TOKENS:
                     if not sample:  # told before all of the corpus is read
                         check_blocks(model, sites, input_ids[:, :MAX_TOKENS])
@@ -167,6 +173,19 @@ def _check_options(method: str, weighting: str, budget: str) -> None:
     rules()["budget"].check("budget", budget)
     if budget != "uniform" and method not in (allowed := owners_of("budget")):
         raise ValueError(f"budget belongs to one of {allowed}, got method={method!r}: leave it out, or use one of them")
+
+
+def _beside(model: nn.Module, text) -> dict[str, torch.Tensor]:
+    """Returns the inputs of an encoder-decoder, the text included; of another model none."""
+    if not model.config.is_encoder_decoder:
+        return {}
+    if not isinstance(text, Mapping) or "decoder_input_ids" not in text or len(text) < 2:
+        given = sorted(text) if isinstance(text, Mapping) else type(text).__name__
+        raise TypeError(
+            f"{type(model).__name__} is an encoder-decoder: an item of texts must map decoder_input_ids, and "
+            f"what the encoder reads (such as input_ids or input_features), got {given}"
+        )
+    return {name: torch.as_tensor(value) for name, value in text.items()}
 
 
 def _input_ids(text, tokenizer) -> torch.Tensor:

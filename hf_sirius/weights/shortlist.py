@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..kernels import operators
 from ..model.accelerate_hooks import execution_device
+from ..model.encoder_decoder import encoder_states
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection, is_quantized
 from .gather import Selection, padded
@@ -167,6 +168,12 @@ def head_inputs(model: PreTrainedModel) -> torch.Tensor:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(vocab_size, (_NUM_INPUTS // _LENGTH, _LENGTH), generator=generator)
+    device, decoder, beside = execution_device(model), model.get_decoder(), {}
+    if model.config.is_encoder_decoder:
+        decoder, beside = (
+            decoder.base_model,
+            {"encoder_hidden_states": encoder_states(model, len(token_ids)).to(device)},
+        )
     with evaluating(model), uncompiled(model):
-        outputs = model.get_decoder()(input_ids=token_ids.to(execution_device(model)), use_cache=False)
+        outputs = decoder(input_ids=token_ids.to(device), use_cache=False, **beside)
     return outputs.last_hidden_state.flatten(0, 1)

@@ -14,14 +14,12 @@ import torch
 import transformers
 from tiny import METHODS, build_model, build_tokenizer, make_prompt
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     LlamaForCausalLM,
     PreTrainedModel,
-    T5ForConditionalGeneration,
 )
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -184,11 +182,6 @@ def test_a_twin_keeps_its_model_alive():
 # Refusals
 
 
-def build_t5():
-    config = AutoConfig.for_model("t5", d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=48)
-    return T5ForConditionalGeneration(config)
-
-
 def build_on_meta():
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(build_model().config)
@@ -207,7 +200,6 @@ REFUSALS = {
     "a headless model": (lambda: make_sparse(AutoModel.from_config(build_model().config)), TypeError, "got LlamaModel"),
     "a class": (lambda: make_sparse(type(build_model())), TypeError, "takes a transformers model"),
     "a twin": (lambda: make_sparse(make_sparse(build_model())), ValueError, "twin already.*dense_model"),
-    "T5": (lambda: make_sparse(build_t5()), ValueError, "encoder-decoder"),
     "meta device": (lambda: make_sparse(build_on_meta()), ValueError, "meta device.*embed_tokens.weight.*: load them"),
     "a dict for config": (lambda: make_sparse(build_model(), {"density": 0.3}), TypeError, "got dict.*from_dict"),
     "a method for config": (lambda: make_sparse(build_model(), "griffin"), TypeError, "got str"),
