@@ -5,6 +5,7 @@ import torch
 from ..model.projections import projection_shape
 from ..weights.formats import num_kept_neurons
 from .base import SparsityMethod
+from .in_experts import GriffinExperts
 
 
 class Griffin(SparsityMethod):
@@ -17,6 +18,7 @@ class Griffin(SparsityMethod):
 
     is_steady = True
     observed = "neurons"
+    experts_class = GriffinExperts
     gathers = True
 
     def __init__(self, config, sites):
