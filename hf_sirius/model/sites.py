@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapters import find_adapters, is_adapted
 from .experts import find_experts, is_experts
-from .projections import is_projection, projection_bias, projection_shape
+from .projections import is_projection, is_router, projection_bias, projection_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.
 
 
 def find_projections(model: nn.Module) -> list[ProjectionSite]:
-    """Returns the projections of a model's decoder, in order, but for the head and what adapts others."""
+    """Returns the projections of a model's decoder, in order, but for the head, routers and what adapts others."""
     decoder, adapters = set(model.get_decoder().modules()), find_adapters(model)
     for name, module in model.named_modules():
         if module in decoder and {"original_module", "modules_to_save"} <= module._modules.keys():
@@ -153,7 +153,8 @@ def find_projections(model: nn.Module) -> list[ProjectionSite]:
         (f"{owner_name}.{name}".lstrip("."), owner, name)
         for owner_name, owner in model.named_modules()
         for name, child in owner.named_children()
-        if owner not in adapters and is_projection(child) and child in decoder and child is not head
+        if owner not in adapters and not is_router(owner)
+        if is_projection(child) and child in decoder and child is not head
     ]
     return [ProjectionSite(idx, *place) for idx, place in enumerate(places)]
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..model.experts import ExpertsSite, experts_of_pairs, neuron_norms, num_experts_read, routing, tapped
 from ..model.observation import uncompiled
 from ..settings.config import SiriusConfig
-from ..weights.formats import num_kept_neurons
+from ..weights.gather import padded
 from .calibrate import MagnitudeHistogram
 
 
@@ -72,9 +72,11 @@ class WholeExperts:
     def num_parameters_read(self) -> float | None:
         """Returns how many parameters a step read on average, or `None` before the first one."""
         share = self.share()
-        if share is None or not self._num_steps:
+        if share is None or not (self._num_steps or self.config.compile_draft):
             return None
-        return share * float(self._num_read) / self._num_steps * self._size()
+        # A compiled step counts nothing, and all that is routed is read there.
+        num_read = float(self._num_read) / self._num_steps if self._num_steps else float(self.site.top_k)
+        return share * num_read * self._size()
 
     def num_parameters_routed(self) -> float:
         """Returns how many a step of the dense model would have read."""
@@ -178,7 +180,10 @@ class GriffinExperts(WholeExperts):
         is_unseen = ~statistics.any(dim=1)
         if is_unseen.any():
             statistics = torch.where(is_unseen[:, None], neuron_norms(self.site).to(statistics), statistics)
-        num_kept = num_kept_neurons(self.config.density, self.site.num_neurons, None)
+        num_neurons = self.site.num_neurons
+        # torch's grouped products take rows of whole 16 bytes.
+        aligned = max(1, 16 // next(self.site.module.parameters()).itemsize)
+        num_kept = min(padded(max(1, round(self.config.density * num_neurons)), aligned), num_neurons)
         self.neuron_indices = statistics.topk(num_kept, dim=1).indices.sort(dim=1).values
 
     def density(self):
