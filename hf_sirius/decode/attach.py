@@ -7,12 +7,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..draft.choice import CHOSEN, choose_draft
+from ..draft.mixtures import check_experts, draft_of_experts
 from ..draft.states import find_recurrence
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded, unloaded
 from ..model.adapters import base_of_adapters
 from ..model.encoder_decoder import text_inputs
+from ..model.experts import find_experts
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import find_mlps, find_projections
@@ -54,10 +56,10 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
 
     Raises:
         TypeError: if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`.
-        ValueError: for a value that is not allowed, a model without an MLP of a known kind, one without its weights,
-            one that is quantized and offloaded as well, quantized weights that cannot be read, a twin, a calibration of
-            another model, a `draft_memory` too small, a draft or a model of which `compile_draft` can make no graph, or
-            a `draft_dtype` that the device cannot run.
+        ValueError: for a value that is not allowed, a model without an MLP or experts of a known kind, one without its
+            weights, one that is quantized and offloaded as well, a mixture of experts that is offloaded, quantized
+            weights that cannot be read, a twin, a calibration of another model, a `draft_memory` too small, a draft or
+            a model of which `compile_draft` can make no graph, or a `draft_dtype` that the device cannot run.
         ImportError: for a package that a `draft_dtype` needs.
         FileNotFoundError: if offloaded weights are gone.
     """
@@ -88,10 +90,13 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         check_offload(model)
     recurrence = find_recurrence(model)
     sites = find_mlps(model)
+    experts, _ = find_experts(model, set(model.get_decoder().modules()))
     if not is_chosen:
-        config = config.replace(**{**choose_draft(model, sites, OFFLOADED_KERNEL_SIZE), **fields})
+        chosen = draft_of_experts(experts) if experts else choose_draft(model, sites, OFFLOADED_KERNEL_SIZE)
+        config = config.replace(**{**chosen, **fields})
         if config.compile_draft and not method_of(config).is_steady:
             config = config.replace(density=1.0)
+    check_experts(model, config, sites, experts, offloaded)
     if offloaded and config.density < 1 and config.draft_dtype is None and not method_of(config).gathers:
         raise ValueError(
             f"{type(model).__name__} is offloaded by accelerate: a draft of method={config.method!r}, which gathers no "

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..model.accelerate_hooks import is_offloaded, streaming_hook
+from ..model.experts import ExpertsSite, find_experts
 from ..model.sites import MlpSite, ProjectionSite, find_other_modules, find_projections
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
 from ..settings.methods import method_of
+from ..sparsity.base import TwinExperts
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.formats import reusable_bytes
 from ..weights.kept import Kept
@@ -42,6 +44,7 @@ class Twin:
     module: PreTrainedModel  # the root, of the model's class
     config: SiriusConfig  # the settings
     sites: list[MlpSite]  # the MLPs of the dense model
+    experts: list[ExpertsSite]  # its blocks of experts
     method_sites: list[MlpSite] | list[ProjectionSite]  # what the method acts on
     # the dense model's modules of which drafts hold copies, gathered neurons aside, with the `draft_dtype` of each
     resident: dict[nn.Module, str | None]
@@ -113,6 +116,9 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     replacements: dict[int, dict[str, nn.Module]] = {}
     for site in method_sites:
         replacements.setdefault(id(site.owner), {}).update(method.replacements(site))
+    experts, _ = find_experts(model, set(model.get_decoder().modules()))
+    for block in experts:
+        replacements.setdefault(id(block.owner), {})[block.attribute] = TwinExperts(block.module, block.idx)
     resident = find_resident(model, sites, config, method.gathers)
     in_mlps = [(site.owner, name) for site in sites for name in site.part_names]
     for owner, name in (*(in_mlps if method.gathers else ()), *((place.owner, place.name) for place in resident)):
@@ -142,6 +148,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         module=root,
         config=config,
         sites=sites,
+        experts=experts,
         method_sites=method_sites,
         resident=held,
         kept=Kept(

@@ -20,6 +20,8 @@ def is_projection(module: Any) -> bool:
     """Whether a module multiplies with a weight: torch's and transformers' own, and the layers of libraries that
     quantize, which have the sizes of an `nn.Linear`. Adapters have these too, but hold the layer that they adapt.
     """
+    if is_router(module):
+        return False
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
     return (
@@ -27,6 +29,11 @@ def is_projection(module: Any) -> bool:
         and all(type(getattr(module, name, None)) is int for name in ("in_features", "out_features"))
         and not any(True for _ in module.children())
     )
+
+
+def is_router(module: Any) -> bool:
+    """Whether a module chooses the experts of each token, which drafts leave as it is, with all that it has."""
+    return type(module).__name__.endswith("Router")
 
 
 def projection_shape(projection: nn.Module) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapters import find_adapters, is_adapted
 from .encoder_decoder import read_once
-from .projections import is_projection, projection_bias, projection_shape
+from .experts import find_experts, is_experts
+from .projections import is_projection, is_router, projection_bias, projection_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +145,8 @@ def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.
 
 
 def find_projections(model: nn.Module) -> list[ProjectionSite]:
-    """Returns the projections of a model's decoder that a draft step passes, in order, but for the head and what adapts
-    others.
+    """Returns the projections of a model's decoder that a draft step passes, in order, but for the head, routers and
+    what adapts others.
     """
     decoder, adapters = set(model.get_decoder().modules()) - read_once(model), find_adapters(model)
     for name, module in model.named_modules():
@@ -159,7 +160,8 @@ def find_projections(model: nn.Module) -> list[ProjectionSite]:
         (f"{owner_name}.{name}".lstrip("."), owner, name)
         for owner_name, owner in model.named_modules()
         for name, child in owner.named_children()
-        if owner not in adapters and is_projection(child) and child in decoder and child is not head
+        if owner not in adapters and not is_router(owner)
+        if is_projection(child) and child in decoder and child is not head
     ]
     return [ProjectionSite(idx, *place) for idx, place in enumerate(places)]
 
@@ -174,10 +176,10 @@ def find_block(model: nn.Module, site: ProjectionSite) -> str | None:
 
 
 def find_mlps(model: nn.Module) -> list[MlpSite]:
-    """Returns the MLPs of a model, in order.
+    """Returns the MLPs of a model, in order: none where all are experts (see `find_experts`).
 
     Raises:
-        `ValueError` if the model has experts, no MLP of a known kind, or a projection of an unknown type.
+        `ValueError` if the model has neither an MLP nor experts of a known kind, or a projection of an unknown type.
     """
     sites = []
     # A vision or audio tower has MLPs of its own, which no draft step passes.
@@ -185,10 +187,11 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
     for name, module in model.named_modules():
         if module not in decoder:
             continue
-        if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and is_experts(name.rpartition(".")[2], module):
             raise ValueError(
-                f"{type(model).__name__} has mixture-of-experts blocks (the first is {name!r}), which hf_sirius "
-                "cannot make sparse: use a model with dense MLPs"
+                f"{type(model).__name__} has mixture-of-experts blocks whose experts are modules of their own (first "
+                f"{name!r}), which hf_sirius cannot make sparse: use a model whose experts are fused, as transformers "
+                "has them"
             )
         children = {name for name, child in module._modules.items() if child is not None}
         if (kind := next((kind for kind in MLP_KINDS if children.issuperset(kind.part_names)), None)) is None:
@@ -213,7 +216,14 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
         if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:
             continue
         sites.append(MlpSite(len(sites), name, module, kind, activation, num_neurons))
-    if not sites:
+    experts, others = find_experts(model, decoder) if not sites else ([], [])
+    if not sites and not experts and others:
+        raise ValueError(
+            f"{type(model).__name__} has mixture-of-experts blocks that hf_sirius cannot make sparse (the first is "
+            f"{others[0]!r}), and no MLP beside them: they are not called with the experts of each token, or keep "
+            "their weights in another form. Add a row to hf_sirius.model.experts.EXPERTS_KINDS if only names differ"
+        )
+    if not sites and not experts:
         layouts = ", ".join("/".join(kind.part_names) for kind in MLP_KINDS)
         raise ValueError(
             f"{type(model).__name__} has no MLP of a known kind: a module with an activation "

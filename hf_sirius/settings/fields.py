@@ -82,10 +82,12 @@ class Fields:
         method (`str`, defaults to `"cats"`):
             What a draft keeps: `"cats"` neurons per token, by |act(gate_proj x)| (fine-grained; FSparse in the paper),
             `"griffin"` neurons once per prompt, from the prefill's activations (coarse-grained; CSparse in the paper),
-            `"teal"` per token the largest inputs of every projection of attention and MLPs.
+            `"teal"` per token the largest inputs of every projection of attention and MLPs, `"experts"` of a mixture of
+            experts fewer of those that each token is given. The first three act inside experts as well.
         density (`float`, defaults to 0.5):
-            Share of the neurons of each MLP (of `"teal"` of the inputs of each projection) that a draft step keeps, in
-            (0, 1]. At 1 nothing is dropped, whatever the method: a draft is then its `draft_dtype` alone.
+            Share of the neurons of each MLP (of `"teal"` of the inputs of each projection, of `"experts"` of a token's
+            experts, at least one) that a draft step keeps, in (0, 1]. At 1 nothing is dropped, whatever the method: a
+            draft is then its `draft_dtype` alone.
         kernel_size (`int` or `str`, *optional*):
             Tokens per cycle, at least 2, of which all but one are drafted, or `"auto"`, which chooses them anew for
             each cycle. By default `"auto"` at `threshold=1.0` and 16 below; 32 for a model that accelerate offloads,

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.encoder_decoder import read_once
+from ..model.experts import routing
 from ..model.observation import Observed, observing
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import MlpSite, ProjectionSite, num_parameters
 from ..settings.config import SiriusConfig
-from ..weights.draft_modules import TwinProjection
+from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.formats import num_elements
 from ..weights.shortlist import SHORTLIST, num_read
 
@@ -42,6 +43,8 @@ class SparsityMethod(ABC):
 
     Attributes:
         acts_on: which of the two.
+        experts_class: what it does within a mixture's experts, a [`WholeExperts`]; `None` leaves them whole.
+        experts: that, for each block of experts.
         is_steady: whether it chooses nothing anew for every token, so that a step can be compiled.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
@@ -50,6 +53,7 @@ class SparsityMethod(ABC):
     """
 
     acts_on: ClassVar[Literal["mlps", "projections"]] = "mlps"
+    experts_class: ClassVar[Any] = None
     is_steady: ClassVar[bool] = False
     observed: ClassVar[Observed]
     gathers: ClassVar[bool] = False
@@ -58,6 +62,7 @@ class SparsityMethod(ABC):
     def __init__(self, config: SiriusConfig, sites: list[MlpSite] | list[ProjectionSite]):
         self.config = config
         self.sites = sites
+        self.experts: list[Any] = []
         self.neuron_indices: list[torch.Tensor | None] = [None] * len(sites)
         self._has_acted = False
 
@@ -67,7 +72,8 @@ class SparsityMethod(ABC):
         Args:
             model: the dense model.
         """
-        if not self._has_acted and all(self.num_parameters_read(site) is None for site in self.sites):
+        read = [*map(self.num_parameters_read, self.sites), *(call.num_parameters_read() for call in self.experts)]
+        if not self._has_acted and all(of_site is None for of_site in read):
             raise RuntimeError(
                 f"method={self.config.method!r} was asked for, and a draft step of this {type(model).__name__} has "
                 "passed it by: a forward was laid over its MLPs that does not call their parts, as fused kernels are. "
@@ -106,10 +112,12 @@ class SparsityMethod(ABC):
         """Returns the parameters that a draft step needed / all parameters, or `None` before the first step.
 
         Of an embedding one row is read, unless the head is tied to it: the head is read whole. What no draft step
-        passes, such as a vision tower or an encoder, does not count.
+        passes, such as a vision tower or an encoder, does not count, nor do the experts that a step of the dense model
+        passes by.
         """
         read = [self.num_parameters_read(site) for site in self.sites]
-        if None in read:
+        of_experts = [call.num_parameters_read() for call in self.experts]
+        if None in read or None in of_experts:
             return None
         head, decoder = model.get_output_embeddings(), model.get_decoder()
         head_parameters = _num_parameters_of(head) if head is not None else {}
@@ -129,7 +137,9 @@ class SparsityMethod(ABC):
         if self.config.draft_head == SHORTLIST:
             unread += head.weight.numel() - num_read(head)
         at_sites = sum(site.num_parameters() for site in self.sites)
-        return (num_all - unread - at_sites + sum(read)) / num_all
+        routed = sum(call.num_parameters_routed() for call in self.experts)
+        num_all -= sum(call.site.num_parameters() for call in self.experts) - routed
+        return (num_all - unread - at_sites - routed + sum(read) + sum(of_experts)) / num_all
 
     def needs_prefill(self) -> bool:
         """Whether `observe` must be fed during the prefill."""
@@ -167,6 +177,20 @@ def _num_parameters_of(root: nn.Module) -> dict[int, int]:
         else:
             counts |= {id(p): num_elements(p) for p in module.parameters(recurse=False)}
     return counts
+
+
+class TwinExperts(TwinModule):
+    """Stands in for the experts of a block in the twin: the drafting method runs them."""
+
+    def __init__(self, dense: nn.Module, site_idx: int):
+        super().__init__(dense)
+        self.site_idx = site_idx
+
+    def forward(self, *args, **kwargs):
+        method = drafting_method()
+        if method is None:
+            return super().forward(*args, **kwargs)
+        return method.experts[self.site_idx].run(self.current(), *routing(args, kwargs))
 
 
 class TwinInput(TwinProjection):

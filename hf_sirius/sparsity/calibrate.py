@@ -115,6 +115,11 @@ def calibrate(
         )
     acts_on, observed = method_class(method).acts_on, method_class(method).observed
     sites = find_mlps(model) if acts_on == "mlps" else find_projections(model)
+    if not sites:
+        raise ValueError(
+            f"all MLPs of {type(model).__name__} are experts, whose thresholds are always those of the prompt: leave "
+            "the calibration out"
+        )
     scores = InputScores(sites, weighting) if acts_on == "projections" else lambda _, values: values
     histograms = [MagnitudeHistogram() for _ in sites]
     num_texts, num_tokens, ids_name = 0, 0, text_input(model, "input_ids")

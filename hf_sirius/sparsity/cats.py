@@ -8,6 +8,7 @@ from ..weights.draft_modules import TwinModule
 from ..weights.linear import read_rows, run
 from .base import SparsityMethod, TwinActivation, drafting_method
 from .calibrate import MagnitudeHistogram
+from .in_experts import CatsExperts
 
 
 class Cats(SparsityMethod):
@@ -20,6 +21,7 @@ class Cats(SparsityMethod):
     """
 
     observed = "activation"
+    experts_class = CatsExperts
 
     def __init__(self, config, sites):
         super().__init__(config, sites)

@@ -6,6 +6,7 @@ from torch import nn
 from ..model.projections import is_projection, projection_shape
 from ..weights.formats import num_kept_neurons
 from .base import SparsityMethod
+from .in_experts import GriffinExperts
 
 
 class Griffin(SparsityMethod):
@@ -18,6 +19,7 @@ class Griffin(SparsityMethod):
 
     is_steady = True
     observed = "neurons"
+    experts_class = GriffinExperts
     gathers = True
 
     def __init__(self, config, sites):

@@ -5,6 +5,7 @@ import torch
 from ..model.projections import projection_shape
 from .base import SparsityMethod, TwinInput
 from .calibrate import MagnitudeHistogram
+from .in_experts import TealExperts
 from .scores import InputScores
 
 
@@ -18,6 +19,7 @@ class Teal(SparsityMethod):
 
     acts_on = "projections"
     observed = "inputs"
+    experts_class = TealExperts
     is_masking = True  # a dropped column lies in the same cache lines as kept ones
 
     def __init__(self, config, sites):

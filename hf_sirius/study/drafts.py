@@ -153,4 +153,8 @@ def _bytes_read(model: PreTrainedModel, draft: Draft) -> float:
     read = sum(num_bytes(module, dtype) * shares[module] for module, dtype in dtypes.items())
     if config.draft_head == SHORTLIST:
         read += num_exact_bytes(model.get_output_embeddings())
-    return read / sum(2 * math.prod(projection_shape(module)) for module in dtypes)
+    of_model = sum(2 * math.prod(projection_shape(module)) for module in dtypes)
+    for block in draft.method.experts:  # a step reads those of its token, in their own dtype
+        read += block.num_parameters_read() * next(block.site.module.parameters()).itemsize
+        of_model += 2 * block.num_parameters_routed()
+    return read / of_model

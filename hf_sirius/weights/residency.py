@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
-from ..model.projections import device_of, is_projection
+from ..model.projections import device_of, is_projection, is_router
 from ..model.sites import MlpSite, find_other_modules
 from ..settings.config import SiriusConfig
 from ..settings.fields import memory_bytes
@@ -52,7 +52,7 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
     head = model.get_output_embeddings()
 
     def other(owner: nn.Module, name: str) -> Resident:
-        is_cast = is_projection(getattr(owner, name)) and config.draft_scope == "all"
+        is_cast = is_projection(getattr(owner, name)) and not is_router(owner) and config.draft_scope == "all"
         is_head = getattr(owner, name) is head
         if is_head and config.draft_head == SHORTLIST:
             return Resident(owner, name, SHORTLIST)

@@ -52,23 +52,16 @@ def test_every_mlp_is_found_in_order(family):
         assert site.num_neurons == num_neurons
 
 
-MOE = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16},
-    "olmoe": {"num_experts": 4},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "layer_types": ["full_attention"] * 2},
-    "granitemoe": {"num_local_experts": 4},
-    "deepseek_v3": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
-                    "moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
-                    "num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-}  # fmt: skip
+def test_experts_that_are_not_called_with_a_routing_are_refused():
+    model = build_meta_model("jetmoe", kv_channels=8, num_local_experts=4)
+    with pytest.raises(ValueError, match=r"JetMoeForCausalLM has mixture-of-experts blocks that .*input_linear"):
+        find_mlps(model)
 
 
-@pytest.mark.parametrize("family", MOE)
-def test_mixtures_of_experts_are_refused(family):
-    model = build_meta_model(family, **MOE[family])
-    with pytest.raises(ValueError, match=rf"{type(model).__name__} has mixture-of-experts blocks.*experts"):
+def test_experts_that_are_modules_of_their_own_are_refused():
+    model = build_model()
+    model.model.layers[1].mlp.experts = nn.ModuleList([model.model.layers[0].mlp])
+    with pytest.raises(ValueError, match=r"modules of their own \(first 'model.layers.1.mlp.experts'\)"):
         find_mlps(model)
 
 

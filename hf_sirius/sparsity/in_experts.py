@@ -1,0 +1,295 @@
+"""What a method does within a mixture's experts, for the length of one call: a class for each way."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from ..model.experts import ExpertsSite, experts_of_pairs, neuron_norms, num_experts_read, routing, tapped
+from ..model.observation import uncompiled
+from ..settings.config import SiriusConfig
+from ..weights.gather import padded
+from .calibrate import MagnitudeHistogram
+
+
+_observer: ContextVar[object | None] = ContextVar("hf_sirius_experts_observer", default=None)
+
+
+class WholeExperts:
+    """The experts of one block as they are. Counts what draft steps read of them.
+
+    Attributes:
+        observed: what is watched of the prefill, as `tapped` takes it; `None` for nothing.
+        neuron_indices: long [num_experts, num_kept] of experts whose chosen neurons are gathered.
+    """
+
+    observed: ClassVar[Literal["activation", "neurons"] | None] = None
+    needs_open: ClassVar[bool] = False  # whether it acts inside, as only experts that are open to drafts let it
+
+    def __init__(self, config: SiriusConfig, site: ExpertsSite):
+        self.config, self.site = config, site
+        self.neuron_indices: torch.Tensor | None = None
+        self._tapped: tuple[nn.Module, nn.Module] | None = None
+        self._num_read: torch.Tensor | int = 0
+        self._num_routed: torch.Tensor | int = 0
+        self._num_steps = 0
+
+    def run(self, module: nn.Module, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        """Returns what a draft has of the experts.
+
+        Args:
+            module: what runs: the model's experts, or what is held in their place.
+            hidden_states, routing: as `module` takes them.
+        """
+        self.count(*routing)
+        return module(hidden_states, *routing)
+
+    def count(self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        """Counts the experts of steps that were routed so, of which `kept` are read, all by default."""
+        at_once = self.config.tree_width > 1
+        routed = num_experts_read(self.site, top_k_index, at_once)
+        self._num_routed += routed
+        self._num_read += routed if kept is None else num_experts_read(self.site, kept, at_once)
+        self._num_steps += 1 if at_once else len(top_k_index)
+
+    def observe(self, values: torch.Tensor, experts: Callable[[], torch.Tensor]) -> None:
+        """Takes in values of the prefill, [num_pairs, num_neurons]; `experts` returns those of the pairs."""
+
+    def choose(self) -> None:
+        """Chooses what is chosen once per prompt."""
+
+    def share(self) -> float | None:
+        """Returns the share of an expert that a step needs where it needs the expert; `None` before it is known."""
+        return 1.0
+
+    def density(self) -> float | None:
+        """Returns the share that was kept of what `density` counts, or `None` before the first step."""
+        return 1.0 if self._num_steps else None
+
+    def num_parameters_read(self) -> float | None:
+        """Returns how many parameters a step read on average, or `None` before the first one."""
+        share = self.share()
+        if share is None or not (self._num_steps or self.config.compile_draft):
+            return None
+        # A compiled step counts nothing, and all that is routed is read there.
+        num_read = float(self._num_read) / self._num_steps if self._num_steps else float(self.site.top_k)
+        return share * num_read * self._size()
+
+    def num_parameters_routed(self) -> float:
+        """Returns how many a step of the dense model would have read."""
+        routed = float(self._num_routed) / self._num_steps if self._num_steps else float(self.site.top_k)
+        return routed * self._size()
+
+    def _size(self) -> float:
+        return self.site.num_parameters() / self.site.num_experts
+
+    def _tap(self, module: nn.Module, at: Literal["activation", "neurons"], change: Callable) -> nn.Module:
+        if self._tapped is None or self._tapped[0] is not module:
+            self._tapped = module, tapped(module, at, change)
+        return self._tapped[1]
+
+
+class FewerExperts(WholeExperts):
+    """A token's experts with the largest weights, the share `density` of them; their weights add up to as much as all
+    of them did.
+    """
+
+    def run(self, module, hidden_states, top_k_index, top_k_weights):
+        num_kept = max(1, round(self.config.density * top_k_index.shape[-1]))
+        if num_kept < top_k_index.shape[-1]:
+            kept = top_k_weights.topk(num_kept, dim=-1)
+            scale = top_k_weights.sum(dim=-1, keepdim=True) / kept.values.sum(dim=-1, keepdim=True)
+            routed, top_k_index = top_k_index, top_k_index.gather(-1, kept.indices)
+            self.count(routed, top_k_weights, kept=top_k_index)
+            return module(hidden_states, top_k_index, kept.values * scale)
+        return super().run(module, hidden_states, top_k_index, top_k_weights)
+
+    def density(self):
+        return float(self._num_read) / float(self._num_routed) if self._num_steps else None
+
+
+class CatsExperts(WholeExperts):
+    """Of each pair of a token and an expert the neurons whose |act(gate x)| is large, as in `Cats`."""
+
+    observed = "activation"
+    needs_open = True
+
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        self._histogram, self._cutoff = MagnitudeHistogram(), 0.0
+        self._num_kept: torch.Tensor | int = 0
+        self._num_values = 0
+
+    def observe(self, values, experts):
+        if self.config.selection == "threshold":
+            self._histogram.add(values)
+
+    def choose(self):
+        if self.config.selection == "threshold":
+            self._cutoff = self._histogram.quantile(1 - self.config.density)
+
+    def run(self, module, hidden_states, *routing):
+        return super().run(self._tap(module, "activation", self._drop), hidden_states, *routing)
+
+    def _drop(self, values: torch.Tensor) -> torch.Tensor:
+        magnitudes = values.abs()
+        if self.config.selection == "topk":
+            num_kept = max(1, round(self.config.density * values.shape[-1]))
+            is_kept = torch.zeros_like(values, dtype=torch.bool)
+            is_kept.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
+        else:
+            is_kept = magnitudes.to(torch.promote_types(values.dtype, torch.float32)) >= self._cutoff
+        self._num_kept += is_kept.sum()
+        self._num_values += values.numel()
+        return values * is_kept
+
+    def density(self):
+        return float(self._num_kept) / self._num_values if self._num_values else None
+
+    def share(self):
+        kept = self.density()
+        return None if kept is None else self.site.share_read(1.0, kept, kept)
+
+
+class GriffinExperts(WholeExperts):
+    """Of each expert the neurons with the largest statistic of the prompt's tokens that were routed there, as in
+    `Griffin`; of an expert that saw none those with the largest weights.
+    """
+
+    observed = "neurons"
+    needs_open = True
+
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        self._statistics: torch.Tensor | None = None
+
+    def observe(self, values, experts):
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        shares = (values / torch.linalg.vector_norm(values, dim=-1, keepdim=True).clamp_min(1e-12)).square()
+        if self._statistics is None:
+            self._statistics = shares.new_zeros(self.site.num_experts, values.shape[-1])
+        self._statistics.index_add_(0, experts(), shares)
+
+    def choose(self):
+        statistics = self._statistics
+        if statistics is None:
+            raise ValueError(f"nothing was seen of {self.site.name} while the model read the prompt")
+        is_unseen = ~statistics.any(dim=1)
+        if is_unseen.any():
+            statistics = torch.where(is_unseen[:, None], neuron_norms(self.site).to(statistics), statistics)
+        num_neurons = self.site.num_neurons
+        # torch's grouped products take rows of whole 16 bytes.
+        aligned = max(1, 16 // next(self.site.module.parameters()).itemsize)
+        num_kept = min(padded(max(1, round(self.config.density * num_neurons)), aligned), num_neurons)
+        self.neuron_indices = statistics.topk(num_kept, dim=1).indices.sort(dim=1).values
+
+    def density(self):
+        return None if self.neuron_indices is None else self.neuron_indices.shape[1] / self.site.num_neurons
+
+    def share(self):
+        kept = self.density()
+        return None if kept is None else self.site.share_read(kept, kept, kept)
+
+
+class TealExperts(WholeExperts):
+    """Of each pair of a token and an expert the large inputs of gate and up, and of down, as in `Teal`. The cutoffs are
+    those of the prompt.
+    """
+
+    observed = "neurons"
+    needs_open = True
+
+    def __init__(self, config, site):
+        super().__init__(config, site)
+        self._histograms = [MagnitudeHistogram(), MagnitudeHistogram()]
+        self._cutoffs: list[float | torch.Tensor] = [0.0, 0.0]
+        self._num_kept: list[torch.Tensor | int] = [0, 0]
+        self._num_values = [0, 0]
+
+    def observe_inputs(self, hidden_states: torch.Tensor) -> None:
+        self._histograms[0].add(hidden_states)
+
+    def observe(self, values, experts):
+        self._histograms[1].add(values)
+
+    def choose(self):
+        self._cutoffs = [histogram.quantile(1 - self.config.density) for histogram in self._histograms]
+
+    def run(self, module, hidden_states, *routing):
+        tap = self._tap(module, "neurons", lambda values: self._drop(1, values))
+        return super().run(tap, self._drop(0, hidden_states), *routing)
+
+    def _drop(self, i: int, values: torch.Tensor) -> torch.Tensor:
+        is_kept = values.abs().to(torch.promote_types(values.dtype, torch.float32)) >= self._cutoffs[i]
+        self._num_kept[i] += is_kept.sum()
+        self._num_values[i] += values.numel()
+        return values * is_kept
+
+    def _densities(self) -> list[float] | None:
+        if not all(self._num_values):
+            return None
+        return [float(kept) / of_all for kept, of_all in zip(self._num_kept, self._num_values, strict=True)]
+
+    def density(self):
+        densities = self._densities()
+        return None if densities is None else self.site.share_read(densities[0], densities[0], densities[1])
+
+    share = density
+
+
+@contextlib.contextmanager
+def observing_experts(
+    model: nn.Module, calls: list[WholeExperts], attention_mask: torch.Tensor | None
+) -> Iterator[None]:
+    """Within the block, hands what the dense model's experts compute in this context to those that watch it. A copy of
+    the experts computes it once more, as their own forward has no place for a hook.
+
+    Args:
+        attention_mask: long [batch_size, num_new_tokens] of the tokens that will be read, or `None` without padding.
+    """
+    watching = [call for call in calls if call.observed is not None]
+    if not watching:
+        yield
+        return
+    me = object()
+
+    def hook_of(call: WholeExperts) -> Callable:
+        num_seen = 0
+
+        def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            nonlocal num_seen
+            if _observer.get() is not me:  # another thread's forward
+                return
+            hidden_states, top_k_index, top_k_weights = routing(args, kwargs)
+            start, num_tokens = num_seen, len(hidden_states)
+            num_seen += num_tokens
+            if attention_mask is not None:
+                batch_size, num_new_tokens = attention_mask.shape
+                start = start // batch_size % num_new_tokens
+                is_token = attention_mask[:, start : start + num_tokens // batch_size].flatten().bool()
+                is_token = is_token.to(hidden_states.device)
+                hidden_states, top_k_index, top_k_weights = (
+                    values[is_token] for values in (hidden_states, top_k_index, top_k_weights)
+                )
+            if isinstance(call, TealExperts):
+                call.observe_inputs(hidden_states)
+
+            def observe(values: torch.Tensor) -> torch.Tensor:
+                call.observe(values.detach(), lambda: experts_of_pairs(tap, top_k_index))
+                return values
+
+            tap = tapped(module, call.observed, observe)
+            with torch.no_grad():
+                tap.forward(hidden_states, top_k_index, top_k_weights)  # past its hooks, of which this is one
+
+        return hand_over
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(_observer.reset, _observer.set(me))
+        for call in watching:
+            undo.callback(call.site.module.register_forward_pre_hook(hook_of(call), with_kwargs=True).remove)
+        with uncompiled(model):
+            yield
