@@ -22,6 +22,7 @@ from ..model.positions import Positions
 from .call import Call
 from .checks import check_lengths
 from .controller import Controller
+from .schedule import Schedule
 from .stats import Cycle
 from .tree_verification import PathProcessor, Verdict, judge, unread
 from .verification import VerificationHook
@@ -63,12 +64,17 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.proposer = proposer_class(
             call.draft, self.logits_processor, self.end.would_stop, self.do_sample, self.end.keeps_scores
         )
-        self.controller = Controller(call.model, self.config) if self.config.kernel_size == "auto" else None
+        self.controller: Controller | Schedule | None = None
+        if self.config.kernel_size == "auto":
+            self.controller = Controller(call.model, self.config)
+        elif not isinstance(self.config.kernel_size, int):
+            self.controller = Schedule(self.config.kernel_size)
         self.lookup = self._lookup(generation_config)
         self.proposal: Proposal | None = None  # what is being verified
         self.verdict: Verdict | None = None  # about its tree
         self._is_cut = False  # whether the length cut the draft short
         self._draft_seconds = self._verification_start = 0.0
+        self._kernel_size = 1  # tokens of the running cycle
 
     def _lookup(self, generation_config: GenerationConfig) -> LookupProposer | None:
         """Returns what looks tokens up: where the user asks for it; and where the number of tokens is chosen, if the
@@ -81,8 +87,12 @@ class SiriusCandidateGenerator(CandidateGenerator):
                 f"prompt_lookup_num_tokens={asked} came with a twin of "
                 f"tree_width={self.config.tree_width}: what is looked up has no branches. Leave one of the two out"
             )
-        is_free = self.controller is not None and self.config.threshold == 1.0 and not is_tree
-        if asked == 0 or (asked is None and not is_free):
+        if isinstance(self.controller, Schedule):
+            is_wanted = min(self.controller.kernel_sizes) < 0 and not is_tree
+        else:
+            is_free = self.controller is not None and self.config.threshold == 1.0 and not is_tree
+            is_wanted = asked is not None or is_free
+        if asked == 0 or not is_wanted:
             return None
         would_stop = None if self.end.keeps_scores else self.end.would_stop
         return LookupProposer(generation_config, would_stop, self.call.model.config.get_text_config().vocab_size)
@@ -116,6 +126,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self._draft_seconds, self._is_cut = time.perf_counter() - start, False
         if self.proposal is None:
             self.proposal = self._drafted(input_ids, model_kwargs, most)
+        else:
+            self._kernel_size = 1 + self.proposal.ids.shape[1]
         proposal = self.proposal
         # On the device to which the loop would move it, which would make another tensor of it.
         candidate_ids = torch.cat([input_ids, proposal.ids], dim=-1).to(self.call.model.device)
@@ -157,7 +169,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         start = time.perf_counter() - self.call.draft.compile_seconds
         proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
         self._draft_seconds = time.perf_counter() - self.call.draft.compile_seconds - start
-        self._is_cut = most < wanted
+        self._is_cut, self._kernel_size = most < wanted, 1 + max(0, min(wanted, most))
         return proposal
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
@@ -196,12 +208,15 @@ class SiriusCandidateGenerator(CandidateGenerator):
             likelihoods=likelihoods,
             bonus_likelihood=bonus_likelihood,
             num_steps=self.proposal.num_steps,
+            num_compiled_steps=self.proposal.num_steps if self.call.draft.is_compiled else 0,
+            kernel_size=self._kernel_size,
             is_lookup=self.proposal.is_lookup,
             draft_seconds=self._draft_seconds,
             verification_seconds=now - self._verification_start,
             branches=branches,
         )
         self.call.stats.record_cycle(cycle)
+        self.call.stats.not_compiled = self.call.draft.not_compiled
         if self.controller is not None:
             self.controller.note(cycle)
             self.call.stats.reason = self.controller.reason
