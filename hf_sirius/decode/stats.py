@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from .summary import as_html, as_text, summarize
@@ -55,11 +56,11 @@ class Cycle:
         bonus_likelihood: that of its own token.
         num_agreed: how many of the accepted tokens are its argmax.
         num_steps: forwards of the draft.
-        num_compiled_steps: how many of them ran as one graph (`compile_draft`).
-        kernel_size: tokens that the cycle was to have, the full model's own included: 1 where none was to be drafted.
         is_lookup: whether no draft wrote them: they are what followed the latest tokens where these stood before.
         draft_seconds, verification_seconds: what the two took, by the host's clock.
         branches: of a tree, else `None`.
+        num_compiled_steps: how many forwards of the draft ran as one graph (`compile_draft`).
+        kernel_size: tokens that the cycle was to have, the full model's own included: 1 where none was to be drafted.
     """
 
     drafted_ids: tuple[int, ...]
@@ -70,12 +71,12 @@ class Cycle:
     bonus_likelihood: float
     num_agreed: int
     num_steps: int = 0
-    num_compiled_steps: int = 0
-    kernel_size: int = 1
     is_lookup: bool = False
     draft_seconds: float = dataclasses.field(default=0.0, compare=False)
     verification_seconds: float = dataclasses.field(default=0.0, compare=False)
     branches: Branches | None = None
+    num_compiled_steps: int = 0
+    kernel_size: int = 1
 
     @property
     def advance_length(self) -> int:
@@ -86,6 +87,11 @@ class Cycle:
     def is_dense_step(self) -> bool:
         """Whether nothing was proposed, so that the verification is a step of the full model alone."""
         return not self.drafted_ids and not self.num_steps
+
+
+def kernel_sizes(cycles: Sequence[Cycle]) -> list[int]:
+    """Returns the tokens that each cycle was to have, negative where they were looked up."""
+    return [-cycle.kernel_size if cycle.is_lookup else cycle.kernel_size for cycle in cycles]
 
 
 class GenerationStats:
@@ -204,7 +210,7 @@ class GenerationStats:
 
     @property
     def kernel_sizes(self) -> list[int]:
-        return [-cycle.kernel_size if cycle.is_lookup else cycle.kernel_size for cycle in self.cycles]
+        return kernel_sizes(self.cycles)
 
     @property
     def num_rolled_back(self) -> int:
