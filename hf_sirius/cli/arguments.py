@@ -81,8 +81,13 @@ def make_parser(prog: str = "hf-sirius") -> Parser:
     model_help = "'reasoner', which is widened, 'smollm2', or an id or path, taken as it is (default: reasoner)"
     _add(decode, "--model", default="reasoner", help=model_help)
     _add(decode, "--max_new_tokens", type=_over_one, default=120, help="length of the outputs (default: 120)")
-    help_ = "time prompt lookup, and a copy in 4 bits as a stock assistant, as well"
+    help_ = "time what transformers offers (a compiled dense model, a copy in 4 bits as a stock assistant, prompt "
+    help_ += "lookup), and a compiled draft, as well, and what the package takes for a draft step"
     _add(decode, "--with_rivals", action="store_true", help=help_)
+    help_ = "lengths in tokens to bring prompts to, each measured separately (default: as they are)"
+    _add(decode, "--contexts", type=_positive, nargs="+", default=[], help=help_)
+    help_ = "larger models to predict, from a few of their layers and the acceptance that is measured (default: none)"
+    _add(decode, "--shapes", choices=("1b", "8b"), nargs="+", default=[], help=help_)
     offload = benchmarks.add_parser("offload", help="the widened reasoner, its weights on disk, and a resident draft")
     _add(offload, "--lengths", type=_over_one, nargs="+", default=[40, 100, 300], help="of the outputs, in tokens")
     _add(offload, "--folder", help="an empty directory for the weights (default: a temporary one)")

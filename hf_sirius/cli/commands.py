@@ -1,5 +1,6 @@
 """Runs the commands of the command line. Imported when the first one runs, as it takes a while."""
 
+import functools
 import inspect
 import json
 import sys
@@ -16,12 +17,12 @@ from ..study import benchmark, tuning
 from ..study.demo import demo_modes, explain, show_one_answer
 from ..study.drafts import compare_drafts
 from ..study.evaluation import default_directory, describe_run, process_state, run_task, standard_modes
+from ..study.machine import describe_machine
 from ..study.named_models import own_prompts
 from ..study.problems import read_prompts, tokenize
 from ..study.report import write_report
 from ..study.sweep import check_plots, plot_sweep, sweep_modes
 from ..study.tasks import ProblemTask, TextTask, load_task
-from ..study.timing import describe_machine
 from ..study.tracing import trace
 from ..study.widening import widen
 from .loading import device_of, load_model, load_tokenizer, read_prompt, sirius_config, twin_options
@@ -175,10 +176,25 @@ def compare(args) -> None:
     options = {
         name: getattr(args, name) for name in ("model", "num_prompts", "max_new_tokens", "kernel_size", "device")
     }
-    figures = compare_drafts(**options, dtype=getattr(torch, args.dtype))
-    show_drafts(figures)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    figures: dict = {}
+
+    def record(so_far: dict) -> None:
+        figures.update(so_far)
+        if args.json:
+            _write_json(so_far, args.json)
+
+    try:
+        compare_drafts(**options, dtype=getattr(torch, args.dtype), record=record)
+    finally:
+        if figures:  # whatever ends it
+            show_drafts(figures)
+
+
+def _write_json(figures: dict, path: str) -> None:
+    """Writes a file in place of what was there, whole or not at all."""
+    unfinished = Path(f"{path}.part")
+    unfinished.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def bench(args) -> None:
@@ -188,13 +204,14 @@ def bench(args) -> None:
         of_twin = {"config": sirius_config(args)}
     device_of(args)
     function = {"decode": benchmark.bench_decode, "offload": benchmark.bench_offload}[args.benchmark]
-    names = [name for name in inspect.signature(function).parameters if name not in ("config", "fields")]
+    names = [name for name in inspect.signature(function).parameters if hasattr(args, name) and name != "config"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.json and args.benchmark == "decode":
+        given["record"] = functools.partial(_write_json, path=args.json)
     figures = function(**of_twin, **{**given, "dtype": getattr(torch, args.dtype)})
-    text = json.dumps(figures, indent=2)
     if args.json:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        _write_json(figures, args.json)
     else:
-        print(text)
+        print(json.dumps(figures, indent=2))
     # Where the figures are on standard output, the words are beside it.
     print("\n".join(bench_lines(figures)), file=sys.stdout if args.json else sys.stderr)

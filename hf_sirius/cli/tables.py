@@ -124,12 +124,7 @@ def show_drafts(figures: dict) -> None:
 
 def bench_lines(figures: dict) -> list[str]:
     if "lengths" not in figures:
-        others = [
-            f"{name}: {run['num_identical']} of {figures['num_problems']} answers identical; time / dense: "
-            f"decode {run['ratio_decode']:.3f}, whole generation {run['ratio_whole']:.3f}"
-            for name, run in figures["others"].items()
-        ]
-        return [_ratios(figures), *others]
+        return _decode_lines(figures)
     total = figures["model"]["num_bytes"]
     lines = []
     for length, run in figures["lengths"].items():
@@ -141,6 +136,41 @@ def bench_lines(figures: dict) -> list[str]:
             f"(dense {streamed[1]:.0f} MiB)"
         )
     return lines
+
+
+def _decode_lines(figures: dict) -> list[str]:
+    lines = []
+    for context, part in figures.get("contexts", {None: figures}).items():
+        lines.append(_ratios(part) if context is None else f"{context} tokens before: {_ratios(part)}")
+        same = {"ratio_decode": 1.0, "ratio_whole": 1.0, "num_identical": part["num_problems"]}
+        beside = {name: part[name] for name in ("ratio_decode", "ratio_whole", "num_identical")}
+        ways = {"dense": {**part["dense"], **same}, "sirius": {**part["sirius"], **beside}, **part["others"]}
+        for name, run in ways.items():
+            told = _costs(run, run["decode_seconds_per_token"], run["ratio_decode"])
+            told += f"; whole generation {run['ratio_whole']:.3f} of dense; "
+            lines.append(f"{name}: {told}{run['num_identical']} of {part['num_problems']} answers identical")
+    lines += [f"Left out: {name}: {reason}" for name, reason in figures["left_out"].items()]
+    lines.append(f"Memory gives {figures['bandwidth'] / 1e9:.1f} GB a second")
+    if overhead := figures.get("overhead"):
+        told = f"{1000 * overhead['draft_step']:.2f} ms, a bare forward {1000 * overhead['bare_forward']:.2f} ms"
+        lines.append(f"A draft step of the model's own weights takes {told}: overhead {overhead['overhead']:+.1%}")
+    predicted = figures.get("predicted", {"shapes": []})
+    for shape in predicted["shapes"]:
+        name = f"Predicted, a model of the shape of {shape['shape'].upper()}"
+        if "reason" in shape:
+            lines.append(f"{name}: left out: {shape['reason']}")
+        for row in shape.get("rows", ()):
+            told = _costs(row, row["seconds_per_token"], row["ratio"])
+            lines.append(f"{name} with the acceptance of {predicted['acceptance_of']}, {row['way']}: {told}")
+    return lines
+
+
+def _costs(run: dict, seconds: float, ratio: float) -> str:
+    told = f"{1000 * seconds:.2f} ms a token ({ratio:.3f} of dense), of which memory takes "
+    told += f"{1000 * run['bound_seconds_per_token']:.2f} for {run['bytes_per_token'] / 1e6:.0f} MB"
+    if None not in (run["acceptance_rate"], run["aal"]):
+        told += f"; {run['acceptance_rate']:.0%} of drafted tokens kept, {run['aal']:.2f} tokens a forward"
+    return told
 
 
 def _ratios(figures: dict) -> str:

@@ -4,17 +4,14 @@ proposer makes for the loop, and notes what the verification says.
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import (
     Cache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
 )
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -31,6 +28,9 @@ from ..model.positions import Positions
 from .call import Call
 from .checks import check_lengths
 from .controller import Controller
+from .ending import CallEnd
+from .first_forward import mask_of_new_tokens, new_tokens_only, num_tokens_of
+from .schedule import Schedule
 from .stats import Cycle
 from .tree_verification import PathProcessor, Verdict, judge, unread
 from .verification import VerificationHook
@@ -62,7 +62,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.max_length = generation_config.max_length
         self.positions = Positions(call.model.config.get_text_config())
         self.logits_processor = LogitsProcessorList(logits_processor)
-        self.end = _End(call.stopping_criteria, generation_config)
+        self.end = CallEnd(call.stopping_criteria, generation_config)
         if self.end.keeps_scores:
             logits_processor.append(self.end)
         self.hook: VerificationHook | None = None
@@ -73,7 +73,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
         if self.config.tree_width > 1:
             self.path = PathProcessor(LogitsProcessorList(logits_processor))
             logits_processor[:] = [self.path]
-        self.controller = Controller(call.model, self.config) if self.config.kernel_size == "auto" else None
+        self.controller: Controller | Schedule | None = None
+        if self.config.kernel_size == "auto":
+            self.controller = Controller(call.model, self.config)
+        elif not isinstance(self.config.kernel_size, int):
+            self.controller = Schedule(self.config.kernel_size)
         proposer_class = ChainProposer if self.path is None else TreeProposer
         self.proposer = proposer_class(
             call.draft,
@@ -93,6 +97,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.recurrence = find_recurrence(call.model)
         self.states: States | None = None  # of recurrent layers, while a draft is verified
         self._draft_seconds = self._verification_start = 0.0
+        self._kernel_size = 1  # tokens of the running cycle
 
     def _lookup(self, generation_config: GenerationConfig) -> LookupProposer | None:
         """Returns what looks tokens up: where the user asks for it; and where the number of tokens is chosen, if the
@@ -105,8 +110,12 @@ class SiriusCandidateGenerator(CandidateGenerator):
                 f"prompt_lookup_num_tokens={asked} came with a twin of "
                 f"tree_width={self.config.tree_width}: what is looked up has no branches. Leave one of the two out"
             )
-        is_free = self.controller is not None and self.config.threshold == 1.0 and not is_tree
-        if asked == 0 or (asked is None and not is_free):
+        if isinstance(self.controller, Schedule):
+            is_wanted = min(self.controller.kernel_sizes) < 0 and not is_tree
+        else:
+            is_free = self.controller is not None and self.config.threshold == 1.0 and not is_tree
+            is_wanted = asked is not None or is_free
+        if asked == 0 or not is_wanted:
             return None
         would_stop = None if self.end.keeps_scores else self.end.would_stop
         return LookupProposer(generation_config, would_stop, self.call.model.config.get_text_config().vocab_size)
@@ -131,7 +140,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
             mask = mask_of_new_tokens(self.call.model, model_kwargs)
             self._take_next_forward(
                 self.call.draft.observing(mask, takes_weights=self._num_unobserved <= 0),
-                _reading_new_tokens_only(self.call.model, input_ids, model_kwargs, mask_length),
+                new_tokens_only(self.call.model, input_ids, model_kwargs, mask_length),
             )
             return input_ids, None
         # The prefill has made the cache's layers, if they were not there. Compiled code takes the stock ones alone.
@@ -144,6 +153,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self._draft_seconds, self._is_cut = time.perf_counter() - start, False
         if self.proposal is None:
             self.proposal = self._drafted(input_ids, model_kwargs, most)
+        else:
+            self._kernel_size = 1 + self.proposal.ids.shape[1]
         proposal = self.proposal
         if self.recurrence is not None:
             self.states = States(self.call.model, cache, self.recurrence) if proposal.ids.shape[1] else None
@@ -195,7 +206,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         start = time.perf_counter() - self.call.draft.compile_seconds
         proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
         self._draft_seconds = time.perf_counter() - self.call.draft.compile_seconds - start
-        self._is_cut = most < wanted
+        self._is_cut, self._kernel_size = most < wanted, 1 + proposal.num_steps
         return proposal
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
@@ -239,6 +250,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
             likelihoods=likelihoods,
             bonus_likelihood=bonus_likelihood,
             num_steps=self.proposal.num_steps,
+            num_compiled_steps=self.proposal.num_steps if self.call.draft.is_compiled else 0,
+            kernel_size=self._kernel_size,
             is_lookup=self.proposal.is_lookup,
             draft_seconds=self._draft_seconds,
             verification_seconds=now - self._verification_start,
@@ -247,6 +260,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
             branches=branches,
         )
         self.call.stats.record_cycle(cycle)
+        self.call.stats.not_compiled = self.call.draft.not_compiled
         if self.controller is not None:
             self.controller.note(cycle, self.proposal.margins)
             self.call.stats.reason = self.controller.reason
@@ -287,7 +301,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         def read(forward: Callable[..., Any], **inputs: Any) -> Any:
             inputs = prepare(inputs)
             cache = inputs.get("past_key_values")  # which Phi-3 drops once
-            num_tokens = _num_tokens(self.call.model, inputs)
+            num_tokens = num_tokens_of(self.call.model, inputs)
             grown = contextlib.nullcontext() if cache is None else growing(text_cache(cache), num_tokens)
             kept = contextlib.nullcontext() if self.states is None else self.states.reading(num_tokens)
             with observed, self.call.draft.verifying(), grown, kept:
@@ -315,94 +329,3 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.path.end = verified_ids.shape[1] + len(path)
         if self.hook is not None:
             self.hook.shorten(self.path.end)
-
-
-class _End(LogitsProcessor):
-    """Where a call ends: asks its criteria about candidates. These may read the scores so far, where the call keeps
-    them; then the dense model's decide, which this sees as the last of the processors.
-    """
-
-    def __init__(self, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig):
-        self.stopping_criteria = stopping_criteria
-        self.generation_config = generation_config
-        self.keeps_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
-        self._scores: tuple[torch.Tensor, ...] = ()  # of each verified token, float32 [1, vocab_size]
-        self._candidate_ids: torch.Tensor | None = None
-        self._with_candidates = self._scores
-
-    def would_stop(self, input_ids: torch.LongTensor, draft_scores: Sequence[torch.Tensor]) -> bool:
-        """Whether the call would stop at the last of these tokens, long [1, length]."""
-        seen = (*self._scores, *draft_scores) if self.keeps_scores else None
-        return bool(self.stopping_criteria(input_ids, seen).all())
-
-    def put_at(self, length: int) -> None:
-        """Has the loop drop what this verification adds beyond a length: it trims at the length, not at criteria."""
-        self.generation_config.max_length = min(self.generation_config.max_length, length)
-
-    def arm(self, candidate_ids: torch.LongTensor) -> None:
-        """Expects the verification of `candidate_ids`, long [1, length]."""
-        self._candidate_ids, self._with_candidates = candidate_ids, self._scores
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        length = input_ids.shape[1] + 1
-        if self._candidate_ids is not None and length <= self._candidate_ids.shape[1]:
-            self._with_candidates = (*self._with_candidates, scores.clone())
-            if self.stopping_criteria(self._candidate_ids[:, :length], self._with_candidates).all():
-                self.put_at(length)
-        return scores
-
-    def reached(self, scores: torch.Tensor, num_matches: int) -> None:
-        """Takes note of the scores of a verification's tokens, the bonus token included."""
-        if self.keeps_scores:
-            self._scores += tuple(scores[:, i] for i in range(num_matches + 1))
-
-
-def _reading_new_tokens_only(
-    model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict, mask_length: int | None
-) -> Callable[[dict], dict]:
-    """Keeps the stock loop's first forward from reading again what a carried-over KV-cache already holds.
-
-    Works around transformers 5.17 to 5.23, where assisted decoding hands the whole sequence to its first forward
-    (plain `generate` slices it in `_prefill`). To go when that is mended there: the length is then right and nothing is
-    sliced.
-    """
-    past_length, length = model_kwargs["past_key_values"].get_seq_length(), input_ids.shape[1]
-    mask_length = length if model.config.is_encoder_decoder else mask_length  # else that of the encoder's mask
-    if (attention_mask := model_kwargs.get(text_input(model, "attention_mask"))) is not None:
-        mask_length = attention_mask.shape[1]
-    embeddings_name = text_input(model, "inputs_embeds")
-    if (embeddings := model_kwargs.get(embeddings_name)) is not None:  # which are always those of the whole sequence
-        length = mask_length = embeddings.shape[1]
-
-    def sliced(inputs: dict) -> dict:
-        if inputs.get(embeddings_name) is not None:
-            inputs[embeddings_name] = inputs[embeddings_name][:, past_length:]
-        for name in ("input_ids", "position_ids", "token_type_ids"):
-            value = inputs.get(name := text_input(model, name))
-            if value is not None and value.shape[-1] == length:
-                inputs[name] = value[..., past_length:]
-        return inputs
-
-    if past_length >= length == mask_length:
-        # Plain `generate` reads all of it again, behind what the cache holds.
-        if IS_5_17 or attention_mask is not None:
-            raise ValueError(
-                f"the KV-cache holds {past_length} tokens, and input_ids no others: pass the sequence with new tokens "
-                "behind them, or crop the cache by one token, which is then read again"
-            )
-        return lambda inputs: inputs
-    return sliced if past_length and length == mask_length else lambda inputs: inputs
-
-
-def _num_tokens(model: PreTrainedModel, inputs: dict) -> int:
-    embeddings = inputs.get(text_input(model, "inputs_embeds"))
-    return (inputs[text_input(model, "input_ids")] if embeddings is None else embeddings).shape[1]
-
-
-def mask_of_new_tokens(model: PreTrainedModel, model_kwargs: dict) -> torch.Tensor | None:
-    """Returns the attention mask of the tokens that the first forward reads, long [batch_size, num_new_tokens]."""
-    attention_mask = model_kwargs.get(text_input(model, "attention_mask"))
-    cache = model_kwargs.get("past_key_values")
-    if attention_mask is None or cache is None:
-        return attention_mask
-    return attention_mask[:, cache.get_seq_length() :]

@@ -3,16 +3,17 @@
 import dataclasses
 import statistics
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from .summary import as_html, as_text, summarize
 
 
 _COUNTS = (
-    "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted", "num_accepted",
-    "num_nodes_drafted", "num_nodes_verified", "num_reread", "_full_advance", "_full_drafted",
-    "_full_likeliest_advance", "_num_densities", "_density_sum", "_num_masking", "selection_seconds", "draft_seconds",
-    "verification_seconds", "state_seconds",
+    "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_steps", "num_compiled_steps",
+    "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified", "num_reread", "_full_advance",
+    "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum", "_num_masking", "selection_seconds",
+    "draft_seconds", "verification_seconds", "state_seconds",
 )  # fmt: skip
 _FEWEST_STEPS = 3  # of which a median is no chance
 _lock = threading.Lock()  # calls in several threads add to one total
@@ -61,6 +62,8 @@ class Cycle:
         draft_seconds, verification_seconds: what the two took, by the host's clock.
         state_seconds: what bringing the states of recurrent layers to the accepted length took.
         branches: of a tree, else `None`.
+        num_compiled_steps: how many forwards of the draft ran as one graph (`compile_draft`).
+        kernel_size: tokens that the cycle was to have, the full model's own included: 1 where none was to be drafted.
     """
 
     drafted_ids: tuple[int, ...]
@@ -77,6 +80,8 @@ class Cycle:
     num_reread: int = 0
     state_seconds: float = dataclasses.field(default=0.0, compare=False)
     branches: Branches | None = None
+    num_compiled_steps: int = 0
+    kernel_size: int = 1
 
     @property
     def advance_length(self) -> int:
@@ -89,14 +94,24 @@ class Cycle:
         return not self.drafted_ids and not self.num_steps
 
 
+def kernel_sizes(cycles: Sequence[Cycle]) -> list[int]:
+    """Returns the tokens that each cycle was to have, negative where they were looked up."""
+    return [-cycle.kernel_size if cycle.is_lookup else cycle.kernel_size for cycle in cycles]
+
+
 class GenerationStats:
     """Counts of one `generate` call, kept while it runs; `total` has the same counts over all calls of the twin.
 
     Printed, and in a notebook, they are a summary in words; `as_dict` and `seconds` have the numbers.
 
     Attributes:
-        kernel_size: tokens per cycle, n, or `"auto"`.
+        kernel_size: tokens per cycle, n, a list of those of each cycle, or `"auto"`.
+        kernel_sizes: tokens that each cycle was to have, as `"auto"` chose them: 1 where none was to be drafted,
+            negative where they were looked up. A twin with `kernel_size=stats.kernel_sizes` chooses the same, and so
+            writes the same below a threshold of 1, and when it samples with the same seed. The total has none.
         reason: why `"auto"` drafted as many tokens as it did in the latest cycle, or none, in words; else `None`.
+        not_compiled: why the latest draft did not run as one graph, in words; `None` where it did, where
+            `compile_draft` does not ask for it, and before any.
         first_id, first_likelihood: the full model's own token after the prefill, which precedes the cycles, and its
             likelihood as in [`Cycle`]; `None` before it, and in the total.
         selection_seconds: what choosing and gathering the neurons took behind the prefill; of the total, of all calls.
@@ -106,6 +121,7 @@ class GenerationStats:
         num_cycles: cycles, the short ones included; the prefill is not a cycle.
         num_short_cycles: cycles that EOS, a stopping criterion or the length cut short.
         num_dense_steps, num_lookups: cycles that proposed nothing, and those whose tokens were looked up.
+        num_steps, num_compiled_steps: forwards of the draft, and how many of them ran as one graph.
         num_drafted, num_accepted, num_rolled_back: drafted tokens, and how many of them were kept and rolled back; of
             trees the continuations that won count.
         num_nodes_drafted, num_nodes_verified: tokens that drafts wrote, and that verifications read, losing branches
@@ -117,6 +133,8 @@ class GenerationStats:
     num_short_cycles: int
     num_dense_steps: int
     num_lookups: int
+    num_steps: int
+    num_compiled_steps: int
     num_drafted: int
     num_accepted: int
     num_nodes_drafted: int
@@ -127,7 +145,7 @@ class GenerationStats:
     verification_seconds: float
     state_seconds: float
 
-    def __init__(self, kernel_size: int | str, total: "GenerationStats | None" = None):
+    def __init__(self, kernel_size: "int | str | tuple[int, ...]", total: "GenerationStats | None" = None):
         self.kernel_size = kernel_size
         self.total = total
         self._clear()
@@ -142,6 +160,7 @@ class GenerationStats:
         self.first_id: int | None = None
         self.first_likelihood: float | None = None
         self.reason: str | None = None
+        self.not_compiled: str | None = None
         self.cycles: list[Cycle] = []
         for name in _COUNTS:
             setattr(self, name, 0)
@@ -174,6 +193,8 @@ class GenerationStats:
             "num_short_cycles": not cycle.is_full,
             "num_dense_steps": cycle.is_dense_step,
             "num_lookups": cycle.is_lookup,
+            "num_steps": cycle.num_steps,
+            "num_compiled_steps": cycle.num_compiled_steps,
             "num_drafted": num_drafted,
             "num_accepted": cycle.num_accepted,
             "num_nodes_drafted": branches.num_nodes_drafted,
@@ -197,6 +218,10 @@ class GenerationStats:
     def _record(self, counts: dict[str, float]) -> None:
         for stats in filter(None, (self, self.total)):
             stats.add_counts(counts)
+
+    @property
+    def kernel_sizes(self) -> list[int]:
+        return kernel_sizes(self.cycles)
 
     @property
     def num_rolled_back(self) -> int:
@@ -252,12 +277,12 @@ class GenerationStats:
         return statistics.median(others) if len(others) >= _FEWEST_STEPS else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the counts and measures as plain numbers, and the `reason`; what has no data is `None`."""
-        counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted",
-                  "num_accepted", "num_rolled_back", "num_nodes_drafted", "num_nodes_verified",
-                  "num_reread")  # fmt: skip
+        """Returns the counts and measures as plain numbers, and the reasons; what has no data is `None`."""
+        counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_steps",
+                  "num_compiled_steps", "num_drafted", "num_accepted", "num_rolled_back", "num_nodes_drafted",
+                  "num_nodes_verified", "num_reread")  # fmt: skip
         measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
-        return {name: getattr(self, name) for name in (*counts, *measures, "reason")}
+        return {name: getattr(self, name) for name in (*counts, *measures, "reason", "not_compiled")}
 
     def seconds(self) -> dict[str, float | None]:
         """Returns what was measured by the host's clock: of drafts, of their verifications, of bringing recurrent
@@ -273,7 +298,7 @@ class GenerationStats:
         return as_html(summarize(self.as_dict(), self.seconds()))
 
     def __repr__(self) -> str:
-        values = {k: v for k, v in self.as_dict().items() if k != "reason" or v is not None}
+        values = {k: v for k, v in self.as_dict().items() if k not in ("reason", "not_compiled") or v is not None}
         shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in values.items()}
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
 
@@ -281,7 +306,7 @@ class GenerationStats:
 class CallHistory:
     """Where the calls of one twin leave their counts: `latest`, whose `total` is that of all."""
 
-    def __init__(self, kernel_size: int | str):
+    def __init__(self, kernel_size: int | str | tuple[int, ...]):
         self.latest = GenerationStats(kernel_size, total=GenerationStats(kernel_size))
 
     def new(self) -> GenerationStats:

@@ -73,6 +73,9 @@ def _rows(
             is_auto = measures["kernel_size"] == "auto"  # which makes dense steps as far as it has to compare
             how = "hf-sirius bench measures it" if is_auto else "kernel_size='auto' and hf-sirius bench measure it"
             rows.append(("time saved", f"not measured: {steps} to compare with; {how}"))
+    if (num_compiled := measures["num_compiled_steps"]) or measures["not_compiled"]:
+        ran = f"{num_compiled} of {_number(measures['num_steps'], 'draft step')} ran as one graph"
+        rows.append(("compiled", f"{ran}: {why}" if (why := measures["not_compiled"]) else ran))
     if measures["reason"]:
         rows.append(("at the end", measures["reason"]))
     return rows
@@ -81,7 +84,8 @@ def _rows(
 def _advance(measures: Mapping[str, Any]) -> str:
     if measures["aal"] is None:
         return "no average (AAL), as the end of the output cut every draft short: longer outputs have whole ones"
-    most = "" if measures["kernel_size"] in ("auto", 0) else f" of {measures['kernel_size']}"
+    size = measures["kernel_size"]
+    most = f" of {size}" if isinstance(size, int) and size else ""
     num_full = measures["num_cycles"] - measures["num_short_cycles"]
     short = f", {measures['num_short_cycles']} cut short left out" if measures["num_short_cycles"] else ""
     # More of them than were cut short, so that some are among the rest.

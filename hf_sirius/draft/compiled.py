@@ -99,6 +99,9 @@ class CompiledStep:
         copies: each copied module of the tree with the twin's own.
         graph: maybe of an earlier twin as well.
         config: of the model.
+
+    Attributes:
+        broken: why no graph can be made, in words, where that was seen.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class CompiledStep:
         self._plain: dict[nn.Module, nn.Module] = {}
         self._lock = threading.Lock()
         self._told: set[str] = set()
-        self._is_broken = False
+        self.broken: str | None = None
 
     def __deepcopy__(self, memo: dict) -> "CompiledStep":
         return CompiledStep(*copy.deepcopy((self._module, self._places, self._copies), memo), self.graph, self._config)
@@ -128,7 +131,7 @@ class CompiledStep:
     @contextlib.contextmanager
     def running(self, held: Mapping[nn.Module, nn.Module]) -> Iterator[bool]:
         """Within the block the tree has the modules that a draft holds; yields whether it is free, and runs."""
-        if self._is_broken or not self._lock.acquire(blocking=False):
+        if self.broken is not None or not self._lock.acquire(blocking=False):
             yield False
             return
         try:
@@ -170,10 +173,10 @@ class CompiledStep:
         except Exception as error:  # of many kinds: a forward that cannot be traced, a missing C++ compiler
             if should_reduce_batch_size(error):  # the device is full
                 raise
-            self._is_broken = True
             # Behind its first paragraph torch tells how to debug it.
             told = " ".join(str(error).partition("\n\n")[0].split())[:_LONGEST_REASON]
-            self.tell(f"it cannot be compiled ({type(error).__name__}: {told}): mend that, and make the twin anew")
+            self.broken = f"it cannot be compiled ({type(error).__name__}: {told}): mend that, and make the twin anew"
+            self.tell(self.broken)
             return None
 
     def tell(self, reason: str) -> None:

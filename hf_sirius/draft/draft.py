@@ -33,6 +33,8 @@ class Draft:
         method: chooses the neurons, from what it observes of the dense model.
         held: what is read in place of modules of the dense model: casts, gathered neurons, and copies of what is
             offloaded.
+        is_compiled: whether the latest chain ran as one graph.
+        not_compiled: why it did not, in words; `None` where nothing asks for it.
     """
 
     def __init__(self, twin: Twin, model: PreTrainedModel):
@@ -46,6 +48,7 @@ class Draft:
             for block in twin.experts
         ]
         self.held: dict[nn.Module, nn.Module] = {}
+        self.is_compiled, self.not_compiled = False, None
         self._memory: dict[nn.Module, torch.Tensor] = {}
         self._is_compiled = is_compiled(model)
         self._linears = [] if self._is_compiled else twin.linears
@@ -158,8 +161,12 @@ class Draft:
                 if reason is not None:
                     compiled.tell(reason)
                 elif undo.enter_context(compiled.running(self.held)):
+                    self.is_compiled, self.not_compiled = True, None
                     yield CompiledChain(compiled, inputs, num_tokens)
+                    self.not_compiled = compiled.broken
                     return
+                self.not_compiled = reason or compiled.broken or "another call of the twin uses the graph"
+            self.is_compiled = False
             yield _Chain(self, model_kwargs)
 
     def _not_compiled_as(self) -> str | None:

@@ -5,7 +5,7 @@ command line can tell what is wrong at once.
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .methods import check_method_name, did_you_mean, owners_of
@@ -31,13 +31,16 @@ class Rule:
     choices: tuple[str, ...] = ()  # the strings that are allowed
     words: tuple[str, ...] = ()  # what it may be in place of a number
     is_optional: bool = False  # whether it may be `None`
+    check_list: Callable[[str, Sequence], None] | None = None  # what checks a list of numbers, where it may be one
     help: str = ""  # what it means, in a sentence
 
     def check(self, name: str, value: Any) -> None:
         """Raises `TypeError` or `ValueError` unless the field may have this value."""
         if (value is None and self.is_optional) or (isinstance(value, str) and value in self.words):
             return
-        if self.choices:
+        if self.check_list is not None and isinstance(value, (list, tuple)):
+            self.check_list(name, value)
+        elif self.choices:
             if value not in self.choices:
                 allowed = [*(["None"] if self.is_optional else []), *map(repr, self.choices)]
                 hint = did_you_mean(value, self.choices) if isinstance(value, str) else ""
@@ -74,6 +77,18 @@ def _field(default: Any, kind: type, *args: Any, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
+def _check_sizes(name: str, sizes: Sequence) -> None:
+    """Raises `TypeError` or `ValueError` unless these are tokens of cycles, as `stats.kernel_sizes` notes them."""
+    told = f"{name} as a list has an int for each cycle, its tokens (below -1 they are looked up), got {list(sizes)}"
+    if not sizes:
+        raise ValueError(f"{told}: stats.kernel_sizes has those of the latest call")
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{told}, where {size!r} is none")
+        if size in (0, -1):
+            raise ValueError(f"{told}: 1 stands for a cycle without a draft, and not {size}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Fields:
     """The settings of a sparse twin and of its correction. Frozen: `config.replace(density=0.3)` derives others.
@@ -88,13 +103,15 @@ class Fields:
             Share of the neurons of each MLP (of `"teal"` of the inputs of each projection, of `"experts"` of a token's
             experts, at least one) that a draft step keeps, in (0, 1]. At 1 nothing is dropped, whatever the method: a
             draft is then its `draft_dtype` alone.
-        kernel_size (`int` or `str`, *optional*):
+        kernel_size (`int`, `str` or a list of `int`, *optional*):
             Tokens per cycle, at least 2, of which all but one are drafted, or `"auto"`, which chooses them anew for
             each cycle. By default `"auto"` at `threshold=1.0` and 16 below; 32 for a model that accelerate offloads,
             where a verification costs more. The twin's own config tells which default it was. `"auto"` drafts as many
             as promise the least time per token, by what steps took and how many tokens were kept so far, and none where
             a dense step takes less (`decode/controller.py`). At `threshold=1.0` greedy outputs do not depend on it;
-            below, and when sampling with a seed, they do.
+            below, and when sampling with a seed, they do. A list, such as `stats.kernel_sizes` of another call, gives
+            the tokens of each cycle, so that they come again: 1 drafts nothing, negative numbers are looked up in the
+            text, and the last one stays to the end of the call.
         threshold (`float`, defaults to 0.1):
             A drafted token is kept if it is the full model's argmax or its likelihood is at least this, in [0, 1]; 1
             gives the full model's output, token for token when greedy, the same distribution when sampling.
@@ -151,9 +168,9 @@ class Fields:
 
     method: str = _field("cats", str)
     density: float = _field(0.5, float, "in (0, 1], the share of neurons to keep", lambda value: 0 < value <= 1)
-    kernel_size: int | str | None = _field(
+    kernel_size: int | str | Sequence[int] | None = _field(
         None, int, "at least 2: one drafted token and one of the full model (without drafts call model.generate alone)",
-        lambda value: value >= 2, words=("auto",),
+        lambda value: value >= 2, words=("auto",), check_list=_check_sizes,
     )  # fmt: skip
     threshold: float = _field(0.1, float, "in [0, 1], a likelihood", lambda value: 0 <= value <= 1)
     temperature: float = _field(0.6, float, "greater than 0", lambda value: value > 0)
@@ -179,6 +196,8 @@ class Fields:
             object.__setattr__(self, "draft_dtype", str(self.draft_dtype).removeprefix("torch."))
         for field in dataclasses.fields(self):
             field.metadata["rule"].check(field.name, getattr(self, field.name))
+        if isinstance(self.kernel_size, list):
+            object.__setattr__(self, "kernel_size", tuple(self.kernel_size))
         if self.calibration is not None:
             from .calibration import Calibration
 

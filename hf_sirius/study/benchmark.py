@@ -1,51 +1,61 @@
 """Times dense and corrected generation in alternation, in one process, as medians and ratios."""
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 from ..decode.attach import make_sparse
 from ..decode.sparse_twin import SparseTwin
+from ..decode.stats import kernel_sizes
 from ..settings.config import SiriusConfig
 from ..weights.memory import PeakMemory, StreamedBytes
 from ..weights.offload import check_is_empty, offload_to_folder
+from .machine import describe_machine, memory_bandwidth
 from .named_models import model_path, own_prompts
+from .overhead import step_overhead
 from .problems import tokenize
-from .rivals import rivals
-from .timing import TimedRun, agreement_of, describe_machine, generator, timed_run
+from .reads import bytes_of_forwards
+from .rivals import Way, counting, prepared, reads_of, rivals
+from .shapes import acceptance, predict
+from .timing import TimedRun, agreement_of, generator, timed_run
 from .widening import wide_reasoner
 
 
 def _alternate(
     model: PreTrainedModel,
-    sparse: SparseTwin,
+    ways: Mapping[str, Way],
     prompts: list,
     num_repeats: int,
     max_new_tokens: int,
     memory: PeakMemory,
     streamed: StreamedBytes | None = None,
-    others: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    read: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Times the model's answers, dense, corrected and in other ways in turn; returns medians, and medians of the pairs'
-    ratios.
+    """Times the model's answers in all ways in turn, of which `dense` and `sirius` are two; returns medians, medians of
+    the pairs' ratios, and every run.
+
+    Args:
+        read: what `bytes_of_forwards` returned, and the `bandwidth`; without it bytes per token are left out.
     """
-    ways: dict[str, tuple[SparseTwin | None, dict]] = {"dense": (None, {}), "sirius": (sparse, {})}
-    ways |= {name: (None, options) for name, options in others.items()}
     runs: dict[str, list[TimedRun]] = {name: [] for name in ways}
     figures: dict[str, list[dict]] = {name: [] for name in ways}
+    sparse = ways["sirius"].twin
     sparse.stats.reset()
     for prompt in prompts * num_repeats:
-        for name, (twin, options) in ways.items():
+        for name, way in ways.items():
             memory.restart()
             bytes_before = streamed.num_bytes if streamed else 0
-            run = timed_run(model, twin, prompt.to(memory.device), max_new_tokens=max_new_tokens, **options)
+            options = {**way.options, "max_new_tokens": max_new_tokens}
+            with counting(model, way) as forwards:
+                run = timed_run(model, way.twin, prompt.to(memory.device), **options)
             of_run = {
                 "num_tokens": run.num_tokens,
                 "seconds_to_first_token": run.to_first_token,
@@ -56,6 +66,8 @@ def _alternate(
             }
             if streamed:
                 of_run["bytes_streamed_per_token"] = (streamed.num_bytes - bytes_before) / run.num_tokens
+            if read:
+                of_run |= reads_of(run, way, forwards, read, prompt["input_ids"].shape[1])
             runs[name].append(run)
             figures[name].append(of_run)
 
@@ -76,10 +88,28 @@ def _alternate(
     return {
         **{name: medians[name] for name in ("dense", "sirius")},
         **beside_dense("sirius"),
-        "others": {name: {**medians[name], **beside_dense(name)} for name in others},
+        "others": {name: {**medians[name], **beside_dense(name)} for name in ways if name not in ("dense", "sirius")},
         "num_problems": len(prompts),
         "agreement": agreement_of(runs["sirius"]),
         "stats": sparse.stats.total.as_dict(),
+        "runs": [
+            {"way": name, "problem": i % len(prompts), "repeat": i // len(prompts), **of_run, **_chosen(run)}
+            for name in ways
+            for i, (of_run, run) in enumerate(zip(figures[name], runs[name], strict=True))
+        ],
+    }
+
+
+def _chosen(run: TimedRun) -> dict[str, Any]:
+    """Returns of a twin's run the tokens of each cycle, as `stats.kernel_sizes` has them, and how many draft steps were
+    compiled.
+    """
+    if not run.cycles:
+        return {}
+    return {
+        "kernel_sizes": kernel_sizes(run.cycles),
+        "num_steps": sum(cycle.num_steps for cycle in run.cycles),
+        "num_compiled_steps": sum(cycle.num_compiled_steps for cycle in run.cycles),
     }
 
 
@@ -114,6 +144,9 @@ def bench_decode(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     with_rivals: bool = False,
+    contexts: Sequence[int] = (),
+    shapes: Sequence[str] = (),
+    record: Callable[[dict[str, Any]], None] = lambda figures: None,
     **fields: Any,
 ) -> dict[str, Any]:
     """Times a model, dense and with a twin, in memory.
@@ -126,33 +159,101 @@ def bench_decode(
         model: `"reasoner"`, which is widened, with its long problems; `"smollm2"` with its own prompts; or any other id
             or path, with the reasoner's.
         hidden_factor, neuron_factor: how far the reasoner is widened, by default 9 and 16 times; for no other model.
-        with_rivals: whether transformers' own ways are timed as well (`study/rivals.py`).
+        with_rivals: whether transformers' own ways are timed as well (`study/rivals.py`), and a twin with
+            `compile_draft`; and what the package itself takes for a draft step (`study/overhead.py`).
+        contexts: lengths in tokens to which prompts are brought by other prompts before them, over and over; each is
+            measured separately. By default they are as they are.
+        shapes: `"1b"` and `"8b"`: larger models, predicted (`study/shapes.py`).
+        record: is given what there is so far, after each part.
 
     Returns:
-        dict: `machine`, `model`, `config`; `dense` and `sirius` with medians, in seconds and bytes; `ratio_steps`,
-        `ratio_decode` and `ratio_whole`, the medians over pairs of sirius / dense; `num_identical` answers of
-        `num_problems`; `others`, the same of each rival; `agreement`, the share of tokens that are the dense model's
-        argmax; `stats`.
+        dict: `machine`, `model`, `config`; `bandwidth`, the bytes of memory that are read in a second; `dense` and
+        `sirius` with medians, in seconds and bytes; `ratio_steps`, `ratio_decode` and `ratio_whole`, the medians over
+        pairs of sirius / dense; `num_identical` answers of `num_problems`; `others`, the same of each rival;
+        `left_out`, with reasons; `agreement`, the share of tokens that are the dense model's argmax; `stats`; `runs`,
+        the figures of each; `overhead` and `predicted`. What follows the `config` lies by context under `contexts`, if
+        these are given.
+
+        Of each way: `aal`, tokens per forward of the full model, those of cycles that the end cut short included;
+        `acceptance_rate` of drafted tokens; `bytes_per_token`, weights and KV-cache; `bound_seconds_per_token`, what
+        reading them takes.
     """
     _check_lengths(max_new_tokens)
     factors = {"hidden_factor": hidden_factor, "neuron_factor": neuron_factor}
     factors = {name: factor for name, factor in factors.items() if factor is not None}
     if model != "reasoner" and factors:
         raise ValueError(f"only the reasoner can be widened, and the model is {model}: leave {', '.join(factors)} out")
-    prompts = _tokenized_prompts(model, num_problems)
+    prompts = [prompt.to(device) for prompt in _tokenized_prompts(model, None)]
     if model == "reasoner":
         loaded = wide_reasoner(**{"hidden_factor": 9, "neuron_factor": 16, **factors}, dtype=dtype)
     else:
         loaded = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=dtype)
+    most = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if most and contexts and max(contexts) + max_new_tokens > most:
+        raise ValueError(
+            f"contexts={list(contexts)} and max_new_tokens={max_new_tokens} are more than the {most} tokens that "
+            f"{model} takes: shorten them"
+        )
     loaded = loaded.to(device)
+    bandwidth = memory_bandwidth(loaded.device)
     others = rivals(loaded) if with_rivals else {}  # before memory is measured
-    memory = _warm_up(loaded, prompts[0].to(device))
-    with make_sparse(loaded, config, **fields) as sparse:
-        _warm_up(loaded, prompts[0].to(device), sparse)
-        for options in others.values():
-            loaded.generate(**prompts[0].to(device), max_new_tokens=8, do_sample=False, **options)
-        figures = _alternate(loaded, sparse, prompts, num_repeats, max_new_tokens, memory, others=others)
-        return {**_describe(model, loaded, sparse, loaded.device), **figures}
+    memory = _warm_up(loaded, prompts[0])
+    with contextlib.ExitStack() as undo:
+        sparse = undo.enter_context(make_sparse(loaded, config, **fields))
+        left_out: dict[str, str] = {}
+        if with_rivals:
+            try:
+                compiled = undo.enter_context(make_sparse(loaded, sparse.sirius_config, compile_draft=True))
+                others["sirius, compiled"] = Way(twin=compiled, is_compiled=True)
+            except ValueError as error:
+                left_out["sirius, compiled"] = str(error)
+        figures = {**_describe(model, loaded, sparse, loaded.device), "bandwidth": bandwidth, "left_out": left_out}
+        for context in sorted(set(contexts)) or (None,):
+            of_context = _in_context(prompts, context)[:num_problems]
+            read = {"bandwidth": bandwidth, **bytes_of_forwards(loaded, sparse, of_context[0])}
+            ways = {"dense": Way(), "sirius": Way(twin=sparse), **others}
+            for name, way in list(ways.items()):
+                if way.twin is not None:
+                    ways[name] = way = dataclasses.replace(way, draft_bytes=read["draft"])
+                try:
+                    ways[name] = prepared(loaded, name, way, of_context, max_new_tokens)
+                except RuntimeError as error:  # such as of a missing C++ compiler
+                    if not way.is_compiled:
+                        raise
+                    left_out[name] = " ".join(str(error).partition("\n\n")[0].split())
+                    del ways[name]
+            part = _alternate(loaded, ways, of_context, num_repeats, max_new_tokens, memory, read=read)
+            if context is None:
+                figures |= part
+            else:
+                figures.setdefault("contexts", {})[context] = part
+            record(figures)
+    if with_rivals:
+        figures["overhead"] = step_overhead(loaded, prompts[0], num_repeats)
+        record(figures)
+    if shapes:
+        rates = acceptance(loaded, prompts[:num_problems], max_new_tokens)
+        figures["predicted"] = {"acceptance_of": model, "shapes": []}
+        for shape in shapes:
+            predicted = predict(
+                shape, rates, bandwidth, prompts[0]["input_ids"].shape[1], max_new_tokens, num_repeats, dtype, device
+            )
+            figures["predicted"]["shapes"].append(predicted)
+            record(figures)
+    return figures
+
+
+def _in_context(prompts: list[BatchEncoding], length: int | None) -> list[BatchEncoding]:
+    """Returns the prompts, each with the others before it, over and over, up to a length in tokens."""
+    if length is None:
+        return prompts
+    made = []
+    for i, prompt in enumerate(prompts):
+        others = [other["input_ids"] for other in (*prompts[i + 1 :], *prompts[:i])] or [prompt["input_ids"]]
+        num_times = -(-length // sum(ids.shape[1] for ids in others))
+        ids = torch.cat([*others * num_times, prompt["input_ids"]], dim=1)[:, -length:]
+        made.append(BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
+    return made
 
 
 def _check_lengths(*lengths: int) -> None:
@@ -201,11 +302,12 @@ def bench_offload(
             memory = _warm_up(model, prompts[0].to(device))
             _warm_up(model, prompts[0].to(device), sparse)
             description = _describe("reasoner", model, sparse, torch.device(device))
-            by_length = {n: _alternate(model, sparse, prompts, num_repeats, n, memory, streamed) for n in lengths}
+            ways = {"dense": Way(), "sirius": Way(twin=sparse)}
+            by_length = {n: _alternate(model, ways, prompts, num_repeats, n, memory, streamed) for n in lengths}
     return {**description, "lengths": by_length}
 
 
-def _tokenized_prompts(name: str, num_problems: int) -> list:
+def _tokenized_prompts(name: str, num_problems: int | None) -> list[BatchEncoding]:
     texts = own_prompts(name) or own_prompts("reasoner")
     tokenizer = AutoTokenizer.from_pretrained(model_path(name))
     return [tokenize(text, tokenizer, chat) for text, chat in texts[:num_problems]]

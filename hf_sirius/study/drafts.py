@@ -1,8 +1,8 @@
 """Compares drafts of one model: how often they agree, how many bytes a step needs, and what a generation takes."""
 
 import itertools
-import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..decode.attach import make_sparse
 from ..decode.sparse_twin import SparseTwin
-from ..draft.draft import Draft
-from ..model.projections import is_projection, projection_shape
-from ..model.sites import MlpSite, find_other_modules
-from ..weights.formats import num_bytes
-from ..weights.shortlist import SHORTLIST, num_exact_bytes
+from .machine import describe_machine
 from .named_models import model_path, own_prompts
 from .problems import tokenize
-from .timing import describe_machine, timed_run
+from .reads import draft_bytes, num_weights
+from .timing import timed_run
 
 
 DTYPES = (None, "int8", "int4")
@@ -43,11 +40,13 @@ def compare_drafts(
     kernel_size: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    record: Callable[[dict[str, Any]], None] = lambda figures: None,
 ) -> dict[str, Any]:
     """Runs every kind of draft on a model's own prompts, greedy and at threshold 1.0, in turn with the dense model.
 
     Args:
         model: `"reasoner"` or `"smollm2"`.
+        record: is given what there is so far, after each draft.
 
     Returns:
         dict: `machine`, `model`, `kernel_size`; `left_out`, the drafts that do not run here; `rows`, one for each other
@@ -71,8 +70,18 @@ def compare_drafts(
             f"every answer ({len(answers)} of num_prompts={num_prompts}) is a single token, behind which a draft has "
             f"nothing to read: take more prompts, and a max_new_tokens of at least 2, got {max_new_tokens}"
         )
-    rows = []
-    left_out = []
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    figures = {
+        "machine": describe_machine(device),
+        "model": model,
+        "dtype": str(dtype),
+        "num_prompts": len(prompts),
+        "max_new_tokens": max_new_tokens,
+        "kernel_size": kernel_size,
+        "rows": rows,
+        "left_out": left_out,
+    }
     for fields in tqdm(SETTINGS, desc="drafts"):
         try:
             twin = make_sparse(loaded, threshold=1.0, kernel_size=kernel_size, **fields)
@@ -103,16 +112,8 @@ def compare_drafts(
                     "num_identical": num_identical,
                 }
             )
-    return {
-        "machine": describe_machine(device),
-        "model": model,
-        "dtype": str(dtype),
-        "num_prompts": len(prompts),
-        "max_new_tokens": max_new_tokens,
-        "kernel_size": kernel_size,
-        "rows": rows,
-        "left_out": left_out,
-    }
+        record(figures)
+    return figures
 
 
 @torch.no_grad()
@@ -137,24 +138,5 @@ def read_along(
         with call.draft.drafting():
             read = output_ids[:, num_prompt:-1]
             logits = twin(read, past_key_values=outputs.past_key_values, return_dict=True).logits[0]
-        return logits.argmax(dim=-1) == output_ids[0, num_prompt + 1 :], _bytes_read(model, call.draft)
-
-
-def _bytes_read(model: PreTrainedModel, draft: Draft) -> float:
-    sites, config = draft.twin.sites, draft.config
-    others = [getattr(*place) for place in find_other_modules(model, sites)]
-    dtypes = dict.fromkeys(module for module in others if is_projection(module))
-    dtypes |= {part: config.draft_dtype for site in sites for part in site.parts}
-    dtypes |= {module: dtype for module, dtype in draft.twin.resident.items() if module in dtypes}
-    shares = dict.fromkeys(dtypes, 1.0)
-    for site in draft.twin.method_sites:
-        share = draft.method.num_parameters_read(site) / site.num_parameters()
-        shares |= dict.fromkeys(site.parts if isinstance(site, MlpSite) else [site.module], share)
-    read = sum(num_bytes(module, dtype) * shares[module] for module, dtype in dtypes.items())
-    if config.draft_head == SHORTLIST:
-        read += num_exact_bytes(model.get_output_embeddings())
-    of_model = sum(2 * math.prod(projection_shape(module)) for module in dtypes)
-    for block in draft.method.experts:  # a step reads those of its token, in their own dtype
-        read += block.num_parameters_read() * next(block.site.module.parameters()).itemsize
-        of_model += 2 * block.num_parameters_routed()
-    return read / of_model
+        share = draft_bytes(call.draft) / (2 * num_weights(call.draft))
+        return logits.argmax(dim=-1) == output_ids[0, num_prompt + 1 :], share

@@ -57,7 +57,7 @@ def _measures(trace: Trace):
     def shown(value, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    size = "" if measures["kernel_size"] == "auto" else f", of {measures['kernel_size']}"
+    size = f", of {measures['kernel_size']}" if isinstance(measures["kernel_size"], int) else ""
     rows = [
         ("AAL", shown(measures["aal"], ".2f"), "tokens a cycle" + size),
         ("acceptance rate", shown(measures["acceptance_rate"], ".1%"), f"of {measures['num_drafted']} drafted tokens"),

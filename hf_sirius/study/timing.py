@@ -1,15 +1,11 @@
-"""Times one generation in its parts, and describes the machine."""
+"""Times one generation in its parts."""
 
 import dataclasses
 import itertools
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -46,6 +42,7 @@ class TimedRun:
     draft_steps: list[float]  # seconds of each forward of the draft, the mean of its cycle
     verifications: list[float]  # seconds of each verification, or of each step of a dense generation
     cycles: list[Cycle]  # of the twin's statistics; empty for a dense generation
+    num_first: int = 1  # new tokens that came at first: of stock assisted decoding with a draft that was kept
 
     def scaled(self, factor: float) -> "TimedRun":
         """Returns the run with all its times multiplied."""
@@ -56,8 +53,8 @@ class TimedRun:
 
     @property
     def num_decoded(self) -> int:
-        """Tokens behind the first one."""
-        return self.num_tokens - 1
+        """Tokens behind the first one (or ones)."""
+        return self.num_tokens - self.num_first
 
     @property
     def seconds(self) -> float:
@@ -81,9 +78,11 @@ class _Clock(BaseStreamer):
 
     def __init__(self):
         self.times: list[float] = []
+        self.sizes: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        self.sizes.append(value.numel())
 
     def end(self) -> None:
         pass
@@ -115,6 +114,7 @@ def timed_run(model: PreTrainedModel, twin: SparseTwin | None, inputs: Mapping, 
         draft_steps=[cycle.draft_seconds / cycle.num_steps for cycle in cycles for _ in range(cycle.num_steps)],
         verifications=dense_steps if twin is None else [cycle.verification_seconds for cycle in cycles],
         cycles=cycles,
+        num_first=clock.sizes[1],
     )
 
 
@@ -122,23 +122,3 @@ def agreement_of(runs: Sequence[TimedRun]) -> float:
     """Returns the share of the outputs' tokens that are the dense model's argmax, given the output before them."""
     num_others = sum(cycle.num_accepted - cycle.num_agreed for run in runs for cycle in run.cycles)
     return 1 - num_others / sum(run.num_tokens for run in runs)
-
-
-def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """Returns what a reader of figures needs to know of the machine."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor_name(),
-        "num_cores": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux
-        return platform.processor() or platform.machine()

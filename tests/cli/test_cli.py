@@ -207,6 +207,29 @@ def test_tune_puts_smollm2s_questions_into_the_chat_template_and_its_code_not(as
     assert [(text, chat) for (text, _, chat), _ in tokenized.call_args_list] == as_smollm2
 
 
+def test_bench_decode_measures_contexts(tmp_path, capsys):
+    options = ["--hidden_factor", "1", "--neuron_factor", "1", "--num_problems", "1", "--num_repeats", "1"]
+    options += ["--method", "griffin", "--max_new_tokens", "8", "--contexts", "90", "40"]
+    file = tmp_path / "decode.json"
+    assert main(["bench", "decode", *options, "--json", str(file)]) == 0
+    assert list(json.loads(file.read_text())["contexts"]) == ["40", "90"] and list(tmp_path.iterdir()) == [file]
+    printed = capsys.readouterr().out
+    assert "40 tokens before: " in printed and "90 tokens before: " in printed and "dense: " in printed
+
+
+def test_bench_drafts_keeps_what_there_is_when_it_is_stopped(tmp_path, capsys, monkeypatch):
+    def stopped(record, **options):
+        figures = {"model": "reasoner", "dtype": "torch.float32", "kernel_size": 8, "num_prompts": 1, "left_out": []}
+        row = {"density": 1.0, "draft_dtype": "int8", "agreement": 0.9, "aal": 7.0, "bytes": 0.5, "ratio": 0.8}
+        record({**figures, "rows": [row]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "compare_drafts", stopped)
+    file = tmp_path / "drafts.json"
+    assert main(["bench", "drafts", "--json", str(file)]) == 130
+    assert json.loads(file.read_text())["rows"][0]["aal"] == 7.0 and "7.00" in capsys.readouterr().out
+
+
 def test_bench_decode_takes_a_path_and_answers_the_first_problems(tmp_path, capsys):
     options = ["--num_problems", "2", "--num_repeats", "1", "--max_new_tokens", "5", "--threshold", "1.0"]
     assert main(["bench", "decode", "--model", reasoner_path(), *options]) == 0

@@ -60,6 +60,7 @@ def told(caplog) -> list[str]:
 def assert_compiled(twin, num: int = 1):
     compiled_step = twin._twin.compiled
     assert not compiled_step._told and compiled_step.graph.compiled_for and num_graphs() == num
+    assert twin.stats.total.num_compiled_steps > 0
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,8 @@ def test_drafts_are_those_of_the_eager_twin(family, draft):
             outputs = [generate(model, t, prompt, max_new_tokens=max_new_tokens) for t in (None, eager, twin)]
             assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
             assert [cycle.drafted_ids for cycle in twin.stats.cycles] == [c.drafted_ids for c in eager.stats.cycles]
+            assert twin.stats.num_compiled_steps == twin.stats.num_steps == eager.stats.num_steps > 0
+            assert twin.stats.not_compiled is eager.stats.not_compiled is None and not eager.stats.num_compiled_steps
         assert_compiled(twin)
 
 
@@ -276,9 +279,11 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, caplog):
         monkeypatch.setattr(twin._twin.compiled.graph, "_run", lambda *args: 1 / 0)
         padded = {"attention_mask": torch.tensor([[0] + [1] * 10])}
         generate(model, twin, **padded)
+        assert twin.stats.not_compiled == "the prompt is padded"
         for _ in range(2):
             assert torch.equal(generate(model, twin), expected)
-            assert twin.stats.num_accepted
+            assert twin.stats.num_accepted and not twin.stats.num_compiled_steps
+            assert "ZeroDivisionError" in twin.stats.not_compiled and "ZeroDivisionError" in str(twin.stats)
         for message, words in zip(told(caplog), ["the prompt is padded", "ZeroDivisionError: division"], strict=True):
             assert "runs eagerly" in message and words in message
 
@@ -299,6 +304,7 @@ def test_calls_that_the_graph_does_not_take_draft_eagerly(reason, prepare, optio
         assert torch.equal(generate(model, twin, **options), expected)
         assert twin.stats.acceptance_rate == 1
         assert [reason in message for message in told(caplog)] == [True]
+        assert reason in twin.stats.not_compiled and f"0 of {twin.stats.num_steps} draft steps" in str(twin.stats)
 
 
 def test_nothing_is_left_of_a_call_or_a_model():

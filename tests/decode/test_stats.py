@@ -11,8 +11,8 @@ from hf_sirius.decode.stats import Cycle, GenerationStats
 
 MEASURES = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
 COUNTS = (
-    "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_drafted", "num_accepted",
-    "num_rolled_back", "num_nodes_drafted", "num_nodes_verified", "num_reread",
+    "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_steps", "num_compiled_steps",
+    "num_drafted", "num_accepted", "num_rolled_back", "num_nodes_drafted", "num_nodes_verified", "num_reread",
 )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_as_dict_is_plain_json(call, draft_density):
         stats.record_draft_density(draft_density, is_masking=False)
     values = stats.as_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
-    assert {"kernel_size", "reason", *MEASURES, *COUNTS} == set(values)
+    assert {"kernel_size", "reason", "not_compiled", *MEASURES, *COUNTS} == set(values)
 
 
 def test_repr_is_readable():
