@@ -14,6 +14,7 @@ from ..model.adapters import base_of_adapters
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import find_mlps, find_projections
+from ..model.unfit import check_fit
 from ..settings.config import SiriusConfig, check_field_names
 from ..settings.methods import method_class, method_of
 from ..weights.formats import check_draft_dtype
@@ -78,6 +79,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model; hf_sirius takes decoder-only language models"
         )
+    check_fit(model)
     offloaded = is_offloaded(model)
     if (name := next(unloaded(model), None)) is not None:
         raise ValueError(

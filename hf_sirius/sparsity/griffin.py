@@ -2,7 +2,7 @@
 
 import torch
 
-from ..model.projections import projection_shape
+from ..model.projections import is_projection, projection_shape
 from ..weights.formats import num_kept_neurons
 from .base import SparsityMethod
 
@@ -26,10 +26,10 @@ class Griffin(SparsityMethod):
     @classmethod
     def replacements(cls, site):
         hidden_size, _ = projection_shape(site.down)
-        for name, child in site.owner.named_children():
-            if name in site.part_names or site.num_neurons == hidden_size:
+        for name, inner in site.owner.named_modules():
+            if is_projection(inner) or site.num_neurons == hidden_size:
                 continue
-            if any(p.shape == (site.num_neurons,) for p in child.parameters()):
+            if any(p.shape == (site.num_neurons,) for p in inner.parameters(recurse=False)):
                 raise ValueError(
                     f"{site.name}.{name} works on all {site.num_neurons} neurons together, so a share of them cannot "
                     "be gathered: use method='cats' for this model"
