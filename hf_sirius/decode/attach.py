@@ -17,7 +17,8 @@ from ..model.encoder_decoder import text_inputs
 from ..model.experts import find_experts
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection
-from ..model.sites import find_mlps, find_projections
+from ..model.sites import decoder_modules, find_mlps, find_projections
+from ..model.unfit import check_fit
 from ..settings.config import SiriusConfig, check_field_names
 from ..settings.methods import method_class, method_of
 from ..weights.formats import check_draft_dtype
@@ -79,6 +80,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     check_field_names(fields)
     is_chosen = config is not None or any(name in CHOSEN for name in fields)
     config = (config or SiriusConfig()).replace(**fields)
+    check_fit(model)
     offloaded = is_offloaded(model)
     if (name := next(unloaded(model), None)) is not None:
         raise ValueError(
@@ -90,7 +92,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         check_offload(model)
     recurrence = find_recurrence(model)
     sites = find_mlps(model)
-    experts, _ = find_experts(model, set(model.get_decoder().modules()))
+    experts, _ = find_experts(model, decoder_modules(model))
     if not is_chosen:
         chosen = draft_of_experts(experts) if experts else choose_draft(model, sites, OFFLOADED_KERNEL_SIZE)
         config = config.replace(**{**chosen, **fields})

@@ -13,8 +13,8 @@ from ..settings.config import SiriusConfig
 from ..sparsity.base import drafting_method
 from .bond import release
 from .call import Call
-from .first_forward import mask_of_new_tokens
 from .checks import check_batch_size
+from .first_forward import mask_of_new_tokens
 from .stats import CallHistory, GenerationStats
 
 

@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..model.accelerate_hooks import is_offloaded, streaming_hook
 from ..model.experts import ExpertsSite, find_experts
-from ..model.sites import MlpSite, ProjectionSite, find_other_modules, find_projections
+from ..model.sites import MlpSite, ProjectionSite, decoder_modules, find_other_modules, find_projections, place_of
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
 from ..settings.methods import method_of
@@ -115,12 +115,14 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     method_sites = sites if method.acts_on == "mlps" else find_projections(model)
     replacements: dict[int, dict[str, nn.Module]] = {}
     for site in method_sites:
-        replacements.setdefault(id(site.owner), {}).update(method.replacements(site))
-    experts, _ = find_experts(model, set(model.get_decoder().modules()))
+        for path, new in method.replacements(site).items():
+            owner, name = place_of(site.owner, path)
+            replacements.setdefault(id(owner), {})[name] = new
+    experts, _ = find_experts(model, decoder_modules(model))
     for block in experts:
         replacements.setdefault(id(block.owner), {})[block.attribute] = TwinExperts(block.module, block.idx)
     resident = find_resident(model, sites, config, method.gathers)
-    in_mlps = [(site.owner, name) for site in sites for name in site.part_names]
+    in_mlps = [place for site in sites for place in site.places]
     for owner, name in (*(in_mlps if method.gathers else ()), *((place.owner, place.name) for place in resident)):
         parts = replacements.setdefault(id(owner), {})
         if name not in parts:  # the method's own comes first, be it an activation with parameters

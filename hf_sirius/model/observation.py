@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .shared import SharedContext
-from .sites import MlpSite, ProjectionSite
+from .sites import MlpSite, ProjectionSite, part_of
 
 
 # What is watched: of an MLP, "activation" is act(gate_proj x) and "neurons" the input of the down projection; of a
@@ -79,7 +79,7 @@ def observing(
         if observed == "neurons":
             return site.down.register_forward_pre_hook(lambda _, args: hand_over(site, args[0]))
         # The activation may be a plain function or shared by all layers, so the gate projection is watched instead.
-        activation = getattr(site.owner, site.activation)
+        activation = part_of(site.owner, site.activation)
         return site.gate.register_forward_hook(
             lambda _, args, output: hand_over(site, activation(output[..., : site.num_neurons]))
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from .projections import is_projection, is_router, projection_bias, projection_s
 
 @dataclasses.dataclass(frozen=True)
 class MlpKind:
-    """The attribute names of one MLP layout."""
+    """The attribute names of one MLP layout; dotted where a part lies in a module of its own."""
 
     # the projection whose activation decides. In a plain two-layer MLP it is the first layer; in a fused one it
     # holds gate and up, in this order
@@ -24,10 +25,33 @@ class MlpKind:
     down: str  # the projection back to the hidden size
     up: str | None = None  # the projection that the activation is multiplied with, if it is one of its own
     num_fused: int = 1  # how many projections `gate` holds (2 for a fused gate_up)
+    activation: str | None = None  # where it has none of the names of `ACTIVATIONS`
 
     @functools.cached_property
     def part_names(self) -> tuple[str, ...]:
         return tuple(name for name in (self.gate, self.up, self.down) if name)
+
+    def is_in(self, module: nn.Module) -> bool:
+        """Whether a module has all parts."""
+        return all(part_of(module, name) is not None for name in self.part_names)
+
+    def activation_in(self, module: nn.Module) -> str | None:
+        """Returns the name of a module's activation, if it has one."""
+        names = ACTIVATIONS if self.activation is None else (self.activation,)
+        return next((name for name in names if callable(part_of(module, name))), None)
+
+
+def part_of(owner: nn.Module, path: str) -> Any:
+    """Returns a module or function by its dotted path in a module; `None` where there is none."""
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def place_of(owner: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Returns the module that has what a dotted path leads to, and its attribute."""
+    parent, _, name = path.rpartition(".")
+    return owner.get_submodule(parent), name
 
 
 MLP_KINDS = (
@@ -40,8 +64,16 @@ MLP_KINDS = (
     MlpKind(gate="dense_h_to_4h", down="dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
     MlpKind(gate="wi_0", up="wi_1", down="wo"),  # T5 v1.1, mT5, UMT5, Pix2Struct
     MlpKind(gate="wi", down="wo"),  # T5
+    MlpKind(gate="fc1", down="fc2", num_fused=2),  # Moshi
+    MlpKind(gate="Wi", down="Wo", num_fused=2),  # ModernBERT
+    MlpKind(gate="lin1", down="lin2"),  # XLM
+    MlpKind(gate="layer_1", down="layer_2"),  # XLNet
+    MlpKind(gate="intermediate", down="output"),  # ProphetNet
+    MlpKind(gate="intermediate.dense", down="output.dense", activation="intermediate.intermediate_act_fn"),  # BERT, ...
+    MlpKind(gate="ffn.0", down="ffn.2", activation="ffn.1"),  # CTRL
+    MlpKind(gate="w_in.w_0", up="w_in.w_1", down="w_out", activation="w_in.act"),  # CPM-Ant
 )
-ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "gelu_impl", "activation_function")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +89,15 @@ class MlpSite:
 
     @property
     def gate(self) -> nn.Module:
-        return getattr(self.owner, self.kind.gate)
+        return self.owner.get_submodule(self.kind.gate)
 
     @property
     def up(self) -> nn.Module | None:
-        return getattr(self.owner, self.kind.up) if self.kind.up else None
+        return self.owner.get_submodule(self.kind.up) if self.kind.up else None
 
     @property
     def down(self) -> nn.Module:
-        return getattr(self.owner, self.kind.down)
+        return self.owner.get_submodule(self.kind.down)
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -74,7 +106,12 @@ class MlpSite:
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         """Its projections: gate, up if there is one, and down."""
-        return tuple(getattr(self.owner, name) for name in self.part_names)
+        return tuple(self.owner.get_submodule(name) for name in self.part_names)
+
+    @property
+    def places(self) -> tuple[tuple[nn.Module, str], ...]:
+        """The module that has each of its projections, and the attribute there."""
+        return tuple(place_of(self.owner, name) for name in self.part_names)
 
     def num_parameters(self) -> int:
         """Parameters of the projections, biases included."""
@@ -129,12 +166,25 @@ def neuron_weight(projection: nn.Module) -> torch.Tensor:
     return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
 
 
+# Parts of decoders that no draft step passes: of a decoder by itself what attends to an encoder, and towers.
+_NOT_PASSED = frozenset(("encoder_attn", "image_encoder", "visual_projection", "embed_tokens_extend"))
+
+
+def decoder_modules(model: nn.Module) -> set[nn.Module]:
+    """Returns the modules of a model's decoder that a draft step passes."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if decoder is model.get_output_embeddings():  # as ModernBERT names it
+        decoder = model.base_model
+    not_passed = _NOT_PASSED - {"encoder_attn"} if model.config.is_encoder_decoder else _NOT_PASSED
+    return {module for name, module in decoder.named_modules() if not_passed.isdisjoint(name.split("."))}
+
+
 def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
     """Returns the head, and the decoder's modules other than its MLPs' projections, that a draft step passes: (owner,
     attribute name) of each.
     """
     left_out = {part for site in sites for part in site.parts} | read_once(model)
-    decoder = set(model.get_decoder().modules())
+    decoder = decoder_modules(model)
     head = model.get_output_embeddings()
     return [
         (owner, name)
@@ -148,7 +198,7 @@ def find_projections(model: nn.Module) -> list[ProjectionSite]:
     """Returns the projections of a model's decoder that a draft step passes, in order, but for the head, routers and
     what adapts others.
     """
-    decoder, adapters = set(model.get_decoder().modules()) - read_once(model), find_adapters(model)
+    decoder, adapters = decoder_modules(model) - read_once(model), find_adapters(model)
     for name, module in model.named_modules():
         if module in decoder and {"original_module", "modules_to_save"} <= module._modules.keys():
             raise ValueError(
@@ -183,7 +233,7 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
     """
     sites = []
     # A vision or audio tower has MLPs of its own, which no draft step passes.
-    decoder = set(model.get_decoder().modules()) if hasattr(model, "get_decoder") else set(model.modules())
+    decoder = decoder_modules(model)
     for name, module in model.named_modules():
         if module not in decoder:
             continue
@@ -193,13 +243,9 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
                 f"{name!r}), which hf_sirius cannot make sparse: use a model whose experts are fused, as transformers "
                 "has them"
             )
-        children = {name for name, child in module._modules.items() if child is not None}
-        if (kind := next((kind for kind in MLP_KINDS if children.issuperset(kind.part_names)), None)) is None:
-            continue
-        if (activation := next((name for name in ACTIVATIONS if callable(getattr(module, name, None))), None)) is None:
-            continue
-        for part_name in kind.part_names:
-            part = getattr(module, part_name)
+        kinds = [kind for kind in MLP_KINDS if kind.is_in(module) and kind.activation_in(module) is not None]
+        for part_name in kinds[0].part_names if kinds else ():
+            part = part_of(module, part_name)
             if is_adapted(part):
                 raise ValueError(
                     f"{name}.{part_name} has an adapter ({type(part).__module__}.{type(part).__name__}), and hf_sirius "
@@ -212,10 +258,11 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
                     "of Linear, Conv1D and the quantized layers of libraries sparse: load the model without what "
                     "replaces them (a PeftModel's merge_and_unload() does so)"
                 )
-        num_neurons = projection_shape(getattr(module, kind.down))[1]
-        if projection_shape(getattr(module, kind.gate))[0] != kind.num_fused * num_neurons:
-            continue
-        sites.append(MlpSite(len(sites), name, module, kind, activation, num_neurons))
+        for kind in kinds:
+            num_neurons = projection_shape(part_of(module, kind.down))[1]
+            if projection_shape(part_of(module, kind.gate))[0] == kind.num_fused * num_neurons:
+                sites.append(MlpSite(len(sites), name, module, kind, kind.activation_in(module), num_neurons))
+                break
     experts, others = find_experts(model, decoder) if not sites else ([], [])
     if not sites and not experts and others:
         raise ValueError(

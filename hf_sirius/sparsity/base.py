@@ -7,7 +7,7 @@ densely. So two calls on one twin, in two threads, do not mix.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from ..model.encoder_decoder import read_once
 from ..model.experts import routing
 from ..model.observation import Observed, observing
 from ..model.projections import is_opaque, is_projection
-from ..model.sites import MlpSite, ProjectionSite, num_parameters
+from ..model.sites import MlpSite, ProjectionSite, decoder_modules, num_parameters
 from ..settings.config import SiriusConfig
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.formats import num_elements
@@ -83,7 +83,8 @@ class SparsityMethod(ABC):
 
     @classmethod
     def replacements(cls, site: MlpSite) -> dict[str, nn.Module]:
-        """Returns the attributes of the site's owner that the twin replaces, and by what. They are shared by all calls.
+        """Returns the attributes of the site's owner that the twin replaces, maybe dotted, and by what. They are shared
+        by all calls.
 
         Raises `ValueError` for a site at which this method cannot act.
         """
@@ -119,11 +120,11 @@ class SparsityMethod(ABC):
         of_experts = [call.num_parameters_read() for call in self.experts]
         if None in read or None in of_experts:
             return None
-        head, decoder = model.get_output_embeddings(), model.get_decoder()
-        head_parameters = _num_parameters_of(head) if head is not None else {}
+        head, decoder = model.get_output_embeddings(), decoder_modules(model)
+        head_parameters = _num_parameters_of(head.modules()) if head is not None else {}
         unread = sum(
             module.weight.numel() - module.weight.shape[-1]
-            for module in decoder.modules()
+            for module in decoder
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
         num_all = sum((_num_parameters_of(decoder) | head_parameters).values())
@@ -168,10 +169,10 @@ class SparsityMethod(ABC):
             _drafting.reset(token)
 
 
-def _num_parameters_of(root: nn.Module) -> dict[int, int]:
-    """Returns how many numbers the parameters in a module stand for, by the id of what may be tied."""
+def _num_parameters_of(modules: Iterable[nn.Module]) -> dict[int, int]:
+    """Returns how many numbers the parameters of modules stand for, by the id of what may be tied."""
     counts = {}
-    for module in root.modules():
+    for module in modules:
         if is_projection(module) and is_opaque(module):  # whose tensors do not tell
             counts[id(module._parameters.get("weight", module))] = num_parameters(module)
         else:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..model.sites import MlpSite
+from ..model.sites import MlpSite, part_of
 from ..weights.draft_modules import TwinModule
 from ..weights.linear import read_rows, run
 from .base import SparsityMethod, TwinActivation, drafting_method
@@ -36,7 +36,7 @@ class Cats(SparsityMethod):
 
     @classmethod
     def replacements(cls, site):
-        parts: dict[str, nn.Module] = {site.activation: TwinActivation(getattr(site.owner, site.activation), site.idx)}
+        parts: dict[str, nn.Module] = {site.activation: TwinActivation(part_of(site.owner, site.activation), site.idx)}
         if site.up is not None:
             parts |= {name: _MlpProjection(site, name) for name in site.part_names}
         return parts
@@ -101,7 +101,7 @@ class _MlpProjection(TwinModule):
     """Stands in for a projection of an MLP in the twin: the drafting method runs it."""
 
     def __init__(self, site: MlpSite, name: str):
-        super().__init__(getattr(site.owner, name))
+        super().__init__(part_of(site.owner, name))
         self.site_idx, self.is_up = site.idx, name == site.kind.up
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -30,16 +30,16 @@ class Griffin(SparsityMethod):
     def replacements(cls, site):
         hidden_size, _ = projection_shape(site.down)
         gate_features, _ = projection_shape(site.gate)
-        for name, child in site.owner.named_children():
-            if name in site.part_names or site.num_neurons == hidden_size:
+        for name, inner in site.owner.named_modules():
+            if is_projection(inner) or site.num_neurons == hidden_size:
                 continue
-            if any(p.shape == (site.num_neurons,) for p in child.parameters()):
+            if any(p.shape == (site.num_neurons,) for p in inner.parameters(recurse=False)):
                 raise ValueError(
                     f"{site.name}.{name} works on all {site.num_neurons} neurons together, so a share of them cannot "
                     "be gathered: use method='cats' for this model"
                 )
             # Zamba2 adapts a block that several layers share.
-            in_lists = child.modules() if isinstance(child, nn.ModuleList) else ()
+            in_lists = inner.modules() if isinstance(inner, nn.ModuleList) else ()
             if any(is_projection(part) and projection_shape(part)[0] == gate_features for part in in_lists):
                 raise ValueError(
                     f"{site.name}.{name} adds to what {site.kind.gate} makes, which cannot be gathered: use "

@@ -61,7 +61,7 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
         return Resident(owner, name, config.draft_dtype if is_cast else None)
 
     others = [other(*place) for place in find_other_modules(model, sites)]
-    in_mlps = [Resident(site.owner, name, config.draft_dtype) for site in sites for name in site.part_names]
+    in_mlps = [Resident(*place, config.draft_dtype) for site in sites for place in site.places]
     for place in (*others, *in_mlps):
         if streaming_hook(place.module) is not None:
             own_forward(place.module)  # which may not be fit for a copy

@@ -1,0 +1,195 @@
+"""What every family of the installed transformers can do, by a run of each as a tiny random model.
+
+python tests/support.py            # all of them, two at a time: writes docs/support.md
+python tests/support.py llama t5   # some of them, told here
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from shrinking import tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers.models.auto import modeling_auto
+
+from hf_sirius import make_sparse
+from hf_sirius.settings.methods import METHODS
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+MAPPINGS = {
+    "causal": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "seq2seq": (AutoModelForSeq2SeqLM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "image": (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+}
+DENSITY = 0.3  # of neurons with a squared ReLU about half are zero
+DRAFTS: dict[str, dict[str, Any]] = {name: {"method": name, "density": DENSITY} for name in METHODS}
+DRAFTS["teal"]["density"] = 0.5  # what it drops in one layer changes the sizes in the next
+DRAFTS["int8"] = {"method": "griffin", "density": 1.0, "draft_dtype": "int8", "draft_scope": "all"}
+MAX_NEW_TOKENS = 16
+MAX_SECONDS = 60  # for one family
+NUM_WORKERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """What became of one family with one draft."""
+
+    verdict: str  # "works", "refused", or "fails": which none may
+    reason: str = ""  # of a refusal or failure
+    density: float | None = None  # the share of neurons or inputs that were kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of one family."""
+
+    mapping: str
+    family: str
+    drafts: dict[str, Draft] = dataclasses.field(default_factory=dict)
+    reason: str = ""  # why it was not run
+    seconds: float = 0.0
+
+
+def examine(mapping: str, family: str) -> Row:
+    """Runs one family with every draft."""
+    start = time.monotonic()
+    try:
+        model = tiny_model(family, MAPPINGS[mapping][0])
+        inputs = tiny_inputs(model)
+        dense = generate(model, inputs)
+    except Exception as error:  # of any kind: no tiny model of this family can be made, or it cannot generate
+        return Row(mapping, family, reason=told(error))
+    drafts = {name: examine_draft(model, inputs, dense, fields) for name, fields in DRAFTS.items()}
+    return Row(mapping, family, drafts, seconds=time.monotonic() - start)
+
+
+def generate(model: Any, inputs: dict, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    return model.generate(
+        **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        **kwargs,
+    )  # fmt: skip
+
+
+def examine_draft(model: Any, inputs: dict, dense: Any, fields: dict[str, Any]) -> Draft:
+    try:
+        with make_sparse(model, **fields, threshold=1.0, kernel_size=4) as sparse:
+            output = generate(model, inputs, assistant_model=sparse)
+            num_drafted = sparse.stats.num_drafted
+            with torch.no_grad(), sparse.new_call() as call:
+                with call.draft.observing(None):
+                    expected = model(**inputs).logits
+                call.draft.select()
+                with call.draft.drafting():
+                    is_dense = torch.equal(sparse(**inputs).logits, expected)
+                density = kept_share(call.draft.method) if fields["density"] < 1 else None
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        return Draft("refused", told(error))
+    except Exception as error:
+        return Draft("fails", told(error))
+    if not torch.equal(output.sequences, dense.sequences):
+        return Draft("fails", "other tokens than the dense model's")
+    if not num_drafted:
+        return Draft("fails", "nothing was drafted")
+    if is_dense:
+        return Draft("fails", "the draft's logits are the dense model's")
+    return Draft("works", density=density)
+
+
+def kept_share(method: Any) -> float:
+    """Returns the share of neurons or inputs that a method kept, by the parameters that it counted as read."""
+
+    def read(site: Any, share: float) -> float:
+        if method.acts_on == "projections":
+            return site.num_parameters_read(share)
+        return site.num_parameters_read(share, gate_in_full=method.observed == "activation")
+
+    least, most = (sum(read(site, share) for site in method.sites) for share in (0.0, 1.0))
+    return (sum(method.num_parameters_read(site) for site in method.sites) - least) / (most - least)
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def _work(connection: Any) -> None:
+    """Runs families that come through a connection, for as long as any do."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    while True:
+        connection.send(examine(*connection.recv()))
+
+
+def sweep(families: Iterable[tuple[str, str]]) -> list[Row]:
+    """Runs families, (mapping, name) of each, in child processes, so that none can hang or end the others."""
+    context = multiprocessing.get_context("fork")  # which has imported all already
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    families = list(families)
+    for family in families:
+        waiting.put(family)
+    rows: dict[tuple[str, str], Row] = {}
+
+    def look_after_a_worker() -> None:
+        process = None
+        while not waiting.empty():
+            try:
+                family = waiting.get_nowait()
+            except queue.Empty:
+                break
+            if process is None:
+                connection, other = context.Pipe()
+                process = context.Process(target=_work, args=(other,), daemon=True)
+                process.start()
+                other.close()
+            connection.send(family)
+            try:
+                answered = connection.poll(MAX_SECONDS)
+                rows[family] = connection.recv() if answered else Row(*family, reason=f"took over {MAX_SECONDS} s")
+            except EOFError:
+                answered, rows[family] = False, Row(*family, reason="its process ended")
+            if not answered:
+                process.kill()
+                process = None
+        if process is not None:
+            process.kill()
+
+    threads = [threading.Thread(target=look_after_a_worker) for _ in range(NUM_WORKERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [rows[family] for family in families]
+
+
+def all_families() -> list[tuple[str, str]]:
+    return [(mapping, family) for mapping, (_, names) in MAPPINGS.items() for family in names]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*")
+    wanted = parser.parse_args().families
+    families = [place for place in all_families() if not wanted or place[1] in wanted or place[0] in wanted]
+    rows = sweep(families)
+    for row in rows:
+        print(f"{row.mapping} {row.family} {row.seconds:.1f}s {row.reason}")
+        for name, draft in row.drafts.items():
+            density = "" if draft.density is None else f" {draft.density:.3f}"
+            print(f"    {name}: {draft.verdict}{density} {draft.reason}")
+
+
+if __name__ == "__main__":
+    main()
