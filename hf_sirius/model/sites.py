@@ -32,8 +32,8 @@ class MlpKind:
         return tuple(name for name in (self.gate, self.up, self.down) if name)
 
     def is_in(self, module: nn.Module) -> bool:
-        """Whether a module has all parts."""
-        return all(part_of(module, name) is not None for name in self.part_names)
+        """Whether a module has all parts, as modules: fused experts have some as parameters."""
+        return all(isinstance(part_of(module, name), nn.Module) for name in self.part_names)
 
     def activation_in(self, module: nn.Module) -> str | None:
         """Returns the name of a module's activation, if it has one."""
