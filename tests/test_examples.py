@@ -160,3 +160,13 @@ def test_the_app_tells_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match=r"needs Gradio: pip install hf_sirius\[demo\]") as raised:
         import app  # noqa: F401
     assert raised.value.__cause__ is None
+
+
+def test_the_hybrid_trains_goes_on_and_is_written(tmp_path):
+    """Of a few tokens nothing is learnt; what it writes is a model and problems."""
+    options = ["--output_dir", str(tmp_path), "--batch_size", "2", "--num_problems", "3", "--save_every", "1"]
+    for num_steps in ("1", "2"):
+        run("examples/reasoner/hybrid.py", "--num_steps", num_steps, *options)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert len((tmp_path / "test.jsonl").read_text().splitlines()) == 3

@@ -2,7 +2,8 @@
 recurrent state (Mamba-2).
 
     python examples/reasoner/hybrid.py --output_dir runs/hybrid
-    hf-sirius eval --model runs/hybrid/model --task runs/hybrid/test.jsonl --method griffin --density 0.5
+    hf-sirius sweep --model runs/hybrid/model --task runs/hybrid/test.jsonl --num_items 40 --methods griffin cats \
+        --densities 0.5 0.3 --thresholds 0.1 0.5 --kernel_sizes 8 --max_new_tokens 48 --no_plots
 
 It writes the model, and problems that it has not seen. It checkpoints every `--save_every` steps and goes on from the
 last checkpoint when started again.

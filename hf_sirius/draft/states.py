@@ -74,10 +74,15 @@ def stop_growing(cache: Cache) -> None:
     convolution has read, and does not take that back.
     """
     for layer in filter(is_recurrent, cache.layers):
-        for idx, size in layer.conv_kernel_size.items():
-            if size is not None and layer.conv_states[idx] is not None:
-                layer.conv_states[idx] = layer.conv_states[idx][..., -size:].clone()
+        _trim(layer)
         layer.record_past = False
+
+
+def _trim(layer: LinearAttentionLayer) -> None:
+    """Leaves of what a layer's convolution has read as much as it needs."""
+    for idx, size in layer.conv_kernel_size.items():
+        if size is not None and layer.conv_states[idx] is not None:
+            layer.conv_states[idx] = layer.conv_states[idx][..., -size:].clone()
 
 
 class States:
@@ -144,30 +149,18 @@ class States:
         """Brings the states to the first `num_tokens` of those that were read, and returns how many of these the mixers
         read again; keys, values and convolutions are cropped already.
         """
-        given = self._given
-        try:
-            if num_tokens == self._num_read or not self.mixers:
-                return 0
+        if num_tokens == self._num_read:
+            return 0
+        for idx, mixer in self.mixers.items():
+            layer = self.cache.layers[idx]
             if not self.recurrence.is_at_once:
-                for idx in self.mixers:
-                    restore(self.cache.layers[idx], self._after[idx][num_tokens - 1])
-                return 0
-            for idx, mixer in self.mixers.items():
-                restore(self.cache.layers[idx], self._before[idx])
-                args, kwargs = self._slice(idx, 0, num_tokens)
-                mixer.forward(*args, **kwargs)
-                _trim(self.cache.layers[idx])
-            return num_tokens
-        finally:
-            given.clear()
-            self._before, self._after = {}, {}
-
-
-def _trim(layer: LinearAttentionLayer) -> None:
-    """Leaves of what a convolution has read as much as it needs."""
-    for idx, size in layer.conv_kernel_size.items():
-        if size is not None and layer.conv_states[idx] is not None:
-            layer.conv_states[idx] = layer.conv_states[idx][..., -size:]
+                restore(layer, self._after[idx][num_tokens - 1])
+                continue
+            restore(layer, self._before[idx])
+            args, kwargs = self._slice(idx, 0, num_tokens)
+            mixer.forward(*args, **kwargs)
+            _trim(layer)
+        return num_tokens if self.mixers and self.recurrence.is_at_once else 0
 
 
 def _sliced(value: Any, num_tokens: int, start: int, end: int) -> Any:

@@ -1,6 +1,7 @@
 """`kernel_size="auto"`: whatever is chosen the output stays, and a draft that loses is left."""
 
 import collections
+import dataclasses
 import random
 
 import pytest
@@ -80,6 +81,18 @@ def cycle(
         likelihoods=(0.5,) * num_drafted, bonus_likelihood=0.5, num_steps=num_drafted, draft_seconds=draft_seconds,
         verification_seconds=verification_seconds,
     )  # fmt: skip
+
+
+def test_what_states_cost_behind_a_rejection_is_part_of_a_cycle():
+    longest = []
+    for state_seconds in (0.0, 3.0, 30.0):
+        controller = Controller(torch.nn.Linear(1, 1), AUTO)
+        for num_drafted, num_accepted in [(0, 0), (0, 0), (4, 4), (8, 8)] * 4 + [(8, 3)] * 6:
+            is_rejected = num_accepted < num_drafted
+            of_cycle = cycle(num_drafted, num_accepted, 0.2 * num_drafted, 1.0 + 0.01 * num_drafted)
+            controller.note(dataclasses.replace(of_cycle, state_seconds=state_seconds * is_rejected))
+        longest.append(controller.num_tokens(64))
+    assert longest[0] > longest[1] > longest[2] == 0
 
 
 @settings(deadline=None)
