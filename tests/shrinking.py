@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # What numbers are by their names, of which the first that fits holds. A smaller one stays.
 SIZES = (
     (r"index_topk", 256),  # of fewer tokens many score the same, which is zero
-    (r"\w*vocab_size\w*|n_vocab", 99),
+    (r"\w*vocab_size\w*|n_vocab|\w*_vocab", 99),
     (
         r"\w*(intermediate_(size|dim)|ffn_(dim|size|hidden_size)|mlp_dim)\w*|n_inner|d_ff|dim_ff|dff",
         64,

@@ -10,7 +10,7 @@ from ..draft.choice import CHOSEN, choose_draft
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded, unloaded
-from ..model.adapters import base_of_adapters
+from ..model.adapters import base_of_adapters, is_adapted
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import find_mlps, find_projections
@@ -90,6 +90,11 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     if offloaded:
         check_offload(model)
     sites = find_mlps(model)
+    if offloaded and any(is_adapted(part) for site in sites for part in site.parts):
+        raise ValueError(
+            f"the MLPs of this {type(model).__name__} have adapters, and accelerate offloads it: merge them before, "
+            "with merge_and_unload() of the PeftModel"
+        )
     if not is_chosen:
         config = config.replace(**{**choose_draft(model, sites, OFFLOADED_KERNEL_SIZE), **fields})
         if config.compile_draft and not method_of(config).is_steady:
