@@ -176,7 +176,9 @@ class Draft:
 
     def next_kwargs(self, outputs: Any, model_kwargs: dict) -> dict:
         """Returns the `model_kwargs` of the step after the one that had these outputs."""
-        return self.twin.module._update_model_kwargs_for_generation(outputs, model_kwargs)
+        return self.twin.module._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder=self.model.config.is_encoder_decoder
+        )
 
 
 class _Chain:
