@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # What numbers are by their names, of which the first that fits holds. A smaller one stays.
 SIZES = (
     (r"index_topk", 256),  # of fewer tokens many score the same, which is zero
-    (r"\w*vocab_size\w*|n_vocab", 99),
+    (r"\w*vocab_size\w*|n_vocab|\w*_vocab", 99),
     (
         r"\w*(intermediate_(size|dim)|ffn_(dim|size|hidden_size)|mlp_dim)\w*|n_inner|d_ff|dim_ff|dff",
         64,
@@ -36,9 +36,13 @@ FIELDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "tie_word_
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # What a family cannot be built small, or be told apart, without.
 OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_expert_group": 2},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 64}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
@@ -53,12 +57,16 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "moshi": {"sliding_window": 256},  # its masks know of none
     "mpt": {"use_cache": True, "expansion_ratio": 2},
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 16},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False},
+    "zamba": {"n_mamba_heads": 2, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"n_mamba_heads": 4, "mamba_headdim": 16, "attention_hidden_size": 64, "attention_head_dim": 16},
     "xlnet": {"d_inner": 64, "d_head": 8},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
@@ -68,7 +76,7 @@ def smaller(config: PreTrainedConfig, own: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a default config that are to be others in a small one."""
     known = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     fields: dict[str, Any] = {}
-    layer_types = known.get("layer_types")
+    layer_types = known.get("layer_types") or known.get("layers_block_type")
     num_layers = known.get("num_hidden_layers") or 0
     # As many layers as have all types of them.
     few = next((n for n in range(2, 9) if set(layer_types[:n]) == set(layer_types)), 2) if layer_types else 2

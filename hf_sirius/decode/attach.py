@@ -12,7 +12,7 @@ from ..draft.states import find_recurrence
 from ..draft.tree_reading import check_tree
 from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded, unloaded
-from ..model.adapters import base_of_adapters
+from ..model.adapters import base_of_adapters, is_adapted
 from ..model.encoder_decoder import text_inputs
 from ..model.experts import find_experts
 from ..model.observation import evaluating, uncompiled
@@ -92,6 +92,11 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         check_offload(model)
     recurrence = find_recurrence(model)
     sites = find_mlps(model)
+    if offloaded and any(is_adapted(part) for site in sites for part in site.parts):
+        raise ValueError(
+            f"the MLPs of this {type(model).__name__} have adapters, and accelerate offloads it: merge them before, "
+            "with merge_and_unload() of the PeftModel"
+        )
     experts, _ = find_experts(model, decoder_modules(model))
     if not is_chosen:
         chosen = draft_of_experts(experts) if experts else choose_draft(model, sites, OFFLOADED_KERNEL_SIZE)

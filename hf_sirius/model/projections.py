@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .accelerate_hooks import bare_copy, streaming_hook
+from .adapters import base_layer
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +38,8 @@ def is_router(module: Any) -> bool:
 
 
 def projection_shape(projection: nn.Module) -> tuple[int, int]:
-    """Returns (out_features, in_features), which the weight of a 4-bit layer does not tell."""
+    """Returns (out_features, in_features), which the weight of a 4-bit layer does not tell; of an adapted layer too."""
+    projection = base_layer(projection)
     if isinstance(projection, Conv1D):
         return projection.nf, projection.nx
     return projection.out_features, projection.in_features

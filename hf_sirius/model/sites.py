@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import find_adapters, is_adapted
+from .adapters import base_layer, find_adapters, is_adapted
 from .encoder_decoder import read_once
 from .experts import find_experts, is_experts
 from .projections import is_projection, is_router, projection_bias, projection_shape
@@ -183,7 +183,7 @@ def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.
     """Returns the head, and the decoder's modules other than its MLPs' projections, that a draft step passes: (owner,
     attribute name) of each.
     """
-    left_out = {part for site in sites for part in site.parts} | read_once(model)
+    left_out = {inner for site in sites for part in site.parts for inner in part.modules()} | read_once(model)
     decoder = decoder_modules(model)
     head = model.get_output_embeddings()
     return [
@@ -246,12 +246,8 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
         kinds = [kind for kind in MLP_KINDS if kind.is_in(module) and kind.activation_in(module) is not None]
         for part_name in kinds[0].part_names if kinds else ():
             part = part_of(module, part_name)
-            if is_adapted(part):
-                raise ValueError(
-                    f"{name}.{part_name} has an adapter ({type(part).__module__}.{type(part).__name__}), and hf_sirius "
-                    "takes adapters of the attention alone: merge them with merge_and_unload() of the PeftModel "
-                    "(merge_adapter() leaves them in place)"
-                )
+            if is_adapted(part) and is_projection(base_layer(part)) and hasattr(part, "merge"):
+                continue
             if not is_projection(part):
                 raise ValueError(
                     f"{name}.{part_name} is a {type(part).__module__}.{type(part).__name__}; hf_sirius can make MLPs "
@@ -271,11 +267,27 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
             "their weights in another form. Add a row to hf_sirius.model.experts.EXPERTS_KINDS if only names differ"
         )
     if not sites and not experts:
-        layouts = ", ".join("/".join(kind.part_names) for kind in MLP_KINDS)
-        raise ValueError(
-            f"{type(model).__name__} has no MLP of a known kind: a module with an activation "
-            f"({', '.join(ACTIVATIONS)}) and the projections of one of {layouts}. Add a row to "
-            "hf_sirius.model.sites.MLP_KINDS if its MLP only has other names, and load a quantized model without fused "
-            "modules."
-        )
+        raise ValueError(_unknown(model, decoder))
     return sites
+
+
+def _unknown(model: nn.Module, decoder: set[nn.Module]) -> str:
+    """Says what was looked for, and which module is likely to be the MLP that was not found."""
+    likely = []
+    for name, module in model.named_modules():
+        inner = module.named_modules() if module in decoder else ()
+        shapes = {path: projection_shape(part) for path, part in inner if path.count(".") < 2 and is_projection(part)}
+        into = {in_features for out_features, in_features in shapes.values() if out_features < in_features}
+        if any(out_features in (size, 2 * size) for size in into for out_features, _ in shapes.values()):
+            likely.append((name, module, shapes))
+    found = ""
+    if likely:
+        name, module, shapes = min(likely, key=lambda place: len(place[2]))
+        projections = ", ".join(f"{path} [{shape[0]}, {shape[1]}]" for path, shape in shapes.items())
+        found = f" {name} is a {type(module).__module__}.{type(module).__name__}, with the projections {projections}."
+    layouts = ", ".join("/".join(kind.part_names) for kind in MLP_KINDS)
+    return (
+        f"{type(model).__name__} has no MLP of a known kind.{found} What was looked for is a module with an activation "
+        f"({', '.join(ACTIVATIONS)}) and the projections of one of {layouts}. Add a row to MLP_KINDS in {__name__} if "
+        "only the names differ, and load a quantized model without fused modules"
+    )

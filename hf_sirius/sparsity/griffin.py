@@ -30,8 +30,9 @@ class Griffin(SparsityMethod):
     def replacements(cls, site):
         hidden_size, _ = projection_shape(site.down)
         gate_features, _ = projection_shape(site.gate)
+        in_parts = {inner for part in site.parts for inner in part.modules()}
         for name, inner in site.owner.named_modules():
-            if is_projection(inner) or site.num_neurons == hidden_size:
+            if is_projection(inner) or inner in in_parts or site.num_neurons == hidden_size:
                 continue
             if any(p.shape == (site.num_neurons,) for p in inner.parameters(recurse=False)):
                 raise ValueError(

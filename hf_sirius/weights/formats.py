@@ -11,6 +11,7 @@ from torch import nn
 
 from ..model import projections
 from ..model.accelerate_hooks import streaming_hook
+from ..model.adapters import combined
 from ..model.projections import device_of, is_opaque, projection_bias, projection_shape
 from ..model.sites import MlpSite, neuron_weight
 from ..settings.config import SiriusConfig
@@ -36,7 +37,8 @@ def draft_linear(
     """Returns a projection with some of its rows or columns, cast or quantized.
 
     Args:
-        projection: an `nn.Linear`, a `Conv1D`, or a quantized linear layer of some library.
+        projection: an `nn.Linear`, a `Conv1D`, or a quantized linear layer of some library; with adapters it is what
+            they make of it.
         draft_dtype: of `SiriusConfig`; `None` keeps the projection's own format, if it is plain or bitsandbytes', and
             dequantizes others.
         rows: long [num_rows], the outputs to keep, all by default.
@@ -45,6 +47,7 @@ def draft_linear(
         memory: uint8 [num_bytes], where a weight that is not quantized goes, if it fits and is to be on this device; by
             default new memory.
     """
+    projection = combined(projection)
     bias = projection_bias(projection)
     if bias is not None:
         bias = bias.detach() if rows is None else bias.detach().index_select(0, rows.to(bias.device))

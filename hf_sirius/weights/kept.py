@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import nn
 
+from ..model.adapters import adapters_of
 from ..model.projections import compute_dtype, device_of, plain_tensors, projection_shape
 from .formats import changes, draft_linear
 from .gather import own_memory
@@ -35,7 +36,8 @@ class _Cast:
         self.linear(inputs.to(device_of(projection)))
 
     def is_of(self, projection: nn.Module) -> bool:
-        """Whether the projection is still what it was: not moved, cast, loaded or written to.
+        """Whether the projection is still what it was: not moved, cast, loaded or written to, with
+        the same adapters in use.
 
         Of what is written through `.data`, which autograd does not count, whole rows of 256 numbers and more are seen.
         """
@@ -43,7 +45,7 @@ class _Cast:
 
 
 def _marks(projection: nn.Module) -> list[tuple]:
-    return [
+    return adapters_of(projection) + [
         (p.data_ptr(), p.device, p.dtype, p.shape, None if p.is_inference() else p._version)
         for p in plain_tensors(projection)
     ]

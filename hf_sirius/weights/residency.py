@@ -7,10 +7,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
+from ..model.adapters import is_adapted
 from ..model.projections import device_of, is_projection, is_router
 from ..model.sites import MlpSite, find_other_modules
 from ..settings.config import SiriusConfig
 from ..settings.fields import memory_bytes
+from ..settings.methods import method_of
 from .formats import changes, gathered_shapes, head_dtype, num_bytes
 from .shortlist import SHORTLIST
 
@@ -62,6 +64,8 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
 
     others = [other(*place) for place in find_other_modules(model, sites)]
     in_mlps = [Resident(*place, config.draft_dtype) for site in sites for place in site.places]
+    if method_of(config).acts_on == "projections":  # within adapted layers as well
+        in_mlps = [_under_adapters(place) for place in in_mlps]
     for place in (*others, *in_mlps):
         if streaming_hook(place.module) is not None:
             own_forward(place.module)  # which may not be fit for a copy
@@ -101,6 +105,12 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
             f"a draft holds {needed / 2**20:.1f} MiB of weights and streams {num_streamed / 2**20:.1f} MiB per token"
         )
     return resident
+
+
+def _under_adapters(place: Resident) -> Resident:
+    while is_adapted(place.module):
+        place = Resident(place.module, "base_layer", place.draft_dtype)
+    return place
 
 
 def _copy_bytes(place: Resident) -> int:

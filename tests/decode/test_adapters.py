@@ -1,5 +1,7 @@
 """Models with PEFT's adapters: the twin drafts with the one that is in use."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -112,16 +114,90 @@ def test_the_adapters_in_use_are_told():
     assert adapters_in_use(build_model()) == {}
 
 
-def test_adapters_of_mlps_are_refused_with_what_helps():
-    user = build_adapted(["gate_proj", "up_proj", "down_proj"])
-    user.merge_adapter()  # leaves them in place
-    with pytest.raises(ValueError, match=r"layers.0.mlp.gate_proj has an adapter \(peft.*merge_and_unload\(\)"):
+MLP = ("gate_proj", "up_proj", "down_proj")
+ADAPTERS = {
+    "lora": lambda: peft.LoraConfig(target_modules=[*MLP], init_lora_weights=False, lora_alpha=16),
+    "dora": lambda: peft.LoraConfig(target_modules=[*MLP], init_lora_weights=False, lora_alpha=16, use_dora=True),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=[*MLP], feedforward_modules=["down_proj"], init_ia3_weights=False, task_type="CAUSAL_LM"
+    ),
+}
+IN_MLPS = {
+    **{name: {**fields, "density": 0.5} for name, fields in METHODS.items()},
+    "griffin-cast": {"method": "griffin", "density": 0.5, "draft_dtype": "bfloat16"},
+    "teal-cast": {"method": "teal", "density": 0.5, "draft_dtype": "bfloat16"},
+    "int8": {**WHOLE, "draft_dtype": "int8", "draft_scope": "all"},
+    "whole": WHOLE,
+}
+
+
+def build_adapted_mlps(kind: str):
+    torch.manual_seed(0)
+    user = peft.get_peft_model(build_model(), ADAPTERS[kind]())
+    user.add_adapter("other", ADAPTERS[kind]())
+    return user.double().eval()
+
+
+@pytest.mark.parametrize(
+    "draft, kind",
+    [*((draft, "lora") for draft in IN_MLPS), ("griffin", "dora"), ("griffin", "ia3"), ("int8", "dora"),
+     ("cats-topk", "ia3")],
+)  # fmt: skip
+def test_adapters_of_mlps_draft_as_those_that_are_merged(draft, kind):
+    user, fields = build_adapted_mlps(kind), IN_MLPS[draft]
+    greedy = {**GREEDY, "max_new_tokens": 16}
+    outputs = set()
+    with make_sparse(user, **fields, **LOSSLESS) as sparse:
+        for to in ("default", "other", "none", ["default", "other"]):
+            switch(user, to if isinstance(to, str) else to[0])
+            if isinstance(to, list):
+                user.base_model.set_adapter(to)
+            expected = user.generate(input_ids=make_prompt(), **greedy)
+            output = user.generate(input_ids=make_prompt(), assistant_model=sparse, **greedy)
+            assert torch.equal(output, expected)
+            assert sparse.stats.num_drafted > 0
+            outputs.add(str(output.tolist()))
+            if fields["method"] == "teal":  # which drops inputs of the layers, and none of their adapters
+                continue
+            merged = merged_copy(user)
+            with make_sparse(merged, **fields, **LOSSLESS) as other:
+                merged.generate(make_prompt(), assistant_model=other, **greedy)
+            drafted = [[cycle.drafted_ids for cycle in twin.stats.cycles] for twin in (sparse, other)]
+            assert drafted[0] == drafted[1], to
+    assert len(outputs) == 4
+
+
+def merged_copy(user):
+    """Returns a copy of the base model in which what is active is part of the weights."""
+    model = copy.deepcopy(user.get_base_model())
+    owners = [(owner, name, child) for owner in model.modules() for name, child in owner.named_children()]
+    for owner, name, child in owners:
+        if hasattr(child, "base_layer"):
+            if not child.disable_adapters:
+                child.merge()
+            setattr(owner, name, child.get_base_layer())
+    return model
+
+
+def test_a_merge_in_place_reaches_a_draft_of_mlps():
+    user = build_adapted_mlps("lora")
+    with make_sparse(user, method="griffin", density=0.5, draft_dtype="int8", draft_scope="all", **LOSSLESS) as sparse:
+        drafted = []
+        for to in ("default", "merged", "none"):
+            switch(user, to)
+            expected = user.generate(input_ids=make_prompt(), **GREEDY)
+            assert torch.equal(user.generate(input_ids=make_prompt(), assistant_model=sparse, **GREEDY), expected)
+            drafted.append([cycle.drafted_ids for cycle in sparse.stats.cycles])
+    assert drafted[0] == drafted[1] != drafted[2]
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_adapters_of_the_mlps_of_an_offloaded_model_are_refused(offload, tmp_path):
+    user = build_adapted_mlps("lora")
+    folder = {"offload_dir": str(tmp_path)} if offload is disk_offload else {}
+    offload(user.get_base_model(), execution_device=torch.device("cpu"), **folder)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM have adapters, .* merge_and_unload\(\)"):
         make_sparse(user, method="griffin")
-    user.unmerge_adapter()
-    expected = user.generate(input_ids=make_prompt(), **GREEDY)
-    merged = user.merge_and_unload()
-    with make_sparse(merged, method="griffin", **LOSSLESS) as sparse:
-        assert torch.equal(merged.generate(make_prompt(), assistant_model=sparse, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])

@@ -6,7 +6,7 @@ from tiny import build_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_sirius.model.sites import find_mlps, neuron_weight
+from hf_sirius.model.sites import find_mlps, neuron_weight, part_of
 
 
 HIDDEN_SIZE, NUM_NEURONS, VOCAB_SIZE = 32, 64, 48
@@ -33,6 +33,12 @@ FAMILIES = {
     "gpt_neox": ({}, "gpt_neox.layers.{}.mlp", "dense_h_to_4h", None, "dense_4h_to_h", "act"),
     "falcon": ({"ffn_hidden_size": NUM_NEURONS}, "transformer.h.{}.mlp", "dense_h_to_4h", None, "dense_4h_to_h", "act"),
     "bloom": ({}, "transformer.h.{}.mlp", "dense_h_to_4h", None, "dense_4h_to_h", "gelu_impl"),
+    "bert": ({"is_decoder": True}, "bert.encoder.layer.{}", "intermediate.dense", None, "output.dense",
+             "intermediate.intermediate_act_fn"),
+    "ctrl": ({"dff": NUM_NEURONS}, "transformer.h.{}", "ffn.0", None, "ffn.2", "ffn.1"),
+    "modernbert-decoder": ({}, "model.layers.{}.mlp", "Wi", None, "Wo", "act"),
+    "cpmant": ({"dim_ff": NUM_NEURONS}, "cpmant.encoder.layers.{}.ffn.ffn", "w_in.w_0", "w_in.w_1", "w_out",
+               "w_in.act"),
 }  # fmt: skip
 
 
@@ -46,9 +52,9 @@ def test_every_mlp_is_found_in_order(family):
     for layer, site in enumerate(sites):
         owner = model.get_submodule(name.format(layer))
         assert site.name == name.format(layer) and site.owner is owner
-        assert site.gate is getattr(owner, gate) and site.down is getattr(owner, down)
-        assert site.up is (getattr(owner, up) if up else None)
-        assert site.activation == activation and callable(getattr(owner, activation))
+        assert site.gate is owner.get_submodule(gate) and site.down is owner.get_submodule(down)
+        assert site.up is (owner.get_submodule(up) if up else None)
+        assert site.activation == activation and callable(part_of(owner, activation))
         assert site.num_neurons == num_neurons
 
 
@@ -71,6 +77,25 @@ def test_models_without_a_known_mlp_are_refused():
         del block.mlp.act_fn
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no MLP of a known kind.*gate_proj/up_proj/down"):
         find_mlps(model)
+
+
+def test_an_unknown_mlp_is_named():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.back = nn.Linear(HIDDEN_SIZE, NUM_NEURONS), nn.Linear(NUM_NEURONS, HIDDEN_SIZE)
+
+        def forward(self, hidden_states):
+            return self.back(self.wide(hidden_states).relu())
+
+    model = build_model()
+    for block in model.model.layers:
+        block.mlp = Block()
+    with pytest.raises(ValueError) as caught:
+        find_mlps(model)
+    told = str(caught.value)
+    assert "model.layers.0.mlp is a " in told and ".Block, with the projections wide [64, 32], back [32, 64]" in told
+    assert "intermediate.dense/output.dense" in told and "MLP_KINDS in hf_sirius.model.sites" in told
 
 
 def test_a_projection_of_an_unknown_type_is_refused_by_name():
