@@ -181,7 +181,8 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
     """
     sites = []
     # A vision or audio tower has MLPs of its own, which no draft step passes.
-    decoder = set(model.get_decoder().modules()) if hasattr(model, "get_decoder") else set(model.modules())
+    has_decoder = hasattr(model, "get_decoder")
+    decoder = set(model.get_decoder().modules()) - read_once(model) if has_decoder else set(model.modules())
     for name, module in model.named_modules():
         if module not in decoder:
             continue

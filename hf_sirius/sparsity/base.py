@@ -7,7 +7,7 @@ densely. So two calls on one twin, in two threads, do not mix.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar, Literal
 
@@ -111,15 +111,15 @@ class SparsityMethod(ABC):
         read = [self.num_parameters_read(site) for site in self.sites]
         if None in read:
             return None
-        head, decoder = model.get_output_embeddings(), model.get_decoder()
-        head_parameters = _num_parameters_of(head) if head is not None else {}
+        head, left_out = model.get_output_embeddings(), read_once(model)
+        decoder = [module for module in model.get_decoder().modules() if module not in left_out]
+        head_parameters = _num_parameters_of(head.modules()) if head is not None else {}
         unread = sum(
             module.weight.numel() - module.weight.shape[-1]
-            for module in decoder.modules()
+            for module in decoder
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
         num_all = sum((_num_parameters_of(decoder) | head_parameters).values())
-        num_all -= sum(num_parameters(part) for part in read_once(model))
         embedding = model.get_input_embeddings()
         is_tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
         if is_tied and not is_opaque(head) and head.weight.is_meta and id(embedding.weight) not in head_parameters:
@@ -158,10 +158,10 @@ class SparsityMethod(ABC):
             _drafting.reset(token)
 
 
-def _num_parameters_of(root: nn.Module) -> dict[int, int]:
-    """Returns how many numbers the parameters in a module stand for, by the id of what may be tied."""
+def _num_parameters_of(modules: Iterable[nn.Module]) -> dict[int, int]:
+    """Returns how many numbers the own parameters of modules stand for, by the id of what may be tied."""
     counts = {}
-    for module in root.modules():
+    for module in modules:
         if is_projection(module) and is_opaque(module):  # whose tensors do not tell
             counts[id(module._parameters.get("weight", module))] = num_parameters(module)
         else:
