@@ -110,14 +110,19 @@ def keep_rows(outputs, num_read: int, kept: torch.Tensor) -> None:
         return tensor.index_select(dim, kept.to(tensor.device))
 
     outputs.logits = rows(outputs.logits, 1)
-    if outputs.get("hidden_states") is not None:
-        outputs.hidden_states = tuple(rows(states, 1) for states in outputs.hidden_states)
-    if outputs.get("attentions") is not None:
-        outputs.attentions = tuple(
-            None if weights is None
-            else torch.cat([rows(weights, 2)[..., :-num_read], rows(rows(weights, 2)[..., -num_read:], 3)], dim=-1)
-            for weights in outputs.attentions
-        )  # fmt: skip
+    for name in ("hidden_states", "decoder_hidden_states"):
+        if outputs.get(name) is not None:
+            setattr(outputs, name, tuple(rows(states, 1) for states in outputs[name]))
+    if outputs.get("cross_attentions") is not None:
+        outputs.cross_attentions = tuple(rows(weights, 2) for weights in outputs.cross_attentions)
+    for name in ("attentions", "decoder_attentions"):
+        if outputs.get(name) is not None:
+            own = (
+                None if weights is None
+                else torch.cat([rows(weights, 2)[..., :-num_read], rows(rows(weights, 2)[..., -num_read:], 3)], dim=-1)
+                for weights in outputs[name]
+            )  # fmt: skip
+            setattr(outputs, name, tuple(own))
 
 
 @torch.no_grad()
