@@ -110,21 +110,26 @@ def keep_rows(outputs, num_read: int, kept: torch.Tensor) -> None:
         return tensor.index_select(dim, kept.to(tensor.device))
 
     outputs.logits = rows(outputs.logits, 1)
-    if outputs.get("hidden_states") is not None:
-        outputs.hidden_states = tuple(rows(states, 1) for states in outputs.hidden_states)
-    if outputs.get("attentions") is not None:
-        outputs.attentions = tuple(
-            None if weights is None
-            else torch.cat([rows(weights, 2)[..., :-num_read], rows(rows(weights, 2)[..., -num_read:], 3)], dim=-1)
-            for weights in outputs.attentions
-        )  # fmt: skip
+    for name in ("hidden_states", "decoder_hidden_states"):
+        if outputs.get(name) is not None:
+            setattr(outputs, name, tuple(rows(states, 1) for states in outputs[name]))
+    if outputs.get("cross_attentions") is not None:
+        outputs.cross_attentions = tuple(rows(weights, 2) for weights in outputs.cross_attentions)
+    for name in ("attentions", "decoder_attentions"):
+        if outputs.get(name) is not None:
+            own = (
+                None if weights is None
+                else torch.cat([rows(weights, 2)[..., :-num_read], rows(rows(weights, 2)[..., -num_read:], 3)], dim=-1)
+                for weights in outputs[name]
+            )  # fmt: skip
+            setattr(outputs, name, tuple(own))
 
 
 @torch.no_grad()
 def check_tree(model: PreTrainedModel) -> None:
     """Raises `ValueError` if a model cannot read a tree: its attention takes no mask, or its positions are fixed.
 
-    A branch that is read beside another one must have the logits that it has alone.
+    A branch that is read beside another one, behind what a KV-cache holds, must have the logits that it has alone.
     """
     attention = model.config.get_text_config()._attn_implementation
     if attention not in ATTENTIONS:
@@ -150,19 +155,14 @@ def check_tree(model: PreTrainedModel) -> None:
     context, root, branches = [1, 2, 3], 4, [[5, 6], [7, 8]]
     try:
         with evaluating(model):  # without dropout
-            right = _read(model, [*context, root, *branches[1]])[-1]
-            wrong = _read(model, [*context, root, *branches[0], *branches[1]])[-1]
+            right = _read(model, [root, *branches[1]], _cache_of(model, context))[-1]
+            wrong = _read(model, [root, *branches[0], *branches[1]], _cache_of(model, context))[-1]
             tree = Tree(_token_id(model, root))
             for first, second in branches:
                 tree.add(tree.add(0, _token_id(model, first), 0.0), _token_id(model, second), 0.0)
-            cache = DynamicCache(config=model.config)
-            if model.config.is_encoder_decoder:
-                cache = EncoderDecoderCache(cache, DynamicCache())
-            cache.activate_past_recording()
-            _read(model, context, cache)
-            position = torch.tensor([[len(context)]], device=execution_device(model))
-            reader = TreeReader(model, text_cache(cache), position, None)
-            given = {**text_inputs(model, position), "past_key_values": cache, "use_cache": True}
+            cache = _cache_of(model, context)
+            given = _given(model, [*context, root], cache)
+            reader = TreeReader(model, text_cache(cache), given[text_input(model, "position_ids")], None)
             inputs = reader.inputs(tree, 0, given)
             outputs = model(**inputs, return_dict=True)
             found = outputs.logits[0, -1].double()
@@ -185,8 +185,36 @@ def _token_id(model: PreTrainedModel, number: int) -> int:
     return (size // 2 + number) % size
 
 
-def _read(model: PreTrainedModel, numbers: Sequence[int], cache: Cache | None = None) -> torch.Tensor:
+def _token_ids(model: PreTrainedModel, numbers: Sequence[int]) -> torch.LongTensor:
+    return torch.tensor([[_token_id(model, number) for number in numbers]], device=execution_device(model))
+
+
+def _cache_of(model: PreTrainedModel, numbers: Sequence[int]) -> Cache:
+    """Returns a KV-cache that holds made-up tokens: prompts may be read otherwise than what follows."""
+    cache = DynamicCache(config=model.config)
+    if model.config.is_encoder_decoder:
+        cache = EncoderDecoderCache(cache, DynamicCache())
+    cache.activate_past_recording()
+    _read(model, numbers, cache)
+    return cache
+
+
+def _given(model: PreTrainedModel, numbers: Sequence[int], cache: Cache) -> dict:
+    """Returns the inputs of the last of some made-up tokens, as the model itself prepares them: PaliGemma, for one,
+    counts positions from 1.
+    """
+    positions = torch.arange(len(numbers), device=execution_device(model))[None]
+    inputs = text_inputs(model, _token_ids(model, numbers))
+    input_ids = inputs.pop(text_input(model, "input_ids"))
+    name = text_input(model, "position_ids")
+    given = model.prepare_inputs_for_generation(
+        input_ids, next_sequence_length=1, is_first_iteration=False, past_key_values=cache, use_cache=True,
+        **inputs, **{name: positions},
+    )  # fmt: skip
+    return {name: positions[:, -1:], **given, "past_key_values": cache}
+
+
+def _read(model: PreTrainedModel, numbers: Sequence[int], cache: Cache) -> torch.Tensor:
     """Returns the logits of a sequence of made-up tokens, [length, vocab_size]."""
-    input_ids = torch.tensor([[_token_id(model, number) for number in numbers]], device=execution_device(model))
-    inputs = {**text_inputs(model, input_ids), "past_key_values": cache, "use_cache": cache is not None}
+    inputs = {**text_inputs(model, _token_ids(model, numbers)), "past_key_values": cache, "use_cache": True}
     return model(**inputs, return_dict=True).logits[0].double()

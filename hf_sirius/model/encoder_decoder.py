@@ -1,4 +1,6 @@
-"""Encoder-decoders: how the inputs of the decoder are named, what of it no draft step passes, and made-up inputs."""
+"""Models that read more than their text: how the inputs of an encoder-decoder's text are named, what of a decoder no
+draft step passes, and made-up inputs.
+"""
 
 from typing import Any
 
@@ -14,6 +16,8 @@ from .projections import is_projection, projection_shape
 CROSS_ATTENTIONS = (
     "encoder_attn", "EncDecAttention", "cross_attn", "cross_attention", "crossattention", "encoder_decoder_attention",
 )  # fmt: skip
+# What `get_decoder` has beside the text, in Phi-4-multimodal and GIT: towers for images and audio.
+TOWERS = ("embed_tokens_extend", "image_encoder", "visual_projection")
 KEYS_AND_VALUES = ("k_proj", "v_proj", "k", "v", "key", "value", "key_proj", "value_proj")
 _NUM_STATES = 8  # of a made-up encoder output
 
@@ -24,14 +28,16 @@ def text_input(model: PreTrainedModel, name: str) -> str:
 
 
 def read_once(model: PreTrainedModel) -> set[nn.Module]:
-    """Returns the projections of an encoder-decoder that read the encoder's states, once per prompt: what they make is
-    kept in the cache of the cross-attention, so that no draft step passes them.
+    """Returns the modules of a decoder that the prompt alone passes, and no draft step: towers of images and audio, and
+    the projections of an encoder-decoder that read the encoder's states, as what they make is kept in the KV-cache.
     """
+    decoder = model.get_decoder()
     if not model.config.is_encoder_decoder:
-        return set()
+        towers = (tower for name, tower in decoder.named_modules() if name.rpartition(".")[2] in TOWERS)
+        return {module for tower in towers for module in tower.modules()}
     return {
         part
-        for name, attention in model.get_decoder().named_modules()
+        for name, attention in decoder.named_modules()
         if name.rpartition(".")[2] in CROSS_ATTENTIONS
         for part_name, part in attention.named_modules()
         if part_name.rpartition(".")[2] in KEYS_AND_VALUES and is_projection(part)
@@ -40,7 +46,7 @@ def read_once(model: PreTrainedModel) -> set[nn.Module]:
 
 def encoder_states(model: PreTrainedModel, batch_size: int) -> torch.Tensor:
     """Returns made-up states of an encoder, [batch_size, num_states, hidden_size]."""
-    widths = {projection_shape(part)[1] for part in read_once(model)}
+    widths = {projection_shape(part)[1] for part in read_once(model)}  # of the keys and values
     width = max(widths, default=model.config.get_text_config(decoder=True).hidden_size)
     states = torch.randn(1, _NUM_STATES, width, generator=torch.Generator().manual_seed(0))
     return states.to(model.dtype).expand(batch_size, -1, -1)

@@ -6,6 +6,9 @@ from typing import Any
 from transformers import Cache, PreTrainedConfig
 
 
+_NUMBERS = ("max_position_embeddings", "max_target_positions", "max_decoder_position_embeddings")
+
+
 class Positions:
     """The limits of a model's positions. In one forward all tokens are encoded by the length that it ends at, so that a
     draft and its verification are to stay on one side of each.
@@ -18,9 +21,9 @@ class Positions:
         # Numbers of positions, and whether drafts may go on behind them.
         self.limits: list[tuple[int, bool]] = []
         rope = getattr(config, "rope_parameters", None) or {}
-        num_positions = getattr(config, "max_position_embeddings", None)
-        if num_positions is None:
-            num_positions = getattr(config, "max_target_positions", None)  # of Whisper and the like
+        # Encoder-decoders may have a number for each side, or none of this name.
+        numbers = [getattr(config, name, None) for name in _NUMBERS]
+        num_positions = min((number for number in numbers if number), default=None)
         if not rope and num_positions:  # a table, or a bias that knows no end and takes no harm
             self.limits.append((num_positions, False))
         for parameters in [rope] if "rope_type" in rope else rope.values():  # or those of each kind of layer

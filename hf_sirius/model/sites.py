@@ -176,14 +176,15 @@ def decoder_modules(model: nn.Module) -> set[nn.Module]:
     if decoder is model.get_output_embeddings():  # as ModernBERT names it
         decoder = model.base_model
     not_passed = _NOT_PASSED - {"encoder_attn"} if model.config.is_encoder_decoder else _NOT_PASSED
-    return {module for name, module in decoder.named_modules() if not_passed.isdisjoint(name.split("."))}
+    passed = {module for name, module in decoder.named_modules() if not_passed.isdisjoint(name.split("."))}
+    return passed - read_once(model)
 
 
 def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
     """Returns the head, and the decoder's modules other than its MLPs' projections, that a draft step passes: (owner,
     attribute name) of each.
     """
-    left_out = {inner for site in sites for part in site.parts for inner in part.modules()} | read_once(model)
+    left_out = {inner for site in sites for part in site.parts for inner in part.modules()}
     decoder = decoder_modules(model)
     head = model.get_output_embeddings()
     return [
@@ -198,7 +199,7 @@ def find_projections(model: nn.Module) -> list[ProjectionSite]:
     """Returns the projections of a model's decoder that a draft step passes, in order, but for the head, routers and
     what adapts others.
     """
-    decoder, adapters = decoder_modules(model) - read_once(model), find_adapters(model)
+    decoder, adapters = decoder_modules(model), find_adapters(model)
     for name, module in model.named_modules():
         if module in decoder and {"original_module", "modules_to_save"} <= module._modules.keys():
             raise ValueError(

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model.encoder_decoder import read_once
 from ..model.experts import routing
 from ..model.observation import Observed, observing
 from ..model.projections import is_opaque, is_projection
@@ -128,7 +127,6 @@ class SparsityMethod(ABC):
             if isinstance(module, nn.Embedding) and id(module.weight) not in head_parameters
         )
         num_all = sum((_num_parameters_of(decoder) | head_parameters).values())
-        num_all -= sum(num_parameters(part) for part in read_once(model))
         embedding = model.get_input_embeddings()
         is_tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
         if is_tied and not is_opaque(head) and head.weight.is_meta and id(embedding.weight) not in head_parameters:
@@ -170,7 +168,7 @@ class SparsityMethod(ABC):
 
 
 def _num_parameters_of(modules: Iterable[nn.Module]) -> dict[int, int]:
-    """Returns how many numbers the parameters of modules stand for, by the id of what may be tied."""
+    """Returns how many numbers the own parameters of modules stand for, by the id of what may be tied."""
     counts = {}
     for module in modules:
         if is_projection(module) and is_opaque(module):  # whose tensors do not tell

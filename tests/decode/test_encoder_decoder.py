@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from encoder_decoders import FAMILIES, tiny_encoder_decoder, tiny_source
 from transformers import GenerationMixin
 
 from hf_sirius import calibrate, make_sparse
 from hf_sirius.decode.candidates import NUM_OBSERVED
+from hf_sirius.model.positions import Positions
 
 
 OPTIONS = {"max_new_tokens": 24, "do_sample": False}
@@ -50,7 +52,7 @@ def test_output_equals_dense_greedy_in_float64(family):
     assert torch.equal(generate(model), dense)
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", [pytest.param("bart", marks=pytest.mark.slow), "t5"])
 @pytest.mark.parametrize("fields", [*METHODS.values(), *CASTS.values()], ids=[*METHODS, *CASTS])
 def test_every_kind_of_draft_leaves_the_output_dense(fields, family):
     model = tiny_encoder_decoder(family)
@@ -109,3 +111,75 @@ def test_the_method_sees_some_of_the_text_before_it_chooses():
         assert [cycle.is_dense_step for cycle in sparse.stats.cycles[: num_dense + 1]] == [True] * num_dense + [False]
         generate(model, assistant_model=sparse, decoder_input_ids=torch.arange(2, 2 + NUM_OBSERVED)[None])
         assert not sparse.stats.cycles[0].is_dense_step
+
+
+def test_padded_sources_and_texts_are_read_as_by_the_dense_model():
+    model = tiny_encoder_decoder("bart")
+    mask = torch.ones(1, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    masks = {"attention_mask": mask, "decoder_attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    masks["decoder_input_ids"] = torch.tensor([[0, 0, 2, 5, 6]])
+    dense = generate(model, **masks)
+    with make_twin(model, method="griffin") as sparse:
+        assert torch.equal(generate(model, **masks, assistant_model=sparse), dense)
+        assert sparse.stats.num_drafted > 0
+
+
+def test_no_draft_goes_past_the_last_position():
+    model = tiny_encoder_decoder("whisper", max_target_positions=20)
+    text = torch.full((1, 15), 5)
+    cache = GenerationMixin.generate(
+        model, **tiny_source(model), decoder_input_ids=text, max_new_tokens=1, return_dict_in_generate=True
+    ).past_key_values
+    assert cache.get_seq_length() == 15
+    assert Positions(model.config).most_drafted({}, cache) == 4, "behind a token that is read at place 15"
+
+
+@pytest.mark.parametrize("family, tree_width", [("bart", 1), ("whisper", 3)])
+def test_the_outputs_beside_tokens_are_the_dense_models(family, tree_width):
+    model = tiny_encoder_decoder(family)
+    model.set_attn_implementation("eager")
+    asked = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
+    dense = generate(model, **asked)
+    with make_twin(model, method="griffin", density=0.7, tree_width=tree_width) as sparse:
+        found = generate(model, **asked, assistant_model=sparse)
+        assert sparse.stats.num_accepted > 0
+    assert torch.equal(found.sequences, dense.sequences)
+    for name in ("decoder_attentions", "cross_attentions", "decoder_hidden_states"):
+        for ours, theirs in zip(found[name], dense[name], strict=True):
+            assert all(map(torch.allclose, ours, theirs)), name
+
+
+@pytest.mark.parametrize("fields", [{"method": "griffin"}, {"density": 1.0, "draft_dtype": "int8"}])
+def test_an_offloaded_one_drafts(fields):
+    model = tiny_encoder_decoder("t5", torch.float32)
+    dense = generate(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with make_twin(model, **fields) as sparse:
+        assert torch.equal(generate(model, assistant_model=sparse), dense)
+        assert sparse.stats.num_drafted > 0
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_what_counts_its_own_positions_takes_no_tree(family):
+    with pytest.raises(ValueError, match=r"counts the positions of its text by itself.*use tree_width=1"):
+        make_twin(tiny_encoder_decoder(family), method="griffin", tree_width=3)
+
+
+def test_is_not_compiled():
+    with pytest.raises(ValueError, match="encoder-decoder's draft cannot be compiled"):
+        make_twin(tiny_encoder_decoder("bart"), method="griffin", compile_draft=True)
+
+
+def test_runs_by_itself_as_the_baseline_without_correction():
+    model = tiny_encoder_decoder("bart")
+    with make_twin(model, method="griffin") as sparse:
+        assert not torch.equal(sparse.generate(**tiny_source(model), **OPTIONS), generate(model))
+        assert 0 < sparse.stats.draft_density < 1
+
+
+def test_is_drafted_for_where_nothing_is_set():
+    model = tiny_encoder_decoder("mt5", torch.float32)
+    dense = generate(model)
+    with make_sparse(model) as sparse:
+        assert torch.equal(generate(model, assistant_model=sparse), dense)

@@ -72,7 +72,10 @@ def test_a_twin_of_one_call_is_gone_after_it_and_after_an_error():
 
 
 def test_another_assistant_is_left_to_transformers():
-    model, assistant = whisper(), whisper()
-    with make_sparse(model, method="griffin", threshold=1.0):
-        model.generate(audio(40), assistant_model=assistant)
-    assert assistant.generation_config.force_unique_generate_call, "its own way with assistants"
+    model, kwargs = whisper(), {"assistant_model": whisper()}
+    with make_sparse(model, method="griffin", threshold=1.0) as sparse:
+        model._check_decoder_input_ids(kwargs=kwargs)
+        assert list(kwargs) == ["assistant_model"]
+        kwargs = {"assistant_model": sparse}
+        model._check_decoder_input_ids(kwargs=kwargs)
+        assert "assistant_model" not in kwargs
