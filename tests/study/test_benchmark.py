@@ -101,7 +101,7 @@ def test_what_is_not_compiled_here_is_left_out(monkeypatch):
 
 
 @pytest.mark.usefixtures("in_short")
-def test_contexts_are_measured_one_by_one_and_larger_models_predicted(monkeypatch, tmp_path):
+def test_contexts_are_measured_one_by_one_and_larger_models_predicted(monkeypatch):
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 16, "head_dim": 32}
     monkeypatch.setattr(shapes, "SHAPES", {"1b": small})
     monkeypatch.setattr(shapes, "_COMMON", {"vocab_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1})
@@ -127,9 +127,24 @@ def test_contexts_are_measured_one_by_one_and_larger_models_predicted(monkeypatc
     assert dense["bytes_per_token"] == pytest.approx(4 * (projections + cache * (prompt_length + 6)))
     told = [line for line in bench_lines(figures) if line.startswith("Predicted, a model of the shape of 1B with the")]
     assert len(told) == 3 and "acceptance of reasoner" in told[0]
+
+
+def test_figures_are_drawn_from_what_was_written(tmp_path):
+    way = {"decode_seconds_per_token": 0.03, "bound_seconds_per_token": 0.02}
+    others = {"prompt lookup": way}
+    row = {"way": "sirius, int8", "seconds_per_token": 0.3, "bound_seconds_per_token": 0.2, "ratio": 0.5}
+    figures = {
+        "machine": describe_machine(),
+        "model": {"name": "smollm2", "num_parameters": 135e6, "dtype": "torch.float32"},
+        "bandwidth": 1e10,
+    }
+    part = {"dense": way, "sirius": way, "others": others}
+    shapes = [{"shape": "1b", "rows": [row]}, {"shape": "8b", "reason": "two layers do not fit"}]
+    predicted = {"acceptance_of": "smollm2", "shapes": shapes}
     draw = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results" / "plot.py"))["draw"]
-    for number, part in enumerate(parts[1:]):
-        draw(json.loads(part), file := tmp_path / f"{number}.png")
+    without = {**part, "others": {}}  # a way that was left out
+    for number, each in enumerate((part, {"contexts": {"64": part, "128": without}, "predicted": predicted})):
+        draw({**figures, **each}, file := tmp_path / f"{number}.png")
         assert file.stat().st_size
 
 
