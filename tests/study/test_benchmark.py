@@ -1,5 +1,6 @@
 """Benchmarks: a larger model that computes the same, memory that cannot be measured, and what is refused."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -17,7 +18,7 @@ from hf_sirius.study import benchmark, shapes
 from hf_sirius.study.benchmark import bench_decode, bench_offload
 from hf_sirius.study.machine import describe_machine, memory_bandwidth
 from hf_sirius.study.rivals import Way, counting, int4_copy
-from hf_sirius.study.timing import timed_run
+from hf_sirius.study.timing import TimedRun, timed_run
 from hf_sirius.study.widening import wide_reasoner, widen
 from hf_sirius.weights.linear import DraftLinear
 from hf_sirius.weights.memory import PeakMemory
@@ -178,6 +179,14 @@ def test_stock_drafts_are_counted_by_forwards():
     assert forwards.num_steps >= forwards.num_drafted(11) > 0 and run.num_tokens == 12
     model(make_prompt())
     assert not model._forward_pre_hooks and not way.options["assistant_model"]._forward_pre_hooks
+
+
+def test_tokens_that_come_with_the_first_one_are_not_behind_it():
+    ids = torch.zeros(1, 20, dtype=torch.long)
+    run = TimedRun(ids, 10, to_first_token=2.0, decode=8.0, selection=0.0, draft_steps=[], verifications=[], cycles=[])
+    assert run.per_token == {"steps": 8 / 9, "decode": 8 / 9, "whole": 1.0}
+    assert dataclasses.replace(run, num_first=6).per_token["decode"] == 2.0
+    assert set(dataclasses.replace(run, num_first=10).per_token.values()) == {1.0}
 
 
 def test_a_machine_is_described():
