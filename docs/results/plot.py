@@ -55,7 +55,7 @@ def draw(figures, path):
     processor = f"{machine['device']}, {machine['num_threads']} of {machine['num_cores']} cores"
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
     memory = f"memory {figures['bandwidth'] / 1e9:.1f} GB a second"
-    image.suptitle(f"{processor}; {memory}; {versions}; {machine['date']}", fontsize=9)
+    image.suptitle(f"{processor}; {memory}\n{versions}; {machine['date']}", fontsize=9)
     image.savefig(path, dpi=110)
 
 

@@ -184,7 +184,7 @@ def compare(args) -> None:
             _write_json(so_far, args.json)
 
     try:
-        compare_drafts(**options, dtype=getattr(torch, args.dtype), record=record)
+        record(compare_drafts(**options, dtype=getattr(torch, args.dtype), record=record))
     finally:
         if figures:  # whatever ends it
             show_drafts(figures)

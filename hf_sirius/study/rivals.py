@@ -113,7 +113,7 @@ def prepared(model: PreTrainedModel, name: str, way: Way, prompts: Sequence[Batc
         room = prompt["input_ids"].shape[1] + max_new_tokens
         way = dataclasses.replace(way, options={**way.options, "max_cache_len": room})
     options = {**way.options, "do_sample": False, "max_new_tokens": _NUM_COMPILING if way.is_compiled else _NUM_FIRST}
-    bar = {"total": 1, "desc": f"Compiling {name}, which may take minutes", "bar_format": "{desc}: {elapsed}"}
+    bar = {"total": 1, "desc": f"{name}: compiling, which may take minutes", "bar_format": "{desc}: {elapsed}"}
     with tqdm(**bar, disable=not way.is_compiled) as progress:
         generator(model, way.twin)(**prompt, **options)
         progress.update()

@@ -160,8 +160,8 @@ def _timed(model: PreTrainedModel, num_layers: int, prompt: BatchEncoding, num_r
     """Returns medians of seconds, and the bytes of forwards, of the model's first layers."""
     all_layers, layers = model.config.num_hidden_layers, model.model.layers
     model.config.num_hidden_layers, model.model.layers = num_layers, layers[:num_layers]
-    # In turn a dense step and a draft of each length.
-    kernel_sizes = [size for kernel_size in KERNEL_SIZES for size in (1, kernel_size)] * 2
+    # In turn a dense step and a draft of each length; behind them dense steps, as far as drafts were not kept.
+    kernel_sizes = [*(size for kernel_size in KERNEL_SIZES for size in (1, kernel_size)), 1]
     options = {"density": 1.0, "threshold": 1.0, "kernel_size": kernel_sizes}
     dense: list[float] = []
     cycles: dict[str, list[Cycle]] = {draft_dtype: [] for draft_dtype in DRAFT_DTYPES}

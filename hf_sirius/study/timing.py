@@ -63,13 +63,16 @@ class TimedRun:
     @property
     def per_token(self) -> dict[str, float]:
         """Seconds per token: of tokens behind the first one `steps` (only drafting and verifying) and `decode`; of all
-        tokens `whole`.
+        tokens `whole`, which all three are where everything came with the first one, of a stock assistant.
         """
+        whole = self.seconds / self.num_tokens
+        if 1 < self.num_first == self.num_tokens:
+            return {"steps": whole, "decode": whole, "whole": whole}
         num_decoded = max(1, self.num_decoded)
         return {
             "steps": (self.decode - self.selection) / num_decoded,
             "decode": self.decode / num_decoded,
-            "whole": self.seconds / self.num_tokens,  # outputs may differ in length below threshold=1.0
+            "whole": whole,  # outputs may differ in length below threshold=1.0
         }
 
 

@@ -218,7 +218,7 @@ def test_bench_decode_measures_contexts(tmp_path, capsys):
 
 
 def test_bench_drafts_keeps_what_there_is_when_it_is_stopped(tmp_path, capsys, monkeypatch):
-    def stopped(record, **options):
+    def stopped(record, **options):  # as Ctrl-C does
         figures = {"model": "reasoner", "dtype": "torch.float32", "kernel_size": 8, "num_prompts": 1, "left_out": []}
         row = {"density": 1.0, "draft_dtype": "int8", "agreement": 0.9, "aal": 7.0, "bytes": 0.5, "ratio": 0.8}
         record({**figures, "rows": [row]})

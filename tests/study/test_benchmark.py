@@ -1,5 +1,6 @@
 """Benchmarks: a larger model that computes the same, memory that cannot be measured, and what is refused."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -17,7 +18,7 @@ from hf_sirius.study import benchmark, shapes
 from hf_sirius.study.benchmark import bench_decode, bench_offload
 from hf_sirius.study.machine import describe_machine, memory_bandwidth
 from hf_sirius.study.rivals import Way, counting, int4_copy
-from hf_sirius.study.timing import timed_run
+from hf_sirius.study.timing import TimedRun, timed_run
 from hf_sirius.study.widening import wide_reasoner, widen
 from hf_sirius.weights.linear import DraftLinear
 from hf_sirius.weights.memory import PeakMemory
@@ -101,7 +102,7 @@ def test_what_is_not_compiled_here_is_left_out(monkeypatch):
 
 
 @pytest.mark.usefixtures("in_short")
-def test_contexts_are_measured_one_by_one_and_larger_models_predicted(monkeypatch, tmp_path):
+def test_contexts_are_measured_one_by_one_and_larger_models_predicted(monkeypatch):
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 16, "head_dim": 32}
     monkeypatch.setattr(shapes, "SHAPES", {"1b": small})
     monkeypatch.setattr(shapes, "_COMMON", {"vocab_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1})
@@ -127,9 +128,24 @@ def test_contexts_are_measured_one_by_one_and_larger_models_predicted(monkeypatc
     assert dense["bytes_per_token"] == pytest.approx(4 * (projections + cache * (prompt_length + 6)))
     told = [line for line in bench_lines(figures) if line.startswith("Predicted, a model of the shape of 1B with the")]
     assert len(told) == 3 and "acceptance of reasoner" in told[0]
+
+
+def test_figures_are_drawn_from_what_was_written(tmp_path):
+    way = {"decode_seconds_per_token": 0.03, "bound_seconds_per_token": 0.02}
+    others = {"prompt lookup": way}
+    row = {"way": "sirius, int8", "seconds_per_token": 0.3, "bound_seconds_per_token": 0.2, "ratio": 0.5}
+    figures = {
+        "machine": describe_machine(),
+        "model": {"name": "smollm2", "num_parameters": 135e6, "dtype": "torch.float32"},
+        "bandwidth": 1e10,
+    }
+    part = {"dense": way, "sirius": way, "others": others}
+    shapes = [{"shape": "1b", "rows": [row]}, {"shape": "8b", "reason": "two layers do not fit"}]
+    predicted = {"acceptance_of": "smollm2", "shapes": shapes}
     draw = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "results" / "plot.py"))["draw"]
-    for number, part in enumerate(parts[1:]):
-        draw(json.loads(part), file := tmp_path / f"{number}.png")
+    without = {**part, "others": {}}  # a way that was left out
+    for number, each in enumerate((part, {"contexts": {"64": part, "128": without}, "predicted": predicted})):
+        draw({**figures, **each}, file := tmp_path / f"{number}.png")
         assert file.stat().st_size
 
 
@@ -163,6 +179,14 @@ def test_stock_drafts_are_counted_by_forwards():
     assert forwards.num_steps >= forwards.num_drafted(11) > 0 and run.num_tokens == 12
     model(make_prompt())
     assert not model._forward_pre_hooks and not way.options["assistant_model"]._forward_pre_hooks
+
+
+def test_tokens_that_come_with_the_first_one_are_not_behind_it():
+    ids = torch.zeros(1, 20, dtype=torch.long)
+    run = TimedRun(ids, 10, to_first_token=2.0, decode=8.0, selection=0.0, draft_steps=[], verifications=[], cycles=[])
+    assert run.per_token == {"steps": 8 / 9, "decode": 8 / 9, "whole": 1.0}
+    assert dataclasses.replace(run, num_first=6).per_token["decode"] == 2.0
+    assert set(dataclasses.replace(run, num_first=10).per_token.values()) == {1.0}
 
 
 def test_a_machine_is_described():

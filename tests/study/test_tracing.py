@@ -82,7 +82,8 @@ def cycles(draw) -> Cycle:
         leaves = draw(st.permutations(leaves))
         likelihoods = tuple((0.25,) * len(ids) for ids in leaves)
         branches = Branches(tuple(leaves), likelihoods, leaves.index(drafted_ids), 9, 9, 1)
-    return Cycle(drafted_ids, num_accepted, bonus_id, True, (0.5,) * len(drafted_ids), 0.75, num_accepted, branches)
+    likelihoods = (0.5,) * len(drafted_ids)
+    return Cycle(drafted_ids, num_accepted, bonus_id, True, likelihoods, 0.75, num_accepted, branches=branches)
 
 
 def make_stats(first_id: int, of_call: list[Cycle]) -> GenerationStats:
