@@ -32,7 +32,7 @@ from .copies import copy_with, follow, shallow_copy
 # model -> what a draft is -> the graph of its step, as long as any twin has it
 _graphs: "WeakKeyDictionary[PreTrainedModel, WeakValueDictionary[tuple, Graph]]" = WeakKeyDictionary()
 _lock = threading.Lock()
-_CAPTURED = ("output_attentions", "output_hidden_states")
+_CAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
 # Names within transformers.
 _IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_capturing_hook"
 
@@ -119,7 +119,8 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     experts, _ = find_experts(model, set(model.get_decoder().modules()))
     for block in experts:
         replacements.setdefault(id(block.owner), {})[block.attribute] = TwinExperts(block.module, block.idx)
-    resident = find_resident(model, sites, config, method.gathers)
+    gathered = [block for block in experts if method.gathers and method.experts_class and block.opens]
+    resident = find_resident(model, sites, config, method.gathers, gathered)
     in_mlps = [(site.owner, name) for site in sites for name in site.part_names]
     for owner, name in (*(in_mlps if method.gathers else ()), *((place.owner, place.name) for place in resident)):
         parts = replacements.setdefault(id(owner), {})

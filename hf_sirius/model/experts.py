@@ -60,6 +60,24 @@ class ExpertsSite:
         down = getattr(self.module, self.kind.down)
         return down.shape[1 if self.module.is_transposed else 2]
 
+    @property
+    def has_activation(self) -> bool:
+        """Whether act(gate) can be seen by itself, before up is needed."""
+        return not self.module.has_gate or hasattr(self.module, "act_fn")
+
+    def num_kept_neurons(self, density: float) -> int:
+        """Returns how many neurons of each expert are gathered: whole 16 bytes, as torch's grouped products want."""
+        num_kept = max(1, round(density * self.num_neurons))
+        multiple = max(1, 16 // getattr(self.module, self.kind.down).itemsize)
+        return min(-(-num_kept // multiple) * multiple, self.num_neurons)
+
+    def gathered_bytes(self, density: float) -> float:
+        """Returns what such neurons of all experts take."""
+        names = (self.kind.gate, f"{self.kind.gate}_bias", self.kind.down)
+        parameters = [self.module._parameters.get(name) for name in names]
+        num_bytes = sum(parameter.nbytes for parameter in parameters if parameter is not None)
+        return num_bytes * self.num_kept_neurons(density) / self.num_neurons
+
     def num_parameters(self) -> int:
         """Parameters of all experts."""
         return sum(parameter.numel() for parameter in self.module.parameters())
@@ -159,8 +177,7 @@ def tapped(module: nn.Module, at: str, change: Callable[[torch.Tensor], torch.Te
     """
     tap = bare_copy(module)
     tap._modules = dict(module._modules)
-    is_single = not module.has_gate or (at == "activation" and hasattr(module, "act_fn"))
-    if is_single:
+    if not module.has_gate or (at == "activation" and hasattr(module, "act_fn")):
         tap.__dict__.pop("act_fn", None)  # it may be a plain function
         tap._modules["act_fn"] = Tap(module.act_fn, change)
         return tap

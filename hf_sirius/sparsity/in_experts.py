@@ -11,7 +11,6 @@ from torch import nn
 from ..model.experts import ExpertsSite, experts_of_pairs, neuron_norms, num_experts_read, routing, tapped
 from ..model.observation import uncompiled
 from ..settings.config import SiriusConfig
-from ..weights.gather import padded
 from .calibrate import MagnitudeHistogram
 
 
@@ -151,7 +150,10 @@ class CatsExperts(WholeExperts):
 
     def share(self):
         kept = self.density()
-        return None if kept is None else self.site.share_read(1.0, kept, kept)
+        if kept is None:
+            return None
+        # What cannot be seen before up is known is chosen by the neurons themselves.
+        return self.site.share_read(1.0, kept if self.site.has_activation else 1.0, kept)
 
 
 class GriffinExperts(WholeExperts):
@@ -180,10 +182,7 @@ class GriffinExperts(WholeExperts):
         is_unseen = ~statistics.any(dim=1)
         if is_unseen.any():
             statistics = torch.where(is_unseen[:, None], neuron_norms(self.site).to(statistics), statistics)
-        num_neurons = self.site.num_neurons
-        # torch's grouped products take rows of whole 16 bytes.
-        aligned = max(1, 16 // next(self.site.module.parameters()).itemsize)
-        num_kept = min(padded(max(1, round(self.config.density * num_neurons)), aligned), num_neurons)
+        num_kept = self.site.num_kept_neurons(self.config.density)
         self.neuron_indices = statistics.topk(num_kept, dim=1).indices.sort(dim=1).values
 
     def density(self):
