@@ -18,6 +18,7 @@ from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
 from ..settings.methods import method_of
 from ..sparsity.base import TwinExperts
+from ..sparsity.in_experts import GriffinExperts, ResidentExperts, experts_class_of
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.formats import reusable_bytes
 from ..weights.kept import Kept
@@ -119,7 +120,10 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     experts, _ = find_experts(model, set(model.get_decoder().modules()))
     for block in experts:
         replacements.setdefault(id(block.owner), {})[block.attribute] = TwinExperts(block.module, block.idx)
-    gathered = [block for block in experts if method.gathers and method.experts_class and block.opens]
+    held_in_part = GriffinExperts, ResidentExperts
+    gathered = [
+        block for block in experts if issubclass(experts_class_of(method, block, is_offloaded(model)), held_in_part)
+    ]
     resident = find_resident(model, sites, config, method.gathers, gathered)
     in_mlps = [(site.owner, name) for site in sites for name in site.part_names]
     for owner, name in (*(in_mlps if method.gathers else ()), *((place.owner, place.name) for place in resident)):

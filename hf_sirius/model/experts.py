@@ -200,13 +200,14 @@ def experts_of_pairs(module: nn.Module, top_k_index: torch.Tensor) -> torch.Tens
     return pairs if module.config._experts_implementation == "batched_mm" else pairs.sort().values
 
 
-def gathered(site: ExpertsSite, neuron_indices: torch.Tensor) -> nn.Module:
+def gathered(site: ExpertsSite, loaded: nn.Module, neuron_indices: torch.Tensor) -> nn.Module:
     """Returns a copy of experts with some neurons of each.
 
     Args:
+        loaded: the site's module, or the same with its weights where they are elsewhere (offloaded).
         neuron_indices: long [num_experts, num_kept], ascending.
     """
-    module, kind = site.module, site.kind
+    module, kind = loaded, site.kind
     indices = neuron_indices.to(getattr(module, kind.down).device)
     rows = indices
     if kind.num_fused == 2 and module.is_concatenated:
@@ -236,11 +237,22 @@ def _take(weight: torch.Tensor, indices: torch.Tensor, dim: int) -> torch.Tensor
     return torch.stack(taken)
 
 
-def neuron_norms(site: ExpertsSite) -> torch.Tensor:
+def some_experts(module: nn.Module, experts: torch.Tensor) -> nn.Module:
+    """Returns a copy of experts with some of them alone, long [num_kept]."""
+    fewer = bare_copy(module)
+    fewer.num_experts = len(experts)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            kept = parameter.detach().index_select(0, experts.to(parameter.device))
+            fewer._parameters[name] = nn.Parameter(kept, requires_grad=False)
+    return fewer
+
+
+def neuron_norms(site: ExpertsSite, loaded: nn.Module) -> torch.Tensor:
     """Returns the weight norm of each expert's neurons, that of its rows of gate and up times that of its column of
     down: [num_experts, num_neurons].
     """
-    module, kind = site.module, site.kind
+    module, kind = loaded, site.kind
     gate, down = getattr(module, kind.gate).detach(), getattr(module, kind.down).detach()
     first = gate.norm(dim=1 if module.is_transposed else 2)
     last = down.norm(dim=2 if module.is_transposed else 1)

@@ -48,7 +48,7 @@ def find_resident(
 
     Args:
         gathers: whether the method gathers neurons, so that no MLP is held whole.
-        gathered_experts: those of which it gathers neurons as well.
+        gathered_experts: those of which a draft holds a part.
 
     Raises:
         `ValueError` if `draft_memory` is too small for any draft, with the number that it would need.
@@ -70,7 +70,8 @@ def find_resident(
             return Resident(owner, name, head_dtype(config.draft_dtype, device_of(head)))
         return Resident(owner, name, config.draft_dtype if is_cast else None)
 
-    others = [other(*place) for place in find_other_modules(model, sites)]
+    in_part = {block.module for block in gathered_experts}
+    others = [other(*place) for place in find_other_modules(model, sites) if getattr(*place) not in in_part]
     in_mlps = [Resident(site.owner, name, config.draft_dtype) for site in sites for name in site.part_names]
     for place in (*others, *in_mlps):
         if streaming_hook(place.module) is not None:

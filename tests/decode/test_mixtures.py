@@ -178,12 +178,26 @@ def test_what_cannot_be_done_is_said():
         calibrate(one, None, [make_prompt()[0].tolist()], method="cats")
 
 
-def test_an_offloaded_mixture_is_refused(tmp_path):
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("fields", [{}, {"method": "griffin"}, {"density": 1.0}], ids=str)
+def test_an_offloaded_mixture_drafts_with_what_is_resident(family, fields, tmp_path):
     from accelerate import disk_offload
 
-    model = disk_offload(tiny_mixture("mixtral"), str(tmp_path))
-    with pytest.raises(ValueError, match="is a mixture of experts and offloaded"):
-        make_sparse(model, method="griffin")
+    prompt, options = make_prompt(), {"max_new_tokens": 12, "do_sample": False}
+    expected = tiny_mixture(family).generate(prompt, **options)
+    model = disk_offload(tiny_mixture(family), str(tmp_path))
+    with make_sparse(model, threshold=1.0, kernel_size=4, **fields) as twin:
+        assert torch.equal(model.generate(prompt, assistant_model=twin, **options), expected)
+        assert twin.stats.num_drafted > 0 and 0 < twin.stats.draft_density < 1
+        with torch.no_grad(), twin.new_call() as call:
+            with call.draft.observing(None):
+                model(prompt)
+            call.draft.select()
+            for block in experts_of(model):
+                held = call.draft.held[block.module]
+                share = sum(p.numel() for p in held.parameters()) / block.num_parameters()
+                assert share == 1.0 if "density" in fields else 0.4 < share < 0.65
+    assert all(p.is_meta for block in experts_of(model) for p in block.module.parameters())
 
 
 def test_draft_memory_counts_gathered_experts():
@@ -221,7 +235,7 @@ def test_a_prompt_that_an_expert_did_not_see_leaves_it_its_largest_weights():
         for block in call.draft.method.experts:
             unseen = ~block._statistics.any(dim=1)
             assert unseen.sum() >= 4  # two tokens reach two experts at most
-            norms = neuron_norms(block.site)
+            norms = neuron_norms(block.site, block.site.module)
             for expert in unseen.nonzero().flatten():
                 kept = block.neuron_indices[expert]
                 assert norms[expert, kept].min() >= norms[expert].median()
