@@ -149,6 +149,15 @@ def test_reasoner_training_goes_on_from_its_checkpoint(tmp_path):
     assert (tmp_path / "longer" / "checkpoint.pt").is_file()
 
 
+@pytest.mark.slow
+def test_training_of_a_mixture_goes_on_from_its_checkpoint(tmp_path):
+    options = ("--output_dir", str(tmp_path), "--batch_size", "2", "--save_every", "1", "--num_eval_problems", "1")
+    run("examples/reasoner/train_moe.py", *options, "--num_steps", "1")
+    run("examples/reasoner/train_moe.py", *options, "--num_steps", "2")
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "examples").glob("*.*")))
 def test_every_example_is_on_a_page(name):
     assert f"`examples/{name}`" in (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")

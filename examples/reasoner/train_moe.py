@@ -4,8 +4,8 @@
     hf-sirius sweep --model runs/moe/model --methods experts griffin cats teal --densities 0.5 --kernel_sizes 16
 
 Each block has 8 experts, of which a token is given 4. An expert begins as a quarter of the neurons of the reasoner's
-MLP, so that any four that differ are that MLP; the routers begin at random. It takes some minutes on a CPU, checkpoints
-every `--save_every` steps and goes on from the last checkpoint when started again.
+MLP, so that any four that differ are that MLP; the routers begin at random. It takes a few minutes on a CPU. It
+checkpoints every `--save_every` steps and goes on from the last checkpoint when started again.
 """
 
 import argparse

@@ -58,9 +58,9 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     Raises:
         TypeError: if `model` is not a `PreTrainedModel` or `config` not a `SiriusConfig`.
         ValueError: for a value that is not allowed, a model without an MLP or experts of a known kind, one without its
-            weights, one that is quantized and offloaded as well, a mixture of experts that is offloaded, quantized
-            weights that cannot be read, a twin, a calibration of another model, a `draft_memory` too small, a draft or
-            a model of which `compile_draft` can make no graph, or a `draft_dtype` that the device cannot run.
+            weights, one that is quantized and offloaded as well, quantized weights that cannot be read, a twin, a
+            calibration of another model, a `draft_memory` too small, a draft or a model of which `compile_draft` can
+            make no graph, or a `draft_dtype` that the device cannot run.
         ImportError: for a package that a `draft_dtype` needs.
         FileNotFoundError: if offloaded weights are gone.
     """
@@ -99,12 +99,16 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         )
     experts, _ = find_experts(model, decoder_modules(model))
     if not is_chosen:
-        chosen = draft_of_experts(experts) if experts else choose_draft(model, sites, OFFLOADED_KERNEL_SIZE)
+        if experts:
+            chosen = draft_of_experts(experts, OFFLOADED_KERNEL_SIZE if offloaded else None)
+        else:
+            chosen = choose_draft(model, sites, OFFLOADED_KERNEL_SIZE)
         config = config.replace(**{**chosen, **fields})
         if config.compile_draft and not method_of(config).is_steady:
             config = config.replace(density=1.0)
     check_experts(model, config, sites, experts, offloaded)
-    if offloaded and config.density < 1 and config.draft_dtype is None and not method_of(config).gathers:
+    holds_part = method_of(config).gathers or (experts and config.method == "experts")
+    if offloaded and config.density < 1 and config.draft_dtype is None and not holds_part:
         raise ValueError(
             f"{type(model).__name__} is offloaded by accelerate: a draft of method={config.method!r}, which gathers no "
             "neurons, has to hold all of it. Use method='griffin', whose neurons alone stay resident, or a "

@@ -9,17 +9,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import is_offloaded
-from ..model.experts import gathered
 from ..model.observation import is_compiled
 from ..model.sites import MlpSite
 from ..settings.methods import method_of
-from ..sparsity.in_experts import WholeExperts, observing_experts
+from ..sparsity.in_experts import experts_call, observing_experts
 from ..weights.draft_modules import reading
 from ..weights.formats import changes, draft_linear, gather_neurons
 from ..weights.linear import is_native_faster, kernel_products, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
 from .compiled import CompiledChain
 from .twin import Twin
+
+
+_OTHERS = (
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+)  # that a call may ask for, beside logits
 
 
 class Draft:
@@ -42,11 +48,7 @@ class Draft:
         self.model = model
         self.config = twin.config
         self.method = method_of(twin.config)(twin.config, twin.method_sites)
-        inside = self.method.experts_class or WholeExperts
-        self.method.experts = [
-            (inside if block.opens or not inside.needs_open else WholeExperts)(self.config, block)
-            for block in twin.experts
-        ]
+        self.method.experts = [experts_call(self.method, block, twin.is_offloaded) for block in twin.experts]
         self.held: dict[nn.Module, nn.Module] = {}
         self.is_compiled, self.not_compiled = False, None
         self._memory: dict[nn.Module, torch.Tensor] = {}
@@ -88,7 +90,8 @@ class Draft:
         """
         with contextlib.ExitStack() as watched:
             watched.enter_context(self.method.observing(self.model, attention_mask))
-            watched.enter_context(observing_experts(self.model, self.method.experts, attention_mask))
+            hold = self.held.__setitem__ if takes_weights else None
+            watched.enter_context(observing_experts(self.model, self.method.experts, attention_mask, hold))
             if self.twin.is_offloaded and takes_weights:
                 resident = [module for module in self.twin.resident if module not in self.held]
                 gathered = self.twin.sites if self.method.gathers else []
@@ -104,9 +107,9 @@ class Draft:
         for site in self.twin.method_sites:
             self.method.choose(site)
         for call in self.method.experts:
-            call.choose()
-            if call.neuron_indices is not None:
-                self.held[call.site.module] = gathered(call.site, call.neuron_indices)
+            module = call.site.module
+            if not any(p.is_meta for p in module.parameters()) and (held := call.choose(module)) is not None:
+                self.held[module] = held
         for site in self.twin.sites if self.method.gathers else ():
             for part in site.parts:
                 if not any(p.is_meta for p in part.parameters()):  # else it was gathered while it was loaded
@@ -188,7 +191,7 @@ class Draft:
 
     def forward(self, inputs: dict) -> Any:
         """Returns the twin's outputs. What the call asks of the dense model beside logits is not asked of it."""
-        left_out = {name: False for name in ("output_attentions", "output_hidden_states") if inputs.get(name)}
+        left_out = {name: False for name in _OTHERS if inputs.get(name)}
         outputs = self.twin(self.model, **{**inputs, **left_out, "return_dict": True})
         self.method.check_acted(self.model)
         return outputs

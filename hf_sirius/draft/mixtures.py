@@ -11,12 +11,16 @@ from ..settings.methods import method_of
 from ..sparsity.in_experts import FewerExperts
 
 
-def draft_of_experts(experts: list[ExpertsSite]) -> dict[str, Any]:
-    """Returns the fields of the config where nothing is asked for: half of a token's experts, which holds nothing and
-    reads less, or cats where a token is given one.
+def draft_of_experts(experts: list[ExpertsSite], offloaded_kernel_size: int | None) -> dict[str, Any]:
+    """Returns the fields of the config where nothing is asked for: half of the experts, or where a token is given one
+    alone, cats, which holds nothing, or of a model that is offloaded griffin.
+
+    Args:
+        offloaded_kernel_size: tokens per cycle where the weights are streamed; `None` where they are not.
     """
-    method = "experts" if any(block.top_k > 1 for block in experts) else "cats"
-    return {"method": method, "density": 0.5, "kernel_size": "auto"}
+    single = "cats" if offloaded_kernel_size is None else "griffin"
+    method = "experts" if any(block.top_k > 1 for block in experts) else single
+    return {"method": method, "density": 0.5, "kernel_size": offloaded_kernel_size or "auto"}
 
 
 def check_experts(
@@ -27,10 +31,11 @@ def check_experts(
     offloaded: bool,
 ) -> None:
     """Raises `ValueError` where a draft would have nothing to leave out, or cannot hold what it needs."""
-    if experts and offloaded:
+    if offloaded and not all(block.opens for block in experts):
         raise ValueError(
-            f"{type(model).__name__} is a mixture of experts and offloaded by accelerate, of which hf_sirius makes no "
-            "drafts: load it without offloading"
+            f"{type(model).__name__} is offloaded by accelerate, and its experts are not of the form that "
+            "transformers' experts_implementation takes, so that no part of them can stay resident: load it without "
+            "offloading"
         )
     if config.density == 1:
         return

@@ -18,6 +18,7 @@ from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
 from ..settings.methods import method_of
 from ..sparsity.base import TwinExperts
+from ..sparsity.in_experts import GriffinExperts, ResidentExperts, experts_class_of
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.formats import reusable_bytes
 from ..weights.kept import Kept
@@ -32,7 +33,7 @@ from .copies import copy_with, follow, shallow_copy
 # model -> what a draft is -> the graph of its step, as long as any twin has it
 _graphs: "WeakKeyDictionary[PreTrainedModel, WeakValueDictionary[tuple, Graph]]" = WeakKeyDictionary()
 _lock = threading.Lock()
-_CAPTURED = ("output_attentions", "output_hidden_states")
+_CAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
 # Names within transformers.
 _IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_capturing_hook"
 
@@ -121,7 +122,11 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     experts, _ = find_experts(model, decoder_modules(model))
     for block in experts:
         replacements.setdefault(id(block.owner), {})[block.attribute] = TwinExperts(block.module, block.idx)
-    resident = find_resident(model, sites, config, method.gathers)
+    held_in_part = GriffinExperts, ResidentExperts
+    gathered = [
+        block for block in experts if issubclass(experts_class_of(method, block, is_offloaded(model)), held_in_part)
+    ]
+    resident = find_resident(model, sites, config, method.gathers, gathered)
     in_mlps = [place for site in sites for place in site.places]
     for owner, name in (*(in_mlps if method.gathers else ()), *((place.owner, place.name) for place in resident)):
         parts = replacements.setdefault(id(owner), {})

@@ -60,6 +60,24 @@ class ExpertsSite:
         down = getattr(self.module, self.kind.down)
         return down.shape[1 if self.module.is_transposed else 2]
 
+    @property
+    def has_activation(self) -> bool:
+        """Whether act(gate) can be seen by itself, before up is needed."""
+        return not self.module.has_gate or hasattr(self.module, "act_fn")
+
+    def num_kept_neurons(self, density: float) -> int:
+        """Returns how many neurons of each expert are gathered: whole 16 bytes, as torch's grouped products want."""
+        num_kept = max(1, round(density * self.num_neurons))
+        multiple = max(1, 16 // getattr(self.module, self.kind.down).itemsize)
+        return min(-(-num_kept // multiple) * multiple, self.num_neurons)
+
+    def gathered_bytes(self, density: float) -> float:
+        """Returns what such neurons of all experts take."""
+        names = (self.kind.gate, f"{self.kind.gate}_bias", self.kind.down)
+        parameters = [self.module._parameters.get(name) for name in names]
+        num_bytes = sum(parameter.nbytes for parameter in parameters if parameter is not None)
+        return num_bytes * self.num_kept_neurons(density) / self.num_neurons
+
     def num_parameters(self) -> int:
         """Parameters of all experts."""
         return sum(parameter.numel() for parameter in self.module.parameters())
@@ -159,8 +177,7 @@ def tapped(module: nn.Module, at: str, change: Callable[[torch.Tensor], torch.Te
     """
     tap = bare_copy(module)
     tap._modules = dict(module._modules)
-    is_single = not module.has_gate or (at == "activation" and hasattr(module, "act_fn"))
-    if is_single:
+    if not module.has_gate or (at == "activation" and hasattr(module, "act_fn")):
         tap.__dict__.pop("act_fn", None)  # it may be a plain function
         tap._modules["act_fn"] = Tap(module.act_fn, change)
         return tap
@@ -183,13 +200,14 @@ def experts_of_pairs(module: nn.Module, top_k_index: torch.Tensor) -> torch.Tens
     return pairs if module.config._experts_implementation == "batched_mm" else pairs.sort().values
 
 
-def gathered(site: ExpertsSite, neuron_indices: torch.Tensor) -> nn.Module:
+def gathered(site: ExpertsSite, loaded: nn.Module, neuron_indices: torch.Tensor) -> nn.Module:
     """Returns a copy of experts with some neurons of each.
 
     Args:
+        loaded: the site's module, or the same with its weights where they are elsewhere (offloaded).
         neuron_indices: long [num_experts, num_kept], ascending.
     """
-    module, kind = site.module, site.kind
+    module, kind = loaded, site.kind
     indices = neuron_indices.to(getattr(module, kind.down).device)
     rows = indices
     if kind.num_fused == 2 and module.is_concatenated:
@@ -219,11 +237,22 @@ def _take(weight: torch.Tensor, indices: torch.Tensor, dim: int) -> torch.Tensor
     return torch.stack(taken)
 
 
-def neuron_norms(site: ExpertsSite) -> torch.Tensor:
+def some_experts(module: nn.Module, experts: torch.Tensor) -> nn.Module:
+    """Returns a copy of experts with some of them alone, long [num_kept]."""
+    fewer = bare_copy(module)
+    fewer.num_experts = len(experts)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            kept = parameter.detach().index_select(0, experts.to(parameter.device))
+            fewer._parameters[name] = nn.Parameter(kept, requires_grad=False)
+    return fewer
+
+
+def neuron_norms(site: ExpertsSite, loaded: nn.Module) -> torch.Tensor:
     """Returns the weight norm of each expert's neurons, that of its rows of gate and up times that of its column of
     down: [num_experts, num_neurons].
     """
-    module, kind = site.module, site.kind
+    module, kind = loaded, site.kind
     gate, down = getattr(module, kind.gate).detach(), getattr(module, kind.down).detach()
     first = gate.norm(dim=1 if module.is_transposed else 2)
     last = down.norm(dim=2 if module.is_transposed else 1)

@@ -19,9 +19,9 @@ class MethodRow:
 # Those that save time come first.
 METHODS = {
     "griffin": MethodRow("hf_sirius.sparsity.griffin:Griffin", fields=("reselect_every",), saves_time=True),
-    "experts": MethodRow("hf_sirius.sparsity.experts:Experts"),
     "cats": MethodRow("hf_sirius.sparsity.cats:Cats", fields=("selection", "calibration")),
     "teal": MethodRow("hf_sirius.sparsity.teal:Teal", fields=("weighting", "calibration", "budget")),
+    "experts": MethodRow("hf_sirius.sparsity.experts:Experts"),  # of mixtures of experts
 }
 _WHOLE = "hf_sirius.sparsity.whole:Whole"
 

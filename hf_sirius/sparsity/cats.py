@@ -43,7 +43,8 @@ class Cats(SparsityMethod):
 
     @property
     def is_masking(self):
-        return self._num_dropping > 2 * self._num_skipping
+        masks_experts = any(isinstance(call, CatsExperts) for call in self.experts)
+        return masks_experts or self._num_dropping > 2 * self._num_skipping
 
     def needs_prefill(self):
         return self.config.selection == "threshold" and self.config.calibration is None

@@ -183,21 +183,21 @@ def capture_weights(
     with contextlib.ExitStack() as undo:
         for module in resident:
             if streaming_hook(module) is not None:
-                undo.enter_context(_on_load(module, functools.partial(hold, module)))
+                undo.enter_context(on_load(module, functools.partial(hold, module)))
         for site in sites:
             for part in site.parts:
                 if part is not site.down and streaming_hook(part) is not None:
                     undo.callback(part.register_forward_pre_hook(narrow).remove)
-                    undo.enter_context(_on_load(part, functools.partial(waiting.__setitem__, part)))
+                    undo.enter_context(on_load(part, functools.partial(waiting.__setitem__, part)))
             # After the observer's own hook, and before down's weights are loaded.
             undo.callback(site.down.register_forward_pre_hook(lambda *_, site=site: end_observation(site)).remove)
             if streaming_hook(site.down) is not None:
-                undo.enter_context(_on_load(site.down, functools.partial(gather, site, site.down)))
+                undo.enter_context(on_load(site.down, functools.partial(gather, site, site.down)))
         yield
 
 
 @contextlib.contextmanager
-def _on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[None]:
+def on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[None]:
     """Within the block, hands a copy of the module to `take` whenever accelerate has loaded its weights."""
     hook = module._hf_hook
     load, outer = hook.pre_forward, vars(hook).get("pre_forward")

@@ -1,6 +1,8 @@
 """What a draft holds beside its neurons: how much fits into `draft_memory`, and which modules it is."""
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -8,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..model.accelerate_hooks import first_owner, own_forward, streaming_hook, streaming_hooks
 from ..model.adapters import is_adapted
+from ..model.experts import ExpertsSite
 from ..model.projections import device_of, is_projection, is_router
 from ..model.sites import MlpSite, find_other_modules
 from ..settings.config import SiriusConfig
@@ -32,7 +35,13 @@ class Resident(NamedTuple):
         return getattr(self.owner, self.name)
 
 
-def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusConfig, gathers: bool) -> list[Resident]:
+def find_resident(
+    model: PreTrainedModel,
+    sites: list[MlpSite],
+    config: SiriusConfig,
+    gathers: bool,
+    gathered_experts: Sequence[ExpertsSite] = (),
+) -> list[Resident]:
     """Returns the modules of which drafts hold copies, gathered neurons aside.
 
     These are the projections that `draft_dtype` casts within `draft_scope`, and of an offloaded model all else that a
@@ -41,6 +50,7 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
 
     Args:
         gathers: whether the method gathers neurons, so that no MLP is held whole.
+        gathered_experts: those of which a draft holds a part.
 
     Raises:
         `ValueError` if `draft_memory` is too small for any draft, with the number that it would need.
@@ -62,7 +72,8 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
             return Resident(owner, name, head_dtype(config.draft_dtype, device_of(head)))
         return Resident(owner, name, config.draft_dtype if is_cast else None)
 
-    others = [other(*place) for place in find_other_modules(model, sites)]
+    in_part = {block.module for block in gathered_experts}
+    others = [other(*place) for place in find_other_modules(model, sites) if getattr(*place) not in in_part]
     in_mlps = [Resident(*place, config.draft_dtype) for site in sites for place in site.places]
     if method_of(config).acts_on == "projections":  # within adapted layers as well
         in_mlps = [_under_adapters(place) for place in in_mlps]
@@ -80,6 +91,7 @@ def find_resident(model: PreTrainedModel, sites: list[MlpSite], config: SiriusCo
     if gathers:
         shapes = gathered_shapes(sites, config)
         needed += sum(num_bytes(part, config.draft_dtype, *shape) for part, shape in shapes.items())
+    needed += math.ceil(sum(block.gathered_bytes(config.density) for block in gathered_experts))
     if streaming_hook(first) is not None:
         needed += _tensor_bytes(first)
     budget = None if config.draft_memory is None else memory_bytes(config.draft_memory)

@@ -9,7 +9,7 @@ from mixtures import available_mixtures, tiny_mixture
 from tiny import sparse_logits
 
 from hf_sirius import calibrate, make_sparse
-from hf_sirius.model.experts import find_experts
+from hf_sirius.model.experts import find_experts, neuron_norms
 
 
 METHODS = {
@@ -178,9 +178,72 @@ def test_what_cannot_be_done_is_said():
         calibrate(one, None, [make_prompt()[0].tolist()], method="cats")
 
 
-def test_an_offloaded_mixture_is_refused(tmp_path):
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("fields", [{}, {"method": "griffin"}, {"density": 1.0}], ids=str)
+def test_an_offloaded_mixture_drafts_with_what_is_resident(family, fields, tmp_path):
     from accelerate import disk_offload
 
-    model = disk_offload(tiny_mixture("mixtral"), str(tmp_path))
-    with pytest.raises(ValueError, match="is a mixture of experts and offloaded"):
-        make_sparse(model, method="griffin")
+    prompt, options = make_prompt(), {"max_new_tokens": 12, "do_sample": False}
+    expected = tiny_mixture(family).generate(prompt, **options)
+    model = disk_offload(tiny_mixture(family), str(tmp_path))
+    with make_sparse(model, threshold=1.0, kernel_size=4, **fields) as twin:
+        assert torch.equal(model.generate(prompt, assistant_model=twin, **options), expected)
+        assert twin.stats.num_drafted > 0 and 0 < twin.stats.draft_density < 1
+        with torch.no_grad(), twin.new_call() as call:
+            with call.draft.observing(None):
+                model(prompt)
+            call.draft.select()
+            for block in experts_of(model):
+                held = call.draft.held[block.module]
+                share = sum(p.numel() for p in held.parameters()) / block.num_parameters()
+                assert share == 1.0 if "density" in fields else 0.4 < share < 0.65
+    assert all(p.is_meta for block in experts_of(model) for p in block.module.parameters())
+
+
+def test_draft_memory_counts_gathered_experts():
+    model = tiny_mixture("mixtral")
+    experts = experts_of(model)
+    needed = int(sum(block.gathered_bytes(0.5) for block in experts))
+    assert needed == sum(block.num_parameters() for block in experts) * 8 // 2
+    with pytest.raises(ValueError, match=f"need {needed} bytes"):
+        make_sparse(model, method="griffin", draft_memory=needed - 1)
+    with make_sparse(model, method="griffin", draft_memory=needed) as twin, torch.no_grad(), twin.new_call() as call:
+        with call.draft.observing(None):
+            model(make_prompt())
+        call.draft.select()
+        held = [call.draft.held[block.module] for block in experts]
+        assert sum(module.gate_up_proj.nbytes + module.down_proj.nbytes for module in held) == needed
+
+
+def test_router_logits_of_the_dense_model_are_recorded_once():
+    model, prompt = tiny_mixture("mixtral"), make_prompt()
+    model.config.output_router_logits = True
+    options = {"max_new_tokens": 8, "do_sample": False}
+    dense = model.generate(prompt, **options)
+    with make_sparse(model, threshold=1.0, kernel_size=4) as twin:
+        assert torch.equal(model.generate(prompt, assistant_model=twin, **options), dense)
+        with torch.no_grad():
+            assert len(model(prompt).router_logits) == len(twin(prompt).router_logits) == 2
+
+
+def test_a_prompt_that_an_expert_did_not_see_leaves_it_its_largest_weights():
+    model = tiny_mixture("mixtral", num_experts_per_tok=1)
+    with make_sparse(model, method="griffin", density=0.5) as twin, torch.no_grad(), twin.new_call() as call:
+        with call.draft.observing(None):
+            model(make_prompt(2))
+        call.draft.select()
+        for block in call.draft.method.experts:
+            unseen = ~block._statistics.any(dim=1)
+            assert unseen.sum() >= 4  # two tokens reach two experts at most
+            norms = neuron_norms(block.site, block.site.module)
+            for expert in unseen.nonzero().flatten():
+                kept = block.neuron_indices[expert]
+                assert norms[expert, kept].min() >= norms[expert].median()
+
+
+def test_masking_is_told():
+    model, prompt = tiny_mixture("mixtral"), make_prompt()
+    for fields, is_masking in (({"method": "cats"}, True), ({"method": "experts"}, False)):
+        with make_sparse(model, kernel_size=4, threshold=1.0, **fields) as twin:
+            model.generate(prompt, assistant_model=twin, max_new_tokens=8)
+            assert twin.stats.is_masking == is_masking

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
-from mixtures import tiny_mixture
+from mixtures import available_mixtures, tiny_mixture
 
 from hf_sirius.model.experts import find_experts, gathered, neuron_norms, tapped
+
+
+# concatenated, interleaved and transposed with biases, transposed
+LAYOUTS = [family for family in ("mixtral", "gpt_oss", "aria_text") if family in available_mixtures()]
 
 
 def first_experts(family, **fields):
@@ -20,13 +24,13 @@ def inputs_of(site):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "aria_text"])
+@pytest.mark.parametrize("family", LAYOUTS)
 @torch.no_grad()
 def test_gathered_neurons_compute_what_is_left_where_the_others_are_zeroed(family, implementation):
     site = first_experts(family, implementation=implementation)
     generator = torch.Generator().manual_seed(1)
     kept = torch.stack([torch.randperm(site.num_neurons, generator=generator)[:7].sort().values for _ in range(6)])
-    smaller = gathered(site, kept)
+    smaller = gathered(site, site.module, kept)
     assert smaller.down_proj.numel() < site.module.down_proj.numel()
     mask = torch.zeros(6, site.num_neurons, dtype=torch.float64).scatter_(1, kept, 1.0)
     hidden, top_k_index, weights = inputs_of(site)
@@ -36,18 +40,18 @@ def test_gathered_neurons_compute_what_is_left_where_the_others_are_zeroed(famil
     torch.testing.assert_close(smaller(hidden, top_k_index, weights), masked(hidden, top_k_index, weights))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "aria_text"])
+@pytest.mark.parametrize("family", LAYOUTS)
 @torch.no_grad()
 def test_a_neuron_without_weights_has_the_least_norm(family):
     site = first_experts(family)
     down = site.module.down_proj
     (down[2, 5] if site.module.is_transposed else down[2, :, 5]).zero_()
-    norms = neuron_norms(site)
+    norms = neuron_norms(site, site.module)
     assert norms.shape == (6, site.num_neurons) and norms[2].argmin() == 5 and norms[2, 5] == 0
     gate = site.module.gate_up_proj
     place = 3 if site.module.is_concatenated else 6  # the gate's row of neuron 3
     (gate[1, :, place] if site.module.is_transposed else gate[1, place]).mul_(100)
-    assert neuron_norms(site)[1].argmax() == 3
+    assert neuron_norms(site, site.module)[1].argmax() == 3
 
 
 @torch.no_grad()

@@ -100,8 +100,8 @@ BAD_VALUES = [
     *(("draft_confidence", value, ValueError, r"in [0, 1)") for value in [-0.1, 1.0, math.nan]),
     *(("selection", value, ValueError, "['threshold', 'topk']") for value in ["top-k", "", None, 3]),
     *(("compile_draft", value, TypeError, "True or False") for value in [1, None, "true"]),
-    *(("method", value, ValueError, "['griffin', 'cats', 'teal']") for value in ["grifin", ""]),
-    *(("method", value, TypeError, "['griffin', 'cats', 'teal']") for value in [None, 3, ["cats"]]),
+    *(("method", value, ValueError, "['griffin', 'cats', 'teal', 'experts']") for value in ["grifin", ""]),
+    *(("method", value, TypeError, "['griffin', 'cats', 'teal', 'experts']") for value in [None, 3, ["cats"]]),
 ]
 
 
