@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import queue
 import re
+import statistics
 import threading
 import time
 import warnings
@@ -128,7 +129,9 @@ def examine_draft(model: Any, inputs: dict, dense: Any, fields: dict[str, Any]) 
 
 
 def kept_share(method: Any) -> float:
-    """Returns the share of neurons or inputs that a method kept, by the parameters that it counted as read."""
+    """Returns the share of neurons, inputs or experts that a method kept, by the parameters that it counted as read."""
+    if method.experts:
+        return statistics.fmean(block.density() for block in method.experts)
 
     def read(site: Any, share: float) -> float:
         if method.acts_on == "projections":

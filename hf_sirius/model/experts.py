@@ -180,9 +180,11 @@ def tapped(module: nn.Module, at: str, change: Callable[[torch.Tensor], torch.Te
     if not module.has_gate or (at == "activation" and hasattr(module, "act_fn")):
         tap.__dict__.pop("act_fn", None)  # it may be a plain function
         tap._modules["act_fn"] = Tap(module.act_fn, change)
-        return tap
-    tap.__dict__[_GATING] = Tap(getattr(module, _GATING), change)
-    if module.config._experts_implementation not in _CALLING_IT:
+    else:
+        tap.__dict__[_GATING] = Tap(getattr(module, _GATING), change)
+    # A loop over experts calls neither for all pairs at once.
+    is_at_once = at == "activation" and hasattr(module, "act_fn")
+    if not is_at_once and module.config._experts_implementation not in _CALLING_IT:
         tap.__dict__["config"] = config = copy.copy(module.config)
         # torch has no grouped products in float64.
         is_double = next(module.parameters()).dtype == torch.float64

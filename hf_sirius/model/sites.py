@@ -25,7 +25,7 @@ class MlpKind:
     down: str  # the projection back to the hidden size
     up: str | None = None  # the projection that the activation is multiplied with, if it is one of its own
     num_fused: int = 1  # how many projections `gate` holds (2 for a fused gate_up)
-    activation: str | None = None  # where it has none of the names of `ACTIVATIONS`
+    activation: str | None = None  # where it has none of the names of `ACTIVATIONS`; "" where it is no attribute
 
     @functools.cached_property
     def part_names(self) -> tuple[str, ...]:
@@ -37,6 +37,8 @@ class MlpKind:
 
     def activation_in(self, module: nn.Module) -> str | None:
         """Returns the name of a module's activation, if it has one."""
+        if self.activation == "":
+            return ""
         names = ACTIVATIONS if self.activation is None else (self.activation,)
         return next((name for name in names if callable(part_of(module, name))), None)
 
@@ -66,12 +68,9 @@ MLP_KINDS = (
     MlpKind(gate="wi", down="wo"),  # T5
     MlpKind(gate="fc1", down="fc2", num_fused=2),  # Moshi
     MlpKind(gate="Wi", down="Wo", num_fused=2),  # ModernBERT
-    MlpKind(gate="lin1", down="lin2"),  # XLM
-    MlpKind(gate="layer_1", down="layer_2"),  # XLNet
-    MlpKind(gate="intermediate", down="output"),  # ProphetNet
     MlpKind(gate="intermediate.dense", down="output.dense", activation="intermediate.intermediate_act_fn"),  # BERT, ...
     MlpKind(gate="ffn.0", down="ffn.2", activation="ffn.1"),  # CTRL
-    MlpKind(gate="w_in.w_0", up="w_in.w_1", down="w_out", activation="w_in.act"),  # CPM-Ant
+    MlpKind(gate="w1", up="w3", down="w2", activation=""),  # LFM2
 )
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "gelu_impl", "activation_function")
 
@@ -84,7 +83,7 @@ class MlpSite:
     name: str  # the dotted name of the module that owns the projections (in OPT the decoder layer itself)
     owner: nn.Module  # that module, in the dense model
     kind: MlpKind  # the attribute names of its parts
-    activation: str  # the attribute name of its activation function
+    activation: str  # the attribute name of its activation function, "" of one that the forward names
     num_neurons: int  # its intermediate size
 
     @property

@@ -36,6 +36,11 @@ class Cats(SparsityMethod):
 
     @classmethod
     def replacements(cls, site):
+        if not site.activation:
+            raise ValueError(
+                f"the activation of {site.name} is no module or function of its own, in whose place cats could drop "
+                "neurons: use method='griffin' or 'teal'"
+            )
         parts: dict[str, nn.Module] = {site.activation: TwinActivation(part_of(site.owner, site.activation), site.idx)}
         if site.up is not None:
             parts |= {name: _MlpProjection(site, name) for name in site.part_names}
