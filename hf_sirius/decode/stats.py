@@ -63,7 +63,8 @@ class Cycle:
         state_seconds: what bringing the states of recurrent layers to the accepted length took.
         branches: of a tree, else `None`.
         num_compiled_steps: how many forwards of the draft ran as one graph (`compile_draft`).
-        kernel_size: tokens that the cycle was to have, the full model's own included: 1 where none was to be drafted.
+        kernel_size: one for each step of the draft or token that was looked up, and one for the full model's own: 1 where
+            nothing was proposed.
     """
 
     drafted_ids: tuple[int, ...]
@@ -95,7 +96,7 @@ class Cycle:
 
 
 def kernel_sizes(cycles: Sequence[Cycle]) -> list[int]:
-    """Returns the tokens that each cycle was to have, negative where they were looked up."""
+    """Returns the `kernel_size` of each cycle, negative where its tokens were looked up."""
     return [-cycle.kernel_size if cycle.is_lookup else cycle.kernel_size for cycle in cycles]
 
 
@@ -106,8 +107,8 @@ class GenerationStats:
 
     Attributes:
         kernel_size: tokens per cycle, n, a list of those of each cycle, or `"auto"`.
-        kernel_sizes: tokens that each cycle was to have, as `"auto"` chose them: 1 where none was to be drafted,
-            negative where they were looked up. A twin with `kernel_size=stats.kernel_sizes` chooses the same, and so
+        kernel_sizes: the tokens of each cycle, as `"auto"` chose them: 1 where nothing was proposed, negative where they
+            were looked up. A twin with `kernel_size=stats.kernel_sizes` chooses the same, and so
             writes the same below a threshold of 1, and when it samples with the same seed. The total has none.
         reason: why `"auto"` drafted as many tokens as it did in the latest cycle, or none, in words; else `None`.
         not_compiled: why the latest draft did not run as one graph, in words; `None` where it did, where
