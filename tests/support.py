@@ -100,7 +100,7 @@ def generate(model: Any, inputs: dict, **kwargs: Any) -> Any:
     inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     if model.config.is_encoder_decoder:
         inputs["decoder_start_token_id"] = 1
-    return model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **kwargs)
+    return model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, num_beams=1, **kwargs)
 
 
 def examine_draft(model: Any, inputs: dict, dense: Any, fields: dict[str, Any]) -> Draft:

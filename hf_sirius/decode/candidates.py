@@ -306,6 +306,11 @@ class SiriusCandidateGenerator(CandidateGenerator):
             kept = contextlib.nullcontext() if self.states is None else self.states.reading(num_tokens)
             with observed, self.call.draft.verifying(), grown, kept:
                 outputs = forward(**inputs)
+            if outputs.get("past_key_values") is None:
+                raise ValueError(
+                    f"{type(self.call.model).__name__} hands out no KV-cache, without which drafts cannot be verified: "
+                    "set use_cache, and of a decoder in an encoder-decoder is_decoder, in its config"
+                )
             finish(outputs)
             return outputs
 

@@ -63,8 +63,8 @@ class Cycle:
         state_seconds: what bringing the states of recurrent layers to the accepted length took.
         branches: of a tree, else `None`.
         num_compiled_steps: how many forwards of the draft ran as one graph (`compile_draft`).
-        kernel_size: one for each step of the draft or token that was looked up, and one for the full model's own: 1 where
-            nothing was proposed.
+        kernel_size: one for each step of the draft or token that was looked up, and one for the full model's own: 1
+            where nothing was proposed.
     """
 
     drafted_ids: tuple[int, ...]
@@ -107,9 +107,9 @@ class GenerationStats:
 
     Attributes:
         kernel_size: tokens per cycle, n, a list of those of each cycle, or `"auto"`.
-        kernel_sizes: the tokens of each cycle, as `"auto"` chose them: 1 where nothing was proposed, negative where they
-            were looked up. A twin with `kernel_size=stats.kernel_sizes` chooses the same, and so
-            writes the same below a threshold of 1, and when it samples with the same seed. The total has none.
+        kernel_sizes: the tokens of each cycle, as `"auto"` chose them: 1 where nothing was proposed, negative where
+            they were looked up. A twin with `kernel_size=stats.kernel_sizes` chooses the same, and so writes the same
+            below a threshold of 1, and when it samples with the same seed. The total has none.
         reason: why `"auto"` drafted as many tokens as it did in the latest cycle, or none, in words; else `None`.
         not_compiled: why the latest draft did not run as one graph, in words; `None` where it did, where
             `compile_draft` does not ask for it, and before any.

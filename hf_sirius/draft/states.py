@@ -22,7 +22,7 @@ from ..model.stock import stock_class
 
 # How far readings that round otherwise may lie apart, relative to what they read; of 16 bits more.
 _TOLERANCE, _TOLERANCE_16 = 1e-4, 5e-2
-_CONTEXT, _NEW = (1, 2, 3, 4, 5), (6, 7, 8)  # tokens of the trial
+_CONTEXT, _NEW, _NUM_DRAFTED = (1, 2, 3, 4, 5), (6, 7, 8), 2  # tokens of the trial
 _State = tuple[dict[int, torch.Tensor | None], dict[int, torch.Tensor | None]]
 
 
@@ -243,22 +243,27 @@ def _trial(model: PreTrainedModel) -> Recurrence:
 
 
 def _read_and_taken_back(model: PreTrainedModel, recurrence: Recurrence) -> torch.Tensor:
-    """Returns the logits of a verification that keeps one of its tokens but the last, and of what follows."""
+    """Returns the logits of a draft, of a verification that keeps all tokens but the last, and of what follows."""
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     _read(model, _CONTEXT, cache)
     cache.crop(0)
+    before = {layer: snapshot(layer) for layer in cache.layers if is_recurrent(layer)}
+    drafted = [_read(model, (token,), cache) for token in _NEW[:_NUM_DRAFTED]]
+    cache.crop(-_NUM_DRAFTED)
+    for layer, state in before.items():
+        restore(layer, state)
     states = States(model, cache, recurrence)
     with states.reading(len(_NEW)):
         at_once = _read(model, _NEW, cache)
     cache.crop(-1)
     states.keep(len(_NEW) - 1)
     # What was taken back is read again: its logits tell whether the states were right.
-    return torch.cat([at_once, _read(model, _NEW[-1:], cache)])
+    return torch.cat([*drafted, at_once, _read(model, _NEW[-1:], cache)])
 
 
 def _distance(found: torch.Tensor, right: torch.Tensor) -> float:
-    right = torch.cat([right, right[-1:]])
+    right = torch.cat([right[:_NUM_DRAFTED], right, right[-1:]])
     return ((found - right).norm(dim=-1) / right.norm(dim=-1)).max().item()
 
 
