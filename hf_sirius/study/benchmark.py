@@ -38,13 +38,16 @@ def _alternate(
     memory: PeakMemory,
     streamed: StreamedBytes | None = None,
     read: Mapping[str, float] = MappingProxyType({}),
+    is_length_fixed: bool = False,
 ) -> dict[str, Any]:
     """Times the model's answers in all ways in turn, of which `dense` and `sirius` are two; returns medians, medians of
     the pairs' ratios, and every run.
 
     Args:
         read: what `bytes_of_forwards` returned, and the `bandwidth`; without it bytes per token are left out.
+        is_length_fixed: whether answers go on past EOS.
     """
+    lengths = {"max_new_tokens": max_new_tokens} | ({"min_new_tokens": max_new_tokens} if is_length_fixed else {})
     runs: dict[str, list[TimedRun]] = {name: [] for name in ways}
     figures: dict[str, list[dict]] = {name: [] for name in ways}
     sparse = ways["sirius"].twin
@@ -53,7 +56,7 @@ def _alternate(
         for name, way in ways.items():
             memory.restart()
             bytes_before = streamed.num_bytes if streamed else 0
-            options = {**way.options, "max_new_tokens": max_new_tokens}
+            options = {**way.options, **lengths}
             with counting(model, way) as forwards:
                 run = timed_run(model, way.twin, prompt.to(memory.device), **options)
             of_run = {
@@ -222,7 +225,11 @@ def bench_decode(
                         raise
                     left_out[name] = " ".join(str(error).partition("\n\n")[0].split())
                     del ways[name]
-            part = _alternate(loaded, ways, of_context, num_repeats, max_new_tokens, memory, read=read)
+            # Behind a text that is cut out of others, answers may be a single token.
+            is_made_up = context is not None
+            part = _alternate(
+                loaded, ways, of_context, num_repeats, max_new_tokens, memory, read=read, is_length_fixed=is_made_up
+            )
             if context is None:
                 figures |= part
             else:

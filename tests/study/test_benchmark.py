@@ -111,6 +111,9 @@ def test_contexts_are_measured_one_by_one_and_larger_models_predicted(monkeypatc
         config, contexts=[200, 50], shapes=["1b"], record=lambda so_far: parts.append(json.dumps(so_far)), **SIZES
     )
     assert list(figures["contexts"]) == [50, 200]
+    for part in figures["contexts"].values():
+        lengths = {run["num_tokens"] for run in part["runs"]}
+        assert lengths == {SIZES["max_new_tokens"]}, "past EOS"
     assert [list(json.loads(part).get("contexts", {})) for part in parts] == [["50"], ["50", "200"], ["50", "200"]]
     fewer, more = (figures["contexts"][length]["dense"]["bytes_per_token"] for length in (50, 200))
     assert fewer < more
