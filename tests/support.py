@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto
 
 from hf_sirius import make_sparse
 from hf_sirius.settings.methods import METHODS
+from hf_sirius.sparsity.in_experts import WholeExperts
 
 
 PAGE_BEGIN = """# Supported models
@@ -34,8 +35,9 @@ has for text, for speech to text, and for images and text, makes a tiny random m
 text by each draft. A family that is new there shows up by itself.
 
 - *yes*: in float64, at `threshold=1.0`, the tokens are those of the full model, the draft's logits are not, and the
-  share of neurons or inputs that it keeps is the one asked for (`density={density}`, of teal {teal}).
-- *no*: it is refused, and the last column says why.
+  share of neurons, inputs or experts that it keeps is the one asked for (`density={density}`, of teal and experts
+  {teal}).
+- *no*: it is refused, and the last column says why. A dash: there are no experts.
 
 `int8` is the whole model in 8 bits. If the feed-forward blocks of a family only have other names, it needs a row in
 `MLP_KINDS` of `hf_sirius/model/sites.py`, and one in the test of `tests/model/test_sites.py`.
@@ -57,7 +59,9 @@ MAPPINGS = {
 DENSITY = 0.3  # of neurons with a squared ReLU about half are zero
 DRAFTS: dict[str, dict[str, Any]] = {name: {"method": name, "density": DENSITY} for name in METHODS}
 DRAFTS["teal"]["density"] = 0.5  # what it drops in one layer changes the sizes in the next
+DRAFTS["experts"]["density"] = 0.5  # of two per token
 DRAFTS["int8"] = {"method": "griffin", "density": 1.0, "draft_dtype": "int8", "draft_scope": "all"}
+NO_EXPERTS = "has no experts that a token is given"  # as a method says that needs them
 MAX_NEW_TOKENS = 16
 MAX_SECONDS = 60  # for one family
 NUM_WORKERS = 2
@@ -130,8 +134,8 @@ def examine_draft(model: Any, inputs: dict, dense: Any, fields: dict[str, Any]) 
 
 def kept_share(method: Any) -> float:
     """Returns the share of neurons, inputs or experts that a method kept, by the parameters that it counted as read."""
-    if method.experts:
-        return statistics.fmean(block.density() for block in method.experts)
+    if acting := [block for block in method.experts if type(block) is not WholeExperts]:
+        return statistics.fmean(block.density() for block in acting)
 
     def read(site: Any, share: float) -> float:
         if method.acts_on == "projections":
@@ -212,8 +216,12 @@ def page_of(rows: list[Row]) -> str:
         text += f"\n## {title}\n\n{len(working)} of {len(run)} families that were run work.\n\n"
         text += f"| family | {' | '.join(DRAFTS)} | why not |\n|---|{'---|' * len(DRAFTS)}---|\n"
         for row in sorted(run, key=lambda row: row.family):
-            cells = ["yes" if draft.verdict == "works" else "no" for draft in row.drafts.values()]
-            reasons = dict.fromkeys(short(draft.reason) for draft in row.drafts.values() if draft.reason)
+            asked = [draft for draft in row.drafts.values() if NO_EXPERTS not in draft.reason]
+            cells = [
+                ("yes" if draft.verdict == "works" else "no") if draft in asked else "–"
+                for draft in row.drafts.values()
+            ]
+            reasons = dict.fromkeys(short(draft.reason) for draft in asked if draft.reason)
             text += f"| {row.family} | {' | '.join(cells)} | {'; '.join(reasons)} |\n"
         if others:
             text += (
