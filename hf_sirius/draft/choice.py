@@ -36,7 +36,7 @@ _LARGE_HEAD = 0.1  # the share of all weights from which a head may have one
 KERNEL_SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 _NUM_WEIGHTS = 2**25  # that are timed: in 8 bits more than most caches hold, and read in milliseconds
 _NUM_TOKENS = (1, 4, 8, 16, 32)  # of which products are timed, for verifications
-_NUM_REPEATS = 5
+_NUM_REPEATS, _MOST_SECONDS = 5, 0.5  # rounds that are timed, unless they take longer
 _chosen: dict[tuple, dict[str, Any]] = {}
 
 
@@ -125,8 +125,7 @@ def _fastest(
         parts.append(part)
         num_timed += math.prod(projection_shape(part))
 
-    def product(linears: list[nn.Module], num_tokens: int) -> float:
-        """Returns the seconds of the products, per weight."""
+    def products_of(linears: list[nn.Module], num_tokens: int) -> Callable[[], None]:
         inputs = [
             torch.ones(1, num_tokens, projection_shape(part)[1], dtype=model.dtype, device=device_of(part))
             for part in parts
@@ -136,27 +135,38 @@ def _fastest(
             for linear, states in zip(linears, inputs, strict=True):
                 linear(states)
 
-        return _seconds(run, device) / num_timed
+        return run
+
+    def verifying(run: Callable[[], None]) -> Callable[[], None]:
+        linears = [part for part in parts if type(part) is nn.Linear and has_kernel(part)]
+
+        def run_by_kernels() -> None:
+            with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears):
+                run()
+
+        return run_by_kernels
 
     token_id = torch.full((1, 1), model.config.get_text_config().vocab_size // 2, device=device)
     with evaluating(model), uncompiled(model):
         inputs = text_inputs(model, token_id)
-        step = _seconds(lambda: model(**inputs, use_cache=False), device)
-        around = max(step - num_weights * product(parts, 1), 0.0)
-        linears = [part for part in parts if type(part) is nn.Linear and has_kernel(part)]
-        with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears):
-            of_many = [product(parts, num_tokens) for num_tokens in _NUM_TOKENS]
-    of_dtype = {}
-    for draft_dtype in dtypes:
-        casts = [draft_linear(part, draft_dtype, compute_dtype=model.dtype) for part in parts]
-        of_dtype[draft_dtype] = product(casts, 1)
+        runs = [lambda: model(**inputs, use_cache=False), products_of(parts, 1)]
+        runs += [verifying(products_of(parts, num_tokens)) for num_tokens in _NUM_TOKENS]
+        for draft_dtype in dtypes:
+            runs.append(products_of([draft_linear(p, draft_dtype, compute_dtype=model.dtype) for p in parts], 1))
+        rounds = _rounds(runs, device)
+    share = num_weights / num_timed
+    # In alternation, as what else the machine does is to meet all of them.
+    around = max(0.0, statistics.median(step - share * products for step, products, *_ in rounds))
+    per_weight = [statistics.median(seconds) / num_timed for seconds in zip(*rounds, strict=True)][2:]
+    of_many, of_casts = per_weight[: len(_NUM_TOKENS)], per_weight[len(_NUM_TOKENS) :]
+    of_dtype = dict(zip(dtypes, of_casts, strict=True))
     of_head = {dtype: of_dtype.get(head_dtype(dtype, device), seconds) for dtype, seconds in of_dtype.items()}
     num_head = 0 if head is None else math.prod(projection_shape(head))
     # The weights that each kind of head reads, what else it takes, and the share of tokens that it gets right.
     heads = {"full": (num_head, 0.0, 1.0)}
     if num_head > _LARGE_HEAD * num_weights and has_shortlist(head):
         logits = torch.randn(1, head.out_features, generator=torch.Generator().manual_seed(0)).to(device)
-        seconds = _seconds(lambda: list(likeliest(logits)), device)
+        seconds = statistics.median(s for (s,) in _rounds([lambda: list(likeliest(logits))], device))
         heads[SHORTLIST] = (num_read(head), seconds, _SHORTLIST_AGREEMENT)
     seconds_per_token = {}
     for draft_dtype, draft_head, kernel_size in itertools.product(dtypes, heads, KERNEL_SIZES):
@@ -179,13 +189,15 @@ def _between(place: int, places: Sequence[int], values: Sequence[float]) -> floa
     return values[i - 1] + share * (values[i] - values[i - 1])
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Returns the median of a few runs behind a first one, of fewer where one takes long."""
-    seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) <= _NUM_REPEATS and sum(seconds) < 0.1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def _rounds(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[list[float]]:
+    """Returns the seconds of each in turn, of a few rounds behind a first one, of fewer where one takes long."""
+    rounds: list[list[float]] = []
+    while len(rounds) < 2 or (len(rounds) <= _NUM_REPEATS and sum(map(sum, rounds)) < _MOST_SECONDS):
+        rounds.append([])
+        for run in runs:
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rounds[-1].append(time.perf_counter() - start)
+    return rounds[1:]

@@ -52,8 +52,8 @@ def test_the_least_time_per_token_wins(monkeypatch):
 
     def chosen(verification_per_token: float, **draft: float):
         verifications = [1.0 + (n - 1) * verification_per_token for n in choice._NUM_TOKENS]
-        seconds = iter([1.0, 1.0, *verifications, *draft.values()])
-        monkeypatch.setattr(choice, "_seconds", lambda run, device: next(seconds))
+        seconds = [1.0, 1.0, *verifications, *draft.values()]
+        monkeypatch.setattr(choice, "_rounds", lambda runs, device: [seconds, seconds])
         sizes = [p.numel() for site in sites for part in site.parts for p in part.parameters()]
         # All that is timed stands for all, so that the seconds are those of the whole model.
         return choice._fastest(model, sites, sum(sizes), None, list(draft), torch.device("cpu"))
