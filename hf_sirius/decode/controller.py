@@ -83,10 +83,12 @@ class Controller:
         """Whether a draft is to have a token more, behind those with these margins, at least one."""
         if self._worth == math.inf:  # a short one, of which something is to be learnt
             return True
-        are_kept = math.prod(map(self.record.acceptance_of, margins)) * self.record.acceptance
+        record = self.record
+        are_kept = math.prod(map(record.acceptance_of, margins))
         # On average: single numbers of tokens are measured too seldom to tell their difference.
-        price = (self.costs.of(1 + len(margins)) - self.costs.of(1)) / len(margins)
-        return are_kept * self._worth > self.record.step.median + max(0.0, price)
+        price = max(0.0, (self.costs.of(1 + len(margins)) - self.costs.of(1)) / len(margins))
+        price += are_kept * (1 - record.acceptance) * (record.rereading.median or 0.0)
+        return are_kept * record.acceptance * self._worth > record.step.median + price
 
     def looks_up(self) -> bool:
         """Whether the text is to be searched for what may follow, in this cycle. The draft is measured, and tried
@@ -199,4 +201,5 @@ class Controller:
             self.record.nodes_per_step = max(1.0, (num_read - 1) / cycle.num_steps)
             self.record.note(cycle.num_accepted, is_rejected=cycle.num_accepted < num_drafted)
             if cycle.is_full:
-                self.record.note_draft(cycle.num_steps, margins, cycle.num_accepted)
+                is_rejected = cycle.num_accepted < num_drafted
+                self.record.note_draft(cycle.num_steps, margins, cycle.num_accepted, is_rejected)

@@ -18,6 +18,7 @@ _NUM_SETTINGS = 16  # of which a model remembers how its drafts did
 _PRIOR_ACCEPTANCE, _PRIOR_OF_LOOKUPS = 0.8, 0.5  # of tokens that have not been seen
 _FADING = 0.98  # what a token counts when the next one is seen
 _MARGINS = (0.1, 0.2, 0.4, 0.8, 1.6)  # between kinds of tokens, in nats
+_PRIOR_TOKENS, _FADING_OF_MARGINS = 4, 0.995  # what is known of a kind beforehand, and how slowly it changes
 _PATIENCE, _LONGEST_WAIT = 32, 256  # cycles for which a losing draft is left at first, and at most
 
 
@@ -152,19 +153,22 @@ class DraftRecord(KeptRecord):
         next likely one, in nats.
         """
         num_kept, num_judged = self._of_margins[bisect.bisect(_MARGINS, margin)]
-        return (num_kept + self.acceptance) / (num_judged + 1)
+        return (num_kept + _PRIOR_TOKENS * self.acceptance) / (num_judged + _PRIOR_TOKENS)
 
-    def note_draft(self, num_steps: int, margins: Sequence[float], num_accepted: int) -> None:
+    def note_draft(self, num_steps: int, margins: Sequence[float], num_accepted: int, is_rejected: bool) -> None:
         """Takes note of a draft that ended by itself, and of which so many tokens were kept, each with its margin."""
         fading = _FADING ** (num_accepted + 1)
         self.num_drafts = fading * self.num_drafts + 1
-        self.num_rejected = fading * self.num_rejected + (num_accepted < len(margins))
+        self.num_rejected = fading * self.num_rejected + is_rejected
         self.num_steps = fading * self.num_steps + num_steps
         self.num_added = fading * self.num_added + num_accepted + 1
         for i, margin in enumerate(margins[: num_accepted + 1]):  # behind the first rejected one nothing was judged
             kind = bisect.bisect(_MARGINS, margin)
             num_kept, num_judged = self._of_margins[kind]
-            self._of_margins[kind] = _FADING * num_kept + (i < num_accepted), _FADING * num_judged + 1
+            self._of_margins[kind] = (
+                _FADING_OF_MARGINS * num_kept + (i < num_accepted),
+                _FADING_OF_MARGINS * num_judged + 1,
+            )
 
 
 _lock = threading.Lock()

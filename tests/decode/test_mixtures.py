@@ -28,7 +28,14 @@ def experts_of(model):
     return find_experts(model, set(model.get_decoder().modules()))[0]
 
 
-@pytest.mark.parametrize("family", available_mixtures())
+# The others are slow: test_support.py runs them as well.
+IN_SHORT = ("deepseek_v3", "gpt_oss", "longcat_flash", "mixtral", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.slow) for name in available_mixtures()],
+)
 def test_every_family_is_token_identical_with_every_method(family):
     model = tiny_mixture(family)
     prompt, options = make_prompt(), {"max_new_tokens": 10, "do_sample": False}
