@@ -21,7 +21,7 @@ from hf_sirius.model.compat import IS_5_17
 
 
 # ALiBi, or windows that the attention counts by itself.
-REFUSED = {"bloom", "mpt", "gpt_neo"} | ({"doge"} if IS_5_17 else set())
+REFUSED = {"bloom", "mpt", "gpt_neo"}
 FIELDS = {"method": "griffin", "density": 0.3, "threshold": 1.0, "kernel_size": 5}
 
 
