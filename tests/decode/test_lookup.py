@@ -236,7 +236,7 @@ def test_what_is_never_kept_costs_little_and_less_the_next_time(per_token, step,
     assert sum(seconds[4:]) <= 1.04 * 4 * 128
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(per_token=st.floats(0.0, 0.08), acceptance=st.floats(0.85, 0.99))
 def test_what_is_kept_is_taken_in_place_of_a_draft(per_token, acceptance):
     text = Text(acceptance, per_token, 0.3, 0.9)
