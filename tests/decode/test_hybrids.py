@@ -121,9 +121,10 @@ def test_sampling_at_threshold_one_keeps_the_dense_distribution(family):
         small["attn_layer_indices"] = [1]
     model = tiny_hybrid(family, torch.float32, seed=1, **small)
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.4)  # so that no token is nearly certain
+        # So that no token is nearly certain, and some outcomes come often enough to be counted.
+        model.lm_head.weight.mul_(0.4 if family == "bamba" else 1.5)
     with make_sparse(model, method="griffin", density=1 / 8, kernel_size=4, threshold=1.0) as sparse:
-        counts = sample(model, 200, assistant_model=sparse, top_k=0)
+        counts = sample(model, 200 if family == "bamba" else 300, assistant_model=sparse, top_k=0)
         assert 0.1 < sparse.stats.total.acceptance_rate < 0.95, "the draft should be neither right nor useless"
     assert p_value(counts, exact_probabilities(model)) > 1e-3
 
