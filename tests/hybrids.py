@@ -1,6 +1,7 @@
 """Families with recurrent layers, as tiny random models: what of each config differs from the common values."""
 
 import torch
+from families import COMMON as OF_ALL
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -8,21 +9,7 @@ from hf_sirius.model.compat import IS_5_17
 
 
 VOCAB_SIZE = 64
-COMMON = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "tie_word_embeddings": False,
-}
+COMMON = {**OF_ALL, "vocab_size": VOCAB_SIZE, "intermediate_size": 48, "num_hidden_layers": 4}
 DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,

@@ -21,11 +21,8 @@ from .compiled import CompiledChain
 from .twin import Twin
 
 
-_OTHERS = (
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-)  # that a call may ask for, beside logits
+# What a call may ask for beside logits.
+_OTHER_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class Draft:
@@ -191,7 +188,7 @@ class Draft:
 
     def forward(self, inputs: dict) -> Any:
         """Returns the twin's outputs. What the call asks of the dense model beside logits is not asked of it."""
-        left_out = {name: False for name in _OTHERS if inputs.get(name)}
+        left_out = {name: False for name in _OTHER_OUTPUTS if inputs.get(name)}
         outputs = self.twin(self.model, **{**inputs, **left_out, "return_dict": True})
         self.method.check_acted(self.model)
         return outputs

@@ -36,8 +36,8 @@ class _Cast:
         self.linear(inputs.to(device_of(projection)))
 
     def is_of(self, projection: nn.Module) -> bool:
-        """Whether the projection is still what it was: not moved, cast, loaded or written to, with
-        the same adapters in use.
+        """Whether the projection is still what it was: not moved, cast, loaded or written to, with the same adapters in
+        use.
 
         Of what is written through `.data`, which autograd does not count, whole rows of 256 numbers and more are seen.
         """
