@@ -181,7 +181,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.end.arm(candidate_ids)
         if self.hook is not None:
             self.hook.arm(candidate_ids, start=input_ids.shape[1])
-        self._verification_start = time.perf_counter()
+        self._verification_start = time.perf_counter() - self.call.draft.compile_seconds
         return candidate_ids, proposal.scores
 
     def _looked_up(self, input_ids: torch.LongTensor, most: int) -> Proposal | None:
@@ -254,7 +254,8 @@ class SiriusCandidateGenerator(CandidateGenerator):
             kernel_size=self._kernel_size,
             is_lookup=self.proposal.is_lookup,
             draft_seconds=self._draft_seconds,
-            verification_seconds=now - self._verification_start,
+            verification_seconds=now - self.call.draft.compile_seconds - self._verification_start,
+            is_verification_compiled=self.call.draft.is_verification_compiled,
             num_reread=num_reread,
             state_seconds=state_seconds,
             branches=branches,
@@ -304,8 +305,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
             num_tokens = num_tokens_of(self.call.model, inputs)
             grown = contextlib.nullcontext() if cache is None else growing(text_cache(cache), num_tokens)
             kept = contextlib.nullcontext() if self.states is None else self.states.reading(num_tokens)
-            with observed, self.call.draft.verifying(), grown, kept:
-                outputs = forward(**inputs)
+            # A graph has no place for an observer, and the prompt comes in any length.
+            is_watched = not isinstance(observed, contextlib.nullcontext)
+            with observed, grown, kept:
+                outputs = self.call.draft.read(forward, inputs, is_watched)
             if outputs.get("past_key_values") is None:
                 raise ValueError(
                     f"{type(self.call.model).__name__} hands out no KV-cache, without which drafts cannot be verified: "

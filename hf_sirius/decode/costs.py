@@ -172,14 +172,17 @@ class DraftRecord(KeptRecord):
 
 
 _lock = threading.Lock()
-_known: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[ModelCosts, dict]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[dict, dict]]" = weakref.WeakKeyDictionary()
 
 
 def costs_of(model: PreTrainedModel, config: SiriusConfig) -> tuple[ModelCosts, DraftRecord]:
-    """Returns what is known of a model, which all its twins share, and of its drafts of these settings."""
+    """Returns what is known of a model, which all its twins share whose verifications are compiled, and all others,
+    and of its drafts of these settings.
+    """
     key = (*config.to_dict().items(), id(config.calibration))
     with _lock:
-        costs, records = _known.setdefault(model, (ModelCosts(), {}))
+        all_costs, records = _known.setdefault(model, ({}, {}))
+        costs = all_costs.setdefault(config.compile_draft, ModelCosts())
         record = records.pop(key, None) or DraftRecord()
         records[key] = record  # the latest is the last
         while len(records) > _NUM_SETTINGS:

@@ -11,9 +11,9 @@ from .summary import as_html, as_text, summarize
 
 _COUNTS = (
     "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_steps", "num_compiled_steps",
-    "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified", "num_reread", "_full_advance",
-    "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum", "_num_masking", "selection_seconds",
-    "draft_seconds", "verification_seconds", "state_seconds",
+    "num_compiled_verifications", "num_drafted", "num_accepted", "num_nodes_drafted", "num_nodes_verified",
+    "num_reread", "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum",
+    "_num_masking", "selection_seconds", "draft_seconds", "verification_seconds", "state_seconds",
 )  # fmt: skip
 _FEWEST_STEPS = 3  # of which a median is no chance
 _lock = threading.Lock()  # calls in several threads add to one total
@@ -62,7 +62,8 @@ class Cycle:
         draft_seconds, verification_seconds: what the two took, by the host's clock.
         state_seconds: what bringing the states of recurrent layers to the accepted length took.
         branches: of a tree, else `None`.
-        num_compiled_steps: how many forwards of the draft ran as one graph (`compile_draft`).
+        num_compiled_steps, is_verification_compiled: how many forwards of the draft ran as one graph, and whether that
+            of the full model did (`compile_draft`).
         kernel_size: one for each step of the draft or token that was looked up, and one for the full model's own: 1
             where nothing was proposed.
     """
@@ -82,6 +83,7 @@ class Cycle:
     state_seconds: float = dataclasses.field(default=0.0, compare=False)
     branches: Branches | None = None
     num_compiled_steps: int = 0
+    is_verification_compiled: bool = False
     kernel_size: int = 1
 
     @property
@@ -123,6 +125,7 @@ class GenerationStats:
         num_short_cycles: cycles that EOS, a stopping criterion or the length cut short.
         num_dense_steps, num_lookups: cycles that proposed nothing, and those whose tokens were looked up.
         num_steps, num_compiled_steps: forwards of the draft, and how many of them ran as one graph.
+        num_compiled_verifications: of the cycles' forwards of the full model, those that did.
         num_drafted, num_accepted, num_rolled_back: drafted tokens, and how many of them were kept and rolled back; of
             trees the continuations that won count.
         num_nodes_drafted, num_nodes_verified: tokens that drafts wrote, and that verifications read, losing branches
@@ -136,6 +139,7 @@ class GenerationStats:
     num_lookups: int
     num_steps: int
     num_compiled_steps: int
+    num_compiled_verifications: int
     num_drafted: int
     num_accepted: int
     num_nodes_drafted: int
@@ -196,6 +200,7 @@ class GenerationStats:
             "num_lookups": cycle.is_lookup,
             "num_steps": cycle.num_steps,
             "num_compiled_steps": cycle.num_compiled_steps,
+            "num_compiled_verifications": cycle.is_verification_compiled,
             "num_drafted": num_drafted,
             "num_accepted": cycle.num_accepted,
             "num_nodes_drafted": branches.num_nodes_drafted,
@@ -280,8 +285,8 @@ class GenerationStats:
     def as_dict(self) -> dict[str, Any]:
         """Returns the counts and measures as plain numbers, and the reasons; what has no data is `None`."""
         counts = ("kernel_size", "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_steps",
-                  "num_compiled_steps", "num_drafted", "num_accepted", "num_rolled_back", "num_nodes_drafted",
-                  "num_nodes_verified", "num_reread")  # fmt: skip
+                  "num_compiled_steps", "num_compiled_verifications", "num_drafted", "num_accepted", "num_rolled_back",
+                  "num_nodes_drafted", "num_nodes_verified", "num_reread")  # fmt: skip
         measures = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
         return {name: getattr(self, name) for name in (*counts, *measures, "reason", "not_compiled")}
 

@@ -73,8 +73,10 @@ def _rows(
             is_auto = measures["kernel_size"] == "auto"  # which makes dense steps as far as it has to compare
             how = "hf-sirius bench measures it" if is_auto else "kernel_size='auto' and hf-sirius bench measure it"
             rows.append(("time saved", f"not measured: {steps} to compare with; {how}"))
-    if (num_compiled := measures["num_compiled_steps"]) or measures["not_compiled"]:
-        ran = f"{num_compiled} of {_number(measures['num_steps'], 'draft step')} ran as one graph"
+    num_compiled = measures["num_compiled_steps"], measures["num_compiled_verifications"]
+    if any(num_compiled) or measures["not_compiled"]:
+        numbers = _number(measures["num_steps"], "draft step"), _number(measures["num_cycles"], "verification")
+        ran = f"{num_compiled[0]} of {numbers[0]} and {num_compiled[1]} of {numbers[1]} ran as one graph"
         rows.append(("compiled", f"{ran}: {why}" if (why := measures["not_compiled"]) else ran))
     if measures["reason"]:
         rows.append(("at the end", measures["reason"]))

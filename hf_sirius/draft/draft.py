@@ -18,11 +18,8 @@ from ..weights.formats import changes, draft_linear, gather_neurons
 from ..weights.linear import is_native_faster, kernel_products, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
 from .compiled import CompiledChain
+from .compiled_verification import CAPTURED, CompiledVerification
 from .twin import Twin
-
-
-# What a call may ask for beside logits.
-_OTHER_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class Draft:
@@ -38,6 +35,7 @@ class Draft:
             offloaded.
         is_compiled: whether the latest chain ran as one graph.
         not_compiled: why it did not, in words; `None` where nothing asks for it.
+        is_verification_compiled: whether the latest verification ran as one graph.
     """
 
     def __init__(self, twin: Twin, model: PreTrainedModel):
@@ -49,6 +47,8 @@ class Draft:
         self.held: dict[nn.Module, nn.Module] = {}
         self.is_compiled, self.not_compiled = False, None
         self._memory: dict[nn.Module, torch.Tensor] = {}
+        self.is_verification_compiled = False
+        self._verification: CompiledVerification | None = None
         self._is_compiled = is_compiled(model)
         self._linears = [] if self._is_compiled else twin.linears
         self._undo = contextlib.ExitStack()
@@ -138,8 +138,27 @@ class Draft:
 
     @property
     def compile_seconds(self) -> float:
-        """Returns what compiling the twin's step has taken so far."""
-        return 0.0 if self.twin.compiled is None else self.twin.compiled.graph.compile_seconds
+        """Returns what compiling the twin's step, and the verification, has taken so far."""
+        users = self.twin.compiled, self.twin.verification
+        return sum(user.graph.compile_seconds for user in users if user is not None)
+
+    def read(self, forward: Callable[..., Any], inputs: dict, is_watched: bool) -> Any:
+        """Returns what the dense model's `forward` makes of its inputs; by a graph, where one is wanted and can be had,
+        the logits and the KV-cache alone.
+
+        Args:
+            is_watched: whether a method observes it, for which a graph has no place.
+        """
+        outputs = None
+        if self.twin.verification is not None and not is_watched:
+            if self._verification is None:
+                self._verification = CompiledVerification(self.twin.verification, self.model)
+            outputs = self._verification(inputs)
+        self.is_verification_compiled = outputs is not None
+        if outputs is not None:
+            return outputs
+        with self.verifying():
+            return forward(**inputs)
 
     def verifying(self) -> contextlib.AbstractContextManager:
         """Within the block, the dense model's products of a few tokens are made as fast as they can be here."""
@@ -188,7 +207,7 @@ class Draft:
 
     def forward(self, inputs: dict) -> Any:
         """Returns the twin's outputs. What the call asks of the dense model beside logits is not asked of it."""
-        left_out = {name: False for name in _OTHER_OUTPUTS if inputs.get(name)}
+        left_out = {name: False for name in CAPTURED if inputs.get(name)}
         outputs = self.twin(self.model, **{**inputs, **left_out, "return_dict": True})
         self.method.check_acted(self.model)
         return outputs

@@ -70,13 +70,11 @@ class TreeReader:
         device = self.root_position.device
         token_ids = torch.tensor([tree.token_ids[first:]], device=device)
         depths = torch.tensor(tree.depths, device=device)
-        masks = {name: self._mask(tree, first, depths, *context) for name, context in self.contexts.items()}
         inputs = {
             **given,
             text_input(self.model, "input_ids"): token_ids,
             text_input(self.model, "position_ids"): self.root_position + depths[first:],
-            # Several kinds of layers take a mask each, by name.
-            text_input(self.model, "attention_mask"): masks if len(masks) > 1 else next(iter(masks.values())),
+            text_input(self.model, "attention_mask"): self._masks(tree.lineage(first), depths, first),
         }
         num_nodes = token_ids.shape[1]
         if inputs.get("logits_to_keep") is not None:
@@ -87,8 +85,25 @@ class TreeReader:
             inputs["cache_position"] = inputs["cache_position"][:1] + torch.arange(num_nodes, device=device)
         return inputs
 
-    def _mask(self, tree: Tree, first: int, depths: torch.Tensor, num_context: int, window: float) -> torch.Tensor:
-        """Returns the additive mask, [1, 1, num_read, num_context + num_nodes]."""
+    def chain_masks(self, num_read: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Returns the masks of tokens that follow one another, as those of a tree without branches."""
+        lineage = torch.ones(num_read, num_read, dtype=torch.bool).tril()
+        return self._masks(lineage, torch.arange(num_read, device=self.root_position.device), 0)
+
+    def _masks(self, lineage: torch.Tensor, depths: torch.Tensor, first: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        masks = {name: self._mask(lineage, depths, first, *context) for name, context in self.contexts.items()}
+        # Several kinds of layers take a mask each, by name.
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(
+        self, lineage: torch.Tensor, depths: torch.Tensor, first: int, num_context: int, window: float
+    ) -> torch.Tensor:
+        """Returns the additive mask, [1, 1, num_read, num_context + num_nodes], of the nodes from `first` on.
+
+        Args:
+            lineage: bool [num_read, num_nodes], what each sees of the nodes.
+            depths: long [num_nodes].
+        """
         device = depths.device
         distances = depths[first:, None] + torch.arange(num_context, 0, -1, device=device)
         context = distances < window
@@ -96,7 +111,7 @@ class TreeReader:
             # The last verified token is the root, and a window holds the last ones of the rest.
             end = self.attention_mask.shape[1] - 1
             context = context & self.attention_mask[:, end - num_context : end].to(device)
-        nodes = tree.lineage(first).to(device) & (depths[first:, None] - depths < window)
+        nodes = lineage.to(device) & (depths[first:, None] - depths < window)
         allowed = torch.cat([context, nodes], dim=-1)[None, None]
         return torch.zeros(allowed.shape, dtype=self.dtype, device=device).masked_fill_(
             ~allowed, torch.finfo(self.dtype).min

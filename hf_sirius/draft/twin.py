@@ -26,14 +26,17 @@ from ..weights.linear import has_kernel
 from ..weights.residency import find_resident
 from ..weights.shortlist import head_inputs
 from .choice import CHOSEN
-from .compiled import CompiledStep, Graph
+from .compiled import CompiledStep
+from .compiled_verification import CAPTURED
 from .copies import copy_with, follow, shallow_copy
+from .graph import Graph, GraphUser
+from .tree_reading import check_tree
 
 
-# model -> what a draft is -> the graph of its step, as long as any twin has it
+# model -> what is computed, of which draft -> its graph, as long as any twin has it
 _graphs: "WeakKeyDictionary[PreTrainedModel, WeakValueDictionary[tuple, Graph]]" = WeakKeyDictionary()
 _lock = threading.Lock()
-_CAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
+_STEP = "draft step"
 # Names within transformers.
 _IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_capturing_hook"
 
@@ -52,7 +55,9 @@ class Twin:
     kept: Kept  # what stays from call to call
     is_offloaded: bool  # whether accelerate streams weights of the dense model
     linears: list[nn.Linear]  # layers of the dense model whose weight a kernel reads as it is
-    compiled: CompiledStep | None  # the step as one graph, where `compile_draft` asks for it
+    # the step and the verification as graphs, where `compile_draft` asks for them
+    compiled: CompiledStep | None
+    verification: GraphUser | None
     # each copied or replaced module with the dense model's that it stands for, but for the root
     copies: list[tuple[nn.Module, nn.Module]]
 
@@ -67,7 +72,7 @@ class Twin:
         """
         if self.module.training != model.training:
             self.follow_mode(model)
-        if any(inputs.get(name, getattr(model.config, name, False)) for name in _CAPTURED):
+        if any(inputs.get(name, getattr(model.config, name, False)) for name in CAPTURED):
             self._share_capturing_hooks(model)
 
     def follow_attributes(self, model: PreTrainedModel) -> None:
@@ -147,10 +152,14 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
             dense = getattr(owners[owner_id], name)
             pairs.append((new, dense if isinstance(dense, nn.Module) else owners[owner_id]))
     held = {place.module: place.draft_dtype for place in resident}
-    compiled, graphs = None, []
+    compiled, verification, graphs = None, None, []
     if config.compile_draft:
-        graphs.append(_graph_of(model, config))
-        compiled = CompiledStep(*_with_places(root), *graphs, model.config)
+        graphs += [_graph_of(model, config), _verification_of(model)]
+        compiled, verification = CompiledStep(*_with_places(root), graphs[0], model.config), GraphUser(graphs[1])
+        try:
+            check_tree(model)  # which is read by such masks as a graph is given
+        except ValueError as error:
+            verification.broken = str(error)
     return Twin(
         module=root,
         config=config,
@@ -167,6 +176,7 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         is_offloaded=is_offloaded(model),
         linears=linears,
         compiled=compiled,
+        verification=verification,
         copies=pairs,
     )
 
@@ -174,13 +184,22 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
 def _graph_of(model: PreTrainedModel, config: SiriusConfig) -> Graph:
     """Returns the graph of a twin's drafts, that of an earlier twin where these were the same."""
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return Graph()  # torch does not look whether the hooks of another one are the same
-    settings = tuple(getattr(config, name) for name in CHOSEN if name != "calibration")
+        return Graph(_STEP)  # torch does not look whether the hooks of another one are the same
+    return _shared_graph(model, _STEP, *(getattr(config, name) for name in CHOSEN if name != "calibration"))
+
+
+def _verification_of(model: PreTrainedModel) -> Graph:
+    """Returns the graph of a model's verifications, which do not depend on the draft."""
+    return _shared_graph(model, "verification")
+
+
+def _shared_graph(model: PreTrainedModel, *key: Any) -> Graph:
+    """Returns the graph of a model that has this key, which begins with what it computes."""
     with _lock:
         of_model = _graphs.setdefault(model, WeakValueDictionary())
-        graph = of_model.get(settings)
+        graph = of_model.get(key)
         if graph is None:
-            graph = of_model[settings] = Graph()
+            graph = of_model[key] = Graph(key[0])
     return graph
 
 

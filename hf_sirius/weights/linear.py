@@ -34,7 +34,7 @@ def is_bare_linear(module: nn.Module) -> bool:
     """Whether a module is an `nn.Linear` with no hook and no other forward over it, which are not passed by."""
     if type(module) is not nn.Linear:
         return False
-    return not (module._forward_hooks or module._forward_pre_hooks or _has_own_forward(module))
+    return not (module._forward_hooks or module._forward_pre_hooks or has_own_forward(module))
 
 
 def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
@@ -76,7 +76,7 @@ def kernel_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | No
     if torch.compiler.is_dynamo_compiling():
         is_read = weight.is_cpu and weight.dtype in cpu.DTYPES and _has_kernels()
         return operators.linear(inputs, weight, linear._parameters["bias"]) if is_read else None
-    if _has_own_forward(linear) or not cpu.is_faster(weight.dtype, num_tokens):
+    if has_own_forward(linear) or not cpu.is_faster(weight.dtype, num_tokens):
         return None
     return _product(inputs, weight, linear._parameters["bias"]) if has_kernel(linear) else None
 
@@ -109,9 +109,9 @@ def _product(
     return outputs
 
 
-def _has_own_forward(linear: nn.Linear) -> bool:
-    """Whether somebody has laid a forward over a layer, other than [`kernel_products`]."""
-    return not isinstance(vars(linear).get("forward"), _KernelForward | None)
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has laid a forward over a module, other than [`kernel_products`]."""
+    return not isinstance(vars(module).get("forward"), _KernelForward | None)
 
 
 class _KernelForward:
@@ -134,7 +134,7 @@ def kernel_products(linears: Sequence[nn.Linear]) -> Iterator[None]:
     faster; in other threads too. The last block to end leaves nothing on them.
     """
     with _lock:
-        mine = [linear for linear in linears if not _has_own_forward(linear)]
+        mine = [linear for linear in linears if not has_own_forward(linear)]
         for linear in mine:
             vars(linear).setdefault("forward", _KernelForward(linear)).num_blocks += 1
     try:

@@ -1,4 +1,6 @@
-"""`compile_draft`: the draft step as one graph. The same drafts, for any length of the context, compiled once."""
+"""`compile_draft`: the draft step and the verification as graphs. The same drafts and verdicts, for any length of the
+context and any number of tokens, compiled once.
+"""
 
 import copy
 import functools
@@ -17,7 +19,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from hf_sirius import make_sparse
-from hf_sirius.draft import compiled
+from hf_sirius.draft.graph import Graph
 from hf_sirius.kernels import cpu
 from hf_sirius.weights import packed
 from hf_sirius.weights.formats import draft_linear
@@ -38,10 +40,10 @@ _compile = torch.compile
 
 @pytest.fixture(autouse=True)
 def compiler(request, monkeypatch):
-    """Runs graphs as they were traced, which takes a second; inductor, of which a test or two makes sure, takes ten."""
+    """Runs graphs as they were traced, which takes seconds; inductor, of which a test or two makes sure, takes more."""
     torch._dynamo.reset()
     counters.clear()
-    backend = "inductor" if request.node.get_closest_marker("slow") else "aot_eager"
+    backend = "inductor" if request.node.get_closest_marker("slow") else "eager"
     monkeypatch.setattr(torch, "compile", functools.partial(_compile, backend=backend))
 
 
@@ -57,10 +59,12 @@ def told(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("hf_sirius")]
 
 
-def assert_compiled(twin, num: int = 1):
-    compiled_step = twin._twin.compiled
-    assert not compiled_step._told and compiled_step.graph.compiled_for and num_graphs() == num
-    assert twin.stats.total.num_compiled_steps > 0
+def assert_compiled(twin, num: int = 3):
+    """A graph of the step, one of the verification of a token, and one of that of several."""
+    step, verification = twin._twin.compiled, twin._twin.verification
+    assert not step._told and not verification._told and num_graphs() == num
+    assert step.graph.compiled_for and len(verification.graph.compiled_for) >= 2
+    assert twin.stats.total.num_compiled_steps > 0 and twin.stats.total.num_compiled_verifications > 0
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,8 @@ def test_drafts_are_those_of_the_eager_twin(family, draft):
             assert [cycle.drafted_ids for cycle in twin.stats.cycles] == [c.drafted_ids for c in eager.stats.cycles]
             assert twin.stats.num_compiled_steps == twin.stats.num_steps == eager.stats.num_steps > 0
             assert twin.stats.not_compiled is eager.stats.not_compiled is None and not eager.stats.num_compiled_steps
+            assert twin.stats.num_compiled_verifications == twin.stats.num_cycles == eager.stats.num_cycles
+            assert not eager.stats.num_compiled_verifications
         assert_compiled(twin)
 
 
@@ -141,10 +147,10 @@ def test_twins_of_the_same_draft_share_the_graph():
     assert torch.equal(
         generate(model, make_sparse(model, compile_draft=True, **FIELDS)), expected
     )  # made inside the call
-    assert num_graphs() == 1
+    assert num_graphs() == 3
     with make_sparse(model, compile_draft=True, **FIELDS, draft_dtype="int8") as other:
         generate(model, other)
-    assert num_graphs() == 2
+    assert num_graphs() == 4  # one more step
 
 
 def replace_a_layer(model):
@@ -194,18 +200,18 @@ def test_a_copy_of_a_twin_has_a_step_of_its_own():
 
 
 def test_what_compiling_takes_is_no_draft_steps(monkeypatch):
-    class SlowGraph(compiled.Graph):
-        def __init__(self):
-            super().__init__()
+    class SlowGraph(Graph):
+        def __init__(self, what):
+            super().__init__(what)
             run, self._run = self._run, lambda *inputs: (self.compiled_for or time.sleep(1), run(*inputs))[-1]
 
     monkeypatch.setattr("hf_sirius.draft.twin.Graph", SlowGraph)
     model = build_model()
     with make_sparse(model, **{**FIELDS, "kernel_size": "auto"}, compile_draft=True) as twin:
         generate(model, twin)
-        compile_seconds = twin._twin.compiled.graph.compile_seconds
-        assert compile_seconds > 1
-        assert max(cycle.draft_seconds for cycle in twin.stats.cycles) < compile_seconds
+        for user in (twin._twin.compiled, twin._twin.verification):
+            assert user.graph.compile_seconds > 1
+        assert max(cycle.draft_seconds + cycle.verification_seconds for cycle in twin.stats.cycles) < 1
 
 
 def test_states_asked_for_are_the_full_models():
@@ -214,7 +220,9 @@ def test_states_asked_for_are_the_full_models():
     with make_sparse(model, **FIELDS, compile_draft=True) as twin:
         output = generate(model, twin, **options)
         assert torch.equal(output.sequences, expected.sequences) and output.hidden_states
-        assert_compiled(twin)
+        assert twin.stats.num_compiled_steps and not twin.stats.num_compiled_verifications
+        generate(model, twin)
+        assert twin.stats.num_compiled_verifications == twin.stats.num_cycles
 
 
 @pytest.mark.parametrize("with_numba", [True, False])
@@ -239,7 +247,7 @@ def test_what_is_cast_and_loaded_later_is_in_the_draft():
         generate(model, twin)
         model.load_state_dict(build_model(seed=1).state_dict())
         assert torch.equal(generate(model, twin), generate(model)) and twin.stats.acceptance_rate == 1
-        assert num_graphs() == 1
+        assert num_graphs() == 3
         model.to(torch.float32)
         generate(model, twin)
         assert twin.stats.acceptance_rate == 1 and not twin._twin.compiled._told
@@ -276,7 +284,8 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, caplog):
     model = build_model()
     expected = generate(model)
     with make_sparse(model, **FIELDS, compile_draft=True) as twin, caplog.at_level(logging.WARNING, "hf_sirius"):
-        monkeypatch.setattr(twin._twin.compiled.graph, "_run", lambda *args: 1 / 0)
+        for user in (twin._twin.compiled, twin._twin.verification):
+            monkeypatch.setattr(user.graph, "_run", lambda *args: 1 / 0)
         padded = {"attention_mask": torch.tensor([[0] + [1] * 10])}
         generate(model, twin, **padded)
         assert twin.stats.not_compiled == "the prompt is padded"
@@ -284,8 +293,11 @@ def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, caplog):
             assert torch.equal(generate(model, twin), expected)
             assert twin.stats.num_accepted and not twin.stats.num_compiled_steps
             assert "ZeroDivisionError" in twin.stats.not_compiled and "ZeroDivisionError" in str(twin.stats)
-        for message, words in zip(told(caplog), ["the prompt is padded", "ZeroDivisionError: division"], strict=True):
-            assert "runs eagerly" in message and words in message
+            assert not twin.stats.num_compiled_verifications
+        messages = told(caplog)
+        assert len(messages) == 4 and all("runs eagerly" in message for message in messages)
+        for words in ("the prompt is padded", "ZeroDivisionError: division"):
+            assert sum(words in message for message in messages) == 2  # of the step, and of the verification
 
 
 @pytest.mark.parametrize(
@@ -303,7 +315,8 @@ def test_calls_that_the_graph_does_not_take_draft_eagerly(reason, prepare, optio
     with make_sparse(model, **FIELDS, compile_draft=True) as twin, caplog.at_level(logging.WARNING, "hf_sirius"):
         assert torch.equal(generate(model, twin, **options), expected)
         assert twin.stats.acceptance_rate == 1
-        assert [reason in message for message in told(caplog)] == [True]
+        assert [reason in message for message in told(caplog)] == [True, True]  # of the step, and of the verification
+        assert not twin.stats.num_compiled_verifications
         assert reason in twin.stats.not_compiled and f"0 of {twin.stats.num_steps} draft steps" in str(twin.stats)
 
 
@@ -313,6 +326,7 @@ def test_nothing_is_left_of_a_call_or_a_model():
     twin = make_sparse(model, method="griffin", density=0.4, kernel_size=4, compile_draft=True)
     generate(model, twin)
     assert all(owner._modules[name] is None for owner, name, _ in twin._twin.compiled._places)
+    assert not twin.stats.num_compiled_verifications  # for which the hook would be lost
     gone = [weakref.ref(thing) for thing in (model, model.model.layers[0], twin._twin.compiled)]
     del model, twin
     gc.collect()

@@ -12,6 +12,7 @@ from hf_sirius.decode.stats import Cycle, GenerationStats
 MEASURES = ("acceptance_rate", "aal", "aal_gain", "draft_density", "is_masking", "effective_density")
 COUNTS = (
     "num_cycles", "num_short_cycles", "num_dense_steps", "num_lookups", "num_steps", "num_compiled_steps",
+    "num_compiled_verifications",
     "num_drafted", "num_accepted", "num_rolled_back", "num_nodes_drafted", "num_nodes_verified", "num_reread",
 )  # fmt: skip
 
