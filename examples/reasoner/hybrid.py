@@ -9,15 +9,13 @@ It writes the model, and problems that it has not seen. It checkpoints every `--
 last checkpoint when started again.
 """
 
-import argparse
 import itertools
 import json
 import logging
-from pathlib import Path
 
 import torch
 from problems import problems
-from train import batches, build_tokenizer, learning_rate, save
+from train import batches, build_tokenizer, go_on, parser_of, training
 from transformers import BambaConfig, BambaForCausalLM
 
 
@@ -37,50 +35,22 @@ def build_model(tokenizer) -> BambaForCausalLM:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_steps", type=int, default=1000)
-    parser.add_argument("--max_equations", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--warmup_steps", type=int, default=60)
-    parser.add_argument("--save_every", type=int, default=50)
+    parser = parser_of(
+        __doc__, num_steps=1000, max_equations=2, batch_size=16, learning_rate=3e-3, warmup_steps=60,
+    )  # fmt: skip
     parser.add_argument("--num_problems", type=int, default=200, help="that are written for the evaluation")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.output_dir / "checkpoint.pt"
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).train()
     logger.info("%d parameters", model.num_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    first_step = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-    source = batches(tokenizer, args.batch_size, args.seed + 1000 + first_step, 1, args.max_equations)
-    losses = []
-    for step in range(first_step, args.num_steps):
-        input_ids, labels = next(source)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[targets != -100]), targets[targets != -100])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % args.save_every == 0 or step + 1 == args.num_steps:
-            logger.info("step %d loss %.4f", step + 1, sum(losses) / len(losses))
-            losses = []
-            save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+    first_step = go_on(model, optimizer, args.output_dir)
+    samples = batches(tokenizer, args.batch_size, args.seed + 1000 + first_step, 1, args.max_equations)
+    for _ in training(model, optimizer, samples, args, first_step):
+        pass
 
     model.eval().save_pretrained(args.output_dir / "model")
     tokenizer.save_pretrained(args.output_dir / "model")

@@ -116,32 +116,84 @@ def learning_rate(step: int, args) -> float:
     return args.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def parser_of(description: str, **defaults) -> argparse.ArgumentParser:
+    """Returns a parser with the options of `training`, and those of the problems, given their defaults."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    for name, default in {"save_every": 50, "seed": 0, **defaults}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    return parser
+
+
+def answer_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the loss of the answers; the head reads their tokens alone."""
+    # Right padding needs no mask: no real token looks at it, and its labels are ignored.
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    targets = labels[:, 1:]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[targets != -100]), targets[targets != -100])
+
+
+def go_on(model, optimizer, output_dir: Path) -> int:
+    """Loads the last checkpoint, if there is one; returns how many steps were made before it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not (checkpoint := output_dir / "checkpoint.pt").exists():
+        return 0
+    state = torch.load(checkpoint, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    logger.info("going on from step %d", state["step"])
+    return state["step"]
+
+
 def save(path: Path, **state) -> None:
     """Writes a checkpoint whole or not at all."""
     torch.save(state, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
 
+def training(model, optimizer, samples, args, first_step: int, loss_of=answer_loss):
+    """Trains on one batch after the other, and writes checkpoints; yields the number of steps so far after each.
+
+    Args:
+        samples: yields (input_ids, labels), long [batch_size, length].
+        args: `num_steps`, `learning_rate`, `warmup_steps`, `save_every` and `output_dir`.
+        first_step: what `go_on` returned.
+        loss_of: of (model, input_ids, labels).
+    """
+    started, losses, num_tokens = time.perf_counter(), [], 0
+    for step, (input_ids, labels) in zip(range(first_step, args.num_steps), samples, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        loss = loss_of(model, input_ids, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        num_tokens += input_ids.numel()
+        num_steps, is_last = step + 1, step + 1 == args.num_steps
+        if num_steps % 50 == 0 or is_last:
+            speed = num_tokens / (time.perf_counter() - started)
+            logger.info("step %d loss %.4f tokens/s %.0f", num_steps, sum(losses) / len(losses), speed)
+            losses = []
+        if num_steps % args.save_every == 0 or is_last:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": num_steps}
+            save(args.output_dir / "checkpoint.pt", **state)
+        yield num_steps
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_steps", type=int, default=3400)
+    parser = parser_of(
+        __doc__, num_steps=3400, neuron_dropout=0.0, batch_size=40, learning_rate=1.5e-3, warmup_steps=200,
+        save_every=250, num_eval_problems=100,
+    )  # fmt: skip
     parser.add_argument(
         "--short_steps", type=int, default=900, help="steps at the start on problems of 1 to 4 equations"
     )
     parser.add_argument("--max_equations", type=int, default=10, help="of a problem after those steps")
     parser.add_argument("--init_from", help="a saved model to begin with, in place of random weights")
-    parser.add_argument("--neuron_dropout", type=float, default=0.0, help="dropout rate on the MLPs' neurons")
-    parser.add_argument("--batch_size", type=int, default=40)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--warmup_steps", type=int, default=200)
-    parser.add_argument("--save_every", type=int, default=250)
-    parser.add_argument("--num_eval_problems", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.output_dir / "checkpoint.pt"
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
@@ -158,47 +210,16 @@ def main():
         betas=(0.9, 0.98),
         fused=True,
     )
-    first_step = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-        logger.info("going on from step %d", first_step)
-
-    stages = {
-        "short": batches(tokenizer, args.batch_size, args.seed + 1000 + first_step, 1, 4),
-        "long": batches(tokenizer, args.batch_size, args.seed + 5000 + first_step, 4, args.max_equations),
-    }
-    started, losses, num_tokens = time.perf_counter(), [], 0
-    for step in range(first_step, args.num_steps):
-        input_ids, labels = next(stages["short" if step < args.short_steps else "long"])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        # Right padding needs no mask: no real token looks at it, and its labels are ignored.
-        hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]
-        logits = model.lm_head(hidden[targets != -100])
-        loss = torch.nn.functional.cross_entropy(logits, targets[targets != -100])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        num_tokens += input_ids.numel()
-        if (step + 1) % 50 == 0:
-            logger.info(
-                "step %d loss %.4f tokens/s %.0f",
-                step + 1,
-                sum(losses) / len(losses),
-                num_tokens / (time.perf_counter() - started),
-            )
-            losses = []
-        if (step + 1) % args.save_every == 0 or step + 1 == args.num_steps:
-            save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-        if (step + 1) % 1000 == 0 or step + 1 == args.num_steps:
+    first_step = go_on(model, optimizer, args.output_dir)
+    short = batches(tokenizer, args.batch_size, args.seed + 1000 + first_step, 1, 4)
+    long = batches(tokenizer, args.batch_size, args.seed + 5000 + first_step, 4, args.max_equations)
+    samples = itertools.chain(itertools.islice(short, max(0, args.short_steps - first_step)), long)
+    for num_steps in training(model, optimizer, samples, args, first_step):
+        if num_steps % 1000 == 0 or num_steps == args.num_steps:
             right = accuracy(model, tokenizer, args.num_eval_problems)
-            logger.info("step %d accuracy (%d problems of 6 to 10 steps) %.3f", step + 1, args.num_eval_problems, right)
+            logger.info(
+                "step %d accuracy (%d problems of 6 to 10 steps) %.3f", num_steps, args.num_eval_problems, right
+            )
 
 
 if __name__ == "__main__":

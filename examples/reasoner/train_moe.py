@@ -8,13 +8,11 @@ MLP, so that any four that differ are that MLP; the routers begin at random. It 
 checkpoints every `--save_every` steps and goes on from the last checkpoint when started again.
 """
 
-import argparse
 import logging
-import time
 from pathlib import Path
 
 import torch
-from train import accuracy, batches, build_tokenizer, learning_rate, save
+from train import accuracy, batches, build_tokenizer, go_on, parser_of, training
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 
@@ -49,51 +47,26 @@ def upcycled(dense: LlamaForCausalLM) -> MixtralForCausalLM:
     return model
 
 
+def balanced_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the loss of the answers, and that of experts that are chosen unevenly."""
+    return model(input_ids=input_ids, labels=labels, use_cache=False, output_router_logits=True).loss
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_steps", type=int, default=150)
-    parser.add_argument("--max_equations", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=24)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--warmup_steps", type=int, default=50)
-    parser.add_argument("--save_every", type=int, default=50)
-    parser.add_argument("--num_eval_problems", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser_of(
+        __doc__, num_steps=150, max_equations=10, batch_size=24, learning_rate=1e-3, warmup_steps=50,
+        num_eval_problems=50,
+    ).parse_args()  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.output_dir / "checkpoint.pt"
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = upcycled(AutoModelForCausalLM.from_pretrained(REASONER)).train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    first_step = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-        logger.info("going on from step %d", first_step)
+    first_step = go_on(model, optimizer, args.output_dir)
     samples = batches(tokenizer, args.batch_size, args.seed + 9000 + first_step, 4, args.max_equations)
-    started, losses = time.perf_counter(), []
-    for step in range(first_step, args.num_steps):
-        input_ids, labels = next(samples)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        loss = model(input_ids=input_ids, labels=labels, use_cache=False, output_router_logits=True).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % 25 == 0:
-            seconds = time.perf_counter() - started
-            logger.info("step %d loss %.4f after %.0f s", step + 1, sum(losses) / len(losses), seconds)
-            losses = []
-        if (step + 1) % args.save_every == 0 or step + 1 == args.num_steps:
-            save(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+    for _ in training(model, optimizer, samples, args, first_step, balanced_loss):
+        pass
     right = accuracy(model, tokenizer, args.num_eval_problems)
     logger.info("accuracy (%d problems of 6 to 10 steps) %.3f", args.num_eval_problems, right)
     config = model.config

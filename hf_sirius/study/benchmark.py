@@ -214,7 +214,8 @@ def bench_decode(
         for context in sorted(set(contexts)) or (None,):
             of_context = _in_context(prompts, context)[:num_problems]
             read = {"bandwidth": bandwidth, **bytes_of_forwards(loaded, sparse, of_context[0])}
-            ways = {"dense": Way(), "sirius": Way(twin=sparse), **others}
+            own = Way(twin=sparse, is_compiled=sparse.sirius_config.compile_draft)
+            ways = {"dense": Way(), "sirius": own, **others}
             for name, way in list(ways.items()):
                 if way.twin is not None:
                     ways[name] = way = dataclasses.replace(way, draft_bytes=read["draft"])

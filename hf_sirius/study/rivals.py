@@ -112,7 +112,9 @@ def prepared(model: PreTrainedModel, name: str, way: Way, prompts: Sequence[Batc
     if "cache_implementation" in way.options:
         room = prompt["input_ids"].shape[1] + max_new_tokens
         way = dataclasses.replace(way, options={**way.options, "max_cache_len": room})
-    options = {**way.options, "do_sample": False, "max_new_tokens": _NUM_COMPILING if way.is_compiled else _NUM_FIRST}
+    num_tokens = _NUM_COMPILING if way.is_compiled else _NUM_FIRST
+    # No fewer, as a draft comes behind a few tokens.
+    options = {**way.options, "do_sample": False, "max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
     bar = {"total": 1, "desc": f"{name}: compiling, which may take minutes", "bar_format": "{desc}: {elapsed}"}
     with tqdm(**bar, disable=not way.is_compiled) as progress:
         generator(model, way.twin)(**prompt, **options)
