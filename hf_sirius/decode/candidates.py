@@ -204,7 +204,10 @@ class SiriusCandidateGenerator(CandidateGenerator):
         if wanted and not self._is_selected:
             self._select()
         start = time.perf_counter() - self.call.draft.compile_seconds
-        proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
+        if wanted or self.path is not None:
+            proposal = self.proposer.propose(input_ids, model_kwargs, min(wanted, most))
+        else:
+            proposal = Proposal(ids=input_ids[:, :0])
         self._draft_seconds = time.perf_counter() - self.call.draft.compile_seconds - start
         self._is_cut, self._kernel_size = most < wanted, 1 + proposal.num_steps
         return proposal
@@ -216,7 +219,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         now, num_matches = time.perf_counter(), int(num_matches)
         num_reread, state_seconds = 0, 0.0
         if self.states is not None:
-            with self.call.draft.verifying():
+            with self.call.draft.verifying(num_matches + 1):
                 num_reread = self.states.keep(num_matches + 1)
             self.states, state_seconds = None, time.perf_counter() - now
         if self.hook is not None:
@@ -308,7 +311,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
             # A graph has no place for an observer, and the prompt comes in any length.
             is_watched = not isinstance(observed, contextlib.nullcontext)
             with observed, grown, kept:
-                outputs = self.call.draft.read(forward, inputs, is_watched)
+                outputs = self.call.draft.read(forward, inputs, num_tokens, is_watched)
             if outputs.get("past_key_values") is None:
                 raise ValueError(
                     f"{type(self.call.model).__name__} hands out no KV-cache, without which drafts cannot be verified: "

@@ -137,11 +137,12 @@ def _fastest(
 
         return run
 
-    def verifying(run: Callable[[], None]) -> Callable[[], None]:
+    def verifying(num_tokens: int) -> Callable[[], None]:
+        run = products_of(parts, num_tokens)
         linears = [part for part in parts if type(part) is nn.Linear and has_kernel(part)]
 
         def run_by_kernels() -> None:
-            with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears):
+            with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears, num_tokens):
                 run()
 
         return run_by_kernels
@@ -150,7 +151,7 @@ def _fastest(
     with evaluating(model), uncompiled(model):
         inputs = text_inputs(model, token_id)
         runs = [lambda: model(**inputs, use_cache=False), products_of(parts, 1)]
-        runs += [verifying(products_of(parts, num_tokens)) for num_tokens in _NUM_TOKENS]
+        runs += [verifying(num_tokens) for num_tokens in _NUM_TOKENS]
         for draft_dtype in dtypes:
             runs.append(products_of([draft_linear(p, draft_dtype, compute_dtype=model.dtype) for p in parts], 1))
         rounds = _rounds(runs, device)

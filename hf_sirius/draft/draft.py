@@ -142,11 +142,12 @@ class Draft:
         users = self.twin.compiled, self.twin.verification
         return sum(user.graph.compile_seconds for user in users if user is not None)
 
-    def read(self, forward: Callable[..., Any], inputs: dict, is_watched: bool) -> Any:
+    def read(self, forward: Callable[..., Any], inputs: dict, num_tokens: int, is_watched: bool) -> Any:
         """Returns what the dense model's `forward` makes of its inputs; by a graph, where one is wanted and can be had,
         the logits and the KV-cache alone.
 
         Args:
+            num_tokens: that it reads.
             is_watched: whether a method observes it, for which a graph has no place.
         """
         outputs = None
@@ -157,12 +158,12 @@ class Draft:
         self.is_verification_compiled = outputs is not None
         if outputs is not None:
             return outputs
-        with self.verifying():
+        with self.verifying(num_tokens):
             return forward(**inputs)
 
-    def verifying(self) -> contextlib.AbstractContextManager:
-        """Within the block, the dense model's products of a few tokens are made as fast as they can be here."""
-        return kernel_products(self._linears)
+    def verifying(self, num_tokens: int) -> contextlib.AbstractContextManager:
+        """Within the block, the dense model's products of so many tokens are made as fast as they can be here."""
+        return kernel_products(self._linears, num_tokens)
 
     @contextlib.contextmanager
     def chain(

@@ -157,9 +157,9 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         graphs += [_graph_of(model, config), _verification_of(model)]
         compiled, verification = CompiledStep(*_with_places(root), graphs[0], model.config), GraphUser(graphs[1])
         try:
-            check_tree(model)  # which is read by such masks as a graph is given
-        except ValueError as error:
-            verification.broken = str(error)
+            check_tree(model)  # which is read by such masks and positions as a graph is given
+        except ValueError:
+            verification.broken = "the model takes no masks, or no positions, of the caller's"
     return Twin(
         module=root,
         config=config,

@@ -71,7 +71,11 @@ def plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yields the parameters and buffers of a module. Those that a library has packed into a tensor of its own class
     come as the tensors that they are made of.
     """
-    waiting = [*module.parameters(), *module.buffers()]
+    if module._modules:
+        waiting = [*module.parameters(), *module.buffers()]
+    else:  # asked of every layer in every call, which the generators take too long for
+        own = (*module._parameters.values(), *module._buffers.values())
+        waiting = [tensor for tensor in own if tensor is not None]
     while waiting:
         tensor = waiting.pop(0)
         if hasattr(tensor, "__tensor_flatten__"):

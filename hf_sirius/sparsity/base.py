@@ -174,7 +174,9 @@ def _num_parameters_of(modules: Iterable[nn.Module]) -> dict[int, int]:
         if is_projection(module) and is_opaque(module):  # whose tensors do not tell
             counts[id(module._parameters.get("weight", module))] = num_parameters(module)
         else:
-            counts |= {id(p): num_elements(p) for p in module.parameters(recurse=False)}
+            for p in module._parameters.values():
+                if p is not None:
+                    counts[id(p)] = num_elements(p)
     return counts
 
 

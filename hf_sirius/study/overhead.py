@@ -44,7 +44,7 @@ def _bare_forwards(model: PreTrainedModel, twin: SparseTwin, prompt: BatchEncodi
     with twin.new_call() as call:
         cache = model(**prompt, use_cache=True, return_dict=True).past_key_values
         token_ids = prompt["input_ids"][:, -1:]
-        with call.draft.verifying():
+        with call.draft.verifying(1):
             for _ in range(num_forwards):
                 synchronize(model.device)
                 start = time.perf_counter()

@@ -26,7 +26,8 @@ class _Cast:
     """A projection as it was when it was cast, and what drafts have in its place."""
 
     def __init__(self, projection: nn.Module, draft_dtype: str, head_inputs: Callable[[], torch.Tensor]):
-        self._marks, self._samples = _marks(projection), [samples.clone() for samples in _samples(projection)]
+        tensors = list(plain_tensors(projection))
+        self._marks, self._samples = _marks(projection, tensors), [samples.clone() for samples in _samples(tensors)]
         if draft_dtype == SHORTLIST:
             self.linear: nn.Module = ShortlistHead(projection, head_inputs())
         else:
@@ -41,20 +42,20 @@ class _Cast:
 
         Of what is written through `.data`, which autograd does not count, whole rows of 256 numbers and more are seen.
         """
-        return self._marks == _marks(projection) and all(map(torch.equal, self._samples, _samples(projection)))
+        tensors = list(plain_tensors(projection))
+        return self._marks == _marks(projection, tensors) and all(map(torch.equal, self._samples, _samples(tensors)))
 
 
-def _marks(projection: nn.Module) -> list[tuple]:
+def _marks(projection: nn.Module, tensors: Sequence[torch.Tensor]) -> list[tuple]:
     return adapters_of(projection) + [
-        (p.data_ptr(), p.device, p.dtype, p.shape, None if p.is_inference() else p._version)
-        for p in plain_tensors(projection)
+        (p.data_ptr(), p.device, p.dtype, p.shape, None if p.is_inference() else p._version) for p in tensors
     ]
 
 
-def _samples(projection: nn.Module) -> list[torch.Tensor]:
+def _samples(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Returns some numbers of each parameter and buffer, in which writing through `.data` shows, as merges do it."""
     # One of each row, in other columns each time.
-    return [p.detach().flatten()[:: max(p.shape[-1] - 1, 255) if p.ndim > 1 else 1] for p in plain_tensors(projection)]
+    return [p.detach().flatten()[:: max(p.shape[-1] - 1, 255) if p.ndim > 1 else 1] for p in tensors]
 
 
 def cast_dtypes(projection: nn.Module) -> set[str | int]:

@@ -129,10 +129,14 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def kernel_products(linears: Sequence[nn.Linear]) -> Iterator[None]:
-    """Within the block, these layers of the dense model take the products of a few tokens by a kernel, where that is
+def kernel_products(linears: Sequence[nn.Linear], num_tokens: int) -> Iterator[None]:
+    """Within the block, these layers of the dense model take the products of so many tokens by a kernel, where that is
     faster; in other threads too. The last block to end leaves nothing on them.
     """
+    weights = [linear._parameters["weight"] for linear in linears]
+    dtypes = {weight.dtype for weight in weights if num_tokens * weight.numel() >= _MIN_PRODUCTS}
+    if not any(cpu.is_faster(dtype, num_tokens) for dtype in dtypes):
+        linears = ()  # what lies over a layer takes its time
     with _lock:
         mine = [linear for linear in linears if not has_own_forward(linear)]
         for linear in mine:
