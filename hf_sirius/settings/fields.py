@@ -161,9 +161,9 @@ class Fields:
         branch_cutoff (`float`, defaults to 0.95):
             Where the twin finds a token at least this likely, a tree does not branch, in [0, 1].
         compile_draft (`bool`, defaults to `False`):
-            Compile the draft step by `torch.compile`, in the first draft: a minute or more, seconds where torch's cache
-            on disk has it. For drafts without a tree that choose nothing anew for every token: those of `"griffin"`,
-            and of any method at a density of 1.
+            Compile the draft step and the verification by `torch.compile`, in the first call: minutes, and about one
+            where torch's cache on disk has them. For drafts without a tree that choose nothing anew for every token:
+            those of `"griffin"`, and of any method at a density of 1.
     """
 
     method: str = _field("cats", str)
