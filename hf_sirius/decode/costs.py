@@ -176,8 +176,8 @@ _known: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[dict, dict]]" = weakre
 
 
 def costs_of(model: PreTrainedModel, config: SiriusConfig) -> tuple[ModelCosts, DraftRecord]:
-    """Returns what is known of a model, which all its twins share whose verifications are compiled, and all others,
-    and of its drafts of these settings.
+    """Returns what is known of a model, apart for twins that compile its verifications, and of its drafts of these
+    settings.
     """
     key = (*config.to_dict().items(), id(config.calibration))
     with _lock:

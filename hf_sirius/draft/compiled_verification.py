@@ -13,7 +13,7 @@ from ..weights.linear import has_kernel, has_own_forward, is_bare_linear, plain_
 from .compiled import are_sliding
 from .copies import copy_with, shallow_copy
 from .graph import GraphUser, Rooms, misfit
-from .tree_reading import TreeReader
+from .tree_reading import ATTENTIONS, TreeReader
 
 
 CAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -46,8 +46,10 @@ class CompiledVerification:
         input_ids, position_ids, cache = inputs["input_ids"], inputs["position_ids"], inputs["past_key_values"]
         if not self._user.graph.compiled_for:  # both at once, so that the first call compiles all that later ones use
             for num_read in (1, 2):
-                places = torch.arange(num_read, device=position_ids.device)
-                self._logits(input_ids[:, :1].repeat(1, num_read), position_ids[..., :1] + places, cache)
+                # At one position, as there may be no other one.
+                tokens = (torch.cat([ids[..., :1]] * num_read, dim=-1) for ids in (input_ids, position_ids))
+                if self._logits(*tokens, cache)[0] is None:
+                    return None
         logits, rooms = self._logits(input_ids, position_ids, cache)
         if logits is None:
             return None
@@ -80,6 +82,8 @@ def _not_compiled_as(model: PreTrainedModel) -> str | None:
         return "the model itself is compiled"
     if model.training:
         return "the model is in training"
+    if model.config.get_text_config()._attn_implementation not in ATTENTIONS:
+        return "its attention takes no masks of the caller's"
     for module in model.modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if has_own_forward(module) or any(getattr(hook, "__name__", "") != _CAPTURING_HOOK for hook in hooks):

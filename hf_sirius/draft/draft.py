@@ -72,6 +72,7 @@ class Draft:
 
     def __exit__(self, *exc_info) -> None:
         self._undo.close()
+        self._verification = None
         self.held.clear()
         self._memory.clear()
 

@@ -100,6 +100,11 @@ class GraphUser:
         self._told: set[str] = set()
         self.broken: str | None = None
 
+    def __deepcopy__(self, memo: dict) -> "GraphUser":
+        user = GraphUser(self.graph)
+        user.broken = self.broken
+        return user
+
     def logits(self, *inputs: Any) -> torch.Tensor | None:
         """Returns what the graph makes of its inputs; `None` where it cannot be compiled."""
         try:
@@ -126,7 +131,9 @@ def misfit(inputs: Mapping[str, Any], are_sliding: list[bool]) -> str | None:
     Args:
         are_sliding: whether each layer of the model has a sliding window.
     """
-    cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    if cache is None:  # which Phi-3 drops once
+        return "the model reads its text anew, without its KV-cache"
     others = [name for name, value in inputs.items() if value is not None and name not in _KNOWN]
     if others or inputs.get("position_ids") is None:
         return f"the model is given {', '.join(others) or 'no position_ids'}"

@@ -13,6 +13,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..model.accelerate_hooks import is_offloaded, streaming_hook
 from ..model.experts import ExpertsSite, find_experts
+from ..model.observation import uncompiled
 from ..model.sites import MlpSite, ProjectionSite, decoder_modules, find_other_modules, find_projections, place_of
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
@@ -157,7 +158,8 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
         graphs += [_graph_of(model, config), _verification_of(model)]
         compiled, verification = CompiledStep(*_with_places(root), graphs[0], model.config), GraphUser(graphs[1])
         try:
-            check_tree(model)  # which is read by such masks and positions as a graph is given
+            with uncompiled(model):
+                check_tree(model)  # which is read by such masks and positions as a graph is given
         except ValueError:
             verification.broken = "the model takes no masks, or no positions, of the caller's"
     return Twin(

@@ -71,9 +71,10 @@ def kernel_product(linear: nn.Linear, inputs: torch.Tensor) -> torch.Tensor | No
     # Not by getattr, which takes as long as a small product.
     weight = linear._parameters.get("weight")
     num_tokens = inputs.numel() // inputs.shape[-1]
-    if type(weight) is not nn.Parameter or num_tokens * weight.numel() < _MIN_PRODUCTS:
+    is_traced = torch.compiler.is_dynamo_compiling()  # for any number of tokens, of which a graph is not to ask
+    if type(weight) is not nn.Parameter or (1 if is_traced else num_tokens) * weight.numel() < _MIN_PRODUCTS:
         return None
-    if torch.compiler.is_dynamo_compiling():
+    if is_traced:
         is_read = weight.is_cpu and weight.dtype in cpu.DTYPES and _has_kernels()
         return operators.linear(inputs, weight, linear._parameters["bias"]) if is_read else None
     if has_own_forward(linear) or not cpu.is_faster(weight.dtype, num_tokens):

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from hf_sirius import make_sparse
 from hf_sirius.draft.graph import Graph
 from hf_sirius.kernels import cpu
+from hf_sirius.model.compat import IS_5_17
 from hf_sirius.weights import packed
 from hf_sirius.weights.formats import draft_linear
 from hf_sirius.weights.linear import plain_over
@@ -239,6 +240,36 @@ def test_weights_are_read_by_kernels(draft_dtype, with_numba, monkeypatch):
         torch.testing.assert_close(step(inputs), layer(inputs))
     called = [str(node.target) for node in graphs[0].graph.nodes]
     assert any(name.startswith("hf_sirius") for name in called) == cpu.is_available()
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("phi3", {"original_max_position_embeddings": 20, "max_position_embeddings": 96}),  # drops its KV-cache once
+        ("gpt2", {"n_positions": 30}),  # the text ends where the table of positions does
+    ],
+)
+def test_output_is_the_dense_models_to_the_last_position(family, fields):
+    if IS_5_17 and family == "phi3":
+        pytest.skip("there plain generate forgets what it has read")
+    for max_new_tokens in (6, 19):
+        expected = generate(build_model(family, **fields), max_new_tokens=max_new_tokens)
+        model = build_model(family, **fields)
+        with make_sparse(model, **FIELDS, compile_draft=True) as twin:
+            assert torch.equal(generate(model, twin, max_new_tokens=max_new_tokens), expected)
+            assert twin.stats.num_compiled_verifications
+
+
+def test_a_graph_does_not_ask_how_many_tokens_a_kernel_reads():
+    """Of a size from which on a kernel is taken for three tokens, and not for two."""
+    layer, graphs = plain_over(torch.nn.Linear(576, 192)), []
+    with torch.no_grad():
+        step = _compile(layer.forward, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+        for num_tokens in (2, 3, 9):
+            inputs = torch.randn(1, num_tokens, 576)
+            torch._dynamo.mark_dynamic(inputs, 1)
+            torch.testing.assert_close(step(inputs), layer(inputs))
+    assert len(graphs) == 1
 
 
 def test_what_is_cast_and_loaded_later_is_in_the_draft():
