@@ -17,7 +17,7 @@ from .tree_reading import ATTENTIONS, TreeReader
 
 
 CAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
-_CAPTURING_HOOK = "output_capturing_hook"  # a name within transformers, whose hook only acts where it is asked for
+CAPTURING_HOOK = "output_capturing_hook"  # a name within transformers, whose hook only acts where it is asked for
 
 
 class CompiledVerification:
@@ -86,7 +86,7 @@ def _not_compiled_as(model: PreTrainedModel) -> str | None:
         return "its attention takes no masks of the caller's"
     for module in model.modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if has_own_forward(module) or any(getattr(hook, "__name__", "") != _CAPTURING_HOOK for hook in hooks):
+        if has_own_forward(module) or any(getattr(hook, "__name__", "") != CAPTURING_HOOK for hook in hooks):
             return f"a hook or a forward of its own lies over a {type(module).__name__}"
     return None
 

@@ -28,7 +28,7 @@ from ..weights.residency import find_resident
 from ..weights.shortlist import head_inputs
 from .choice import CHOSEN
 from .compiled import CompiledStep
-from .compiled_verification import CAPTURED
+from .compiled_verification import CAPTURED, CAPTURING_HOOK
 from .copies import copy_with, follow, shallow_copy
 from .graph import Graph, GraphUser
 from .tree_reading import check_tree
@@ -37,9 +37,9 @@ from .tree_reading import check_tree
 # model -> what is computed, of which draft -> its graph, as long as any twin has it
 _graphs: "WeakKeyDictionary[PreTrainedModel, WeakValueDictionary[tuple, Graph]]" = WeakKeyDictionary()
 _lock = threading.Lock()
-_STEP = "draft step"
-# Names within transformers.
-_IS_HOOKED, _CAPTURING_HOOK = "_output_capturing_hooks_installed", "output_capturing_hook"
+_STEP, _VERIFICATION = "draft step", "verification"  # what graphs compute
+# A name within transformers.
+_IS_HOOKED = "_output_capturing_hooks_installed"
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ class Twin:
             if not isinstance(copied, stock_class(original)):  # a stand-in
                 continue
             for key, hook in original._forward_hooks.items():
-                if getattr(hook, "__name__", "") == _CAPTURING_HOOK:
+                if getattr(hook, "__name__", "") == CAPTURING_HOOK:
                     copied._forward_hooks.setdefault(key, hook)
             if hasattr(original, _IS_HOOKED):
                 setattr(copied, _IS_HOOKED, getattr(original, _IS_HOOKED))
@@ -192,7 +192,7 @@ def _graph_of(model: PreTrainedModel, config: SiriusConfig) -> Graph:
 
 def _verification_of(model: PreTrainedModel) -> Graph:
     """Returns the graph of a model's verifications, which do not depend on the draft."""
-    return _shared_graph(model, "verification")
+    return _shared_graph(model, _VERIFICATION)
 
 
 def _shared_graph(model: PreTrainedModel, *key: Any) -> Graph:
