@@ -1,5 +1,6 @@
 """Model families as tiny random models: what of each config differs from the common values."""
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -98,10 +99,21 @@ FAMILIES = {
     "youtu": MLA,
 }
 
+# One of each kind: windows, fused projections, ALiBi, tables of positions, latent attention, norms elsewhere.
+OFTEN = (
+    *("bloom", "cohere2", "doge", "falcon", "gemma3_text", "gemma4_text", "gpt2", "gpt_neo", "llama", "minicpm3"),
+    *("mistral", "mpt", "nemotron", "olmo2", "opt", "phi", "phi3", "qwen3", "stablelm", "starcoder2"),
+)
+
 
 def available_families() -> list[str]:
     """Returns the families that the installed transformers has."""
     return [family for family in FAMILIES if family in CONFIG_MAPPING]
+
+
+def every_family() -> list:
+    """Returns these as parameters of a test, which is slow but for the ones of `OFTEN`."""
+    return [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in available_families()]
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import slow
 
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,7 @@ def test_streaming_chat_forgets_an_answer_that_is_interrupted(monkeypatch, capsy
     assert "Ann" not in printed  # the prompt of the next answer is skipped as ever
 
 
-@pytest.mark.parametrize("options", [(), ("--method", "teal", "--budget", "greedy", "--density", "0.5")])
+@pytest.mark.parametrize("options", [(), *slow(("--method", "teal", "--budget", "greedy", "--density", "0.5"))])
 def test_calibration(tmp_path, options):
     printed = run("examples/calibration.py", "--output_dir", str(tmp_path), "--max_tokens", "2000", *options)
     assert "####" in printed and (tmp_path / "sirius_config.json").is_file()
@@ -88,6 +89,7 @@ def test_reasoner_problems():
     assert printed.count('"num_steps": 2') == 3
 
 
+@pytest.mark.slow
 def test_offload():
     options = ("--hidden_factor", "1", "--neuron_factor", "2", "--max_new_tokens", "24")
     printed = run("examples/offload.py", *options, "--draft_dtype", "nf4", "--draft_memory", "8MiB")
@@ -171,6 +173,7 @@ def test_the_app_tells_what_to_install(monkeypatch):
     assert raised.value.__cause__ is None
 
 
+@pytest.mark.slow
 def test_the_hybrid_trains_goes_on_and_is_written(tmp_path):
     """Of a few tokens nothing is learnt; what it writes is a model and problems."""
     options = ["--output_dir", str(tmp_path), "--batch_size", "2", "--num_problems", "3", "--save_every", "1"]

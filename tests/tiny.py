@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -53,6 +54,11 @@ def build_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch
 def shared_model(family: str = "llama", seed: int = 0):
     """Returns a model that tests share; they leave it as it was."""
     return build_model(family, seed)
+
+
+def slow(*values) -> list:
+    """Returns values as parameters of a test that `pytest -m slow` alone runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def make_prompt(length: int = 11, seed: int = 0) -> torch.Tensor:

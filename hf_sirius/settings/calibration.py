@@ -78,11 +78,11 @@ class Calibration:
         """
         self.check_budget(budget)
         uniform = torch.full((len(self.table),), density, dtype=torch.float64)
-        return uniform if budget == "uniform" else _interpolate(self.budgets, uniform)
+        return uniform if budget == "uniform" else interpolate(self.budgets, uniform)
 
     def thresholds(self, density: float, budget: str = "uniform") -> list[float]:
         """Returns the thresholds of all sites at these densities, interpolated between hundredths."""
-        return _interpolate(self.table, self.densities(density, budget)).tolist()
+        return interpolate(self.table, self.densities(density, budget)).tolist()
 
     def check_budget(self, budget: str) -> None:
         """Raises `ValueError` for `budget="greedy"` where no budgets were measured."""
@@ -165,9 +165,9 @@ def _first_weights(projection: nn.Module) -> torch.Tensor:
     return weights.detach().float().cpu()[:_NUM_PROBES]
 
 
-def _interpolate(table: torch.Tensor, densities: torch.Tensor) -> torch.Tensor:
+def interpolate(table: torch.Tensor, densities: torch.Tensor) -> torch.Tensor:
     """Returns the value of each row of a table at a density of its own, [num_rows]."""
     positions = (densities * 100 - 1).clamp(min=0)
     low = positions.long().clamp(max=len(CALIBRATED_DENSITIES) - 2)
-    rows = torch.arange(len(table))
+    rows = torch.arange(len(table), device=table.device)
     return torch.lerp(table[rows, low].double(), table[rows, low + 1].double(), positions - low)

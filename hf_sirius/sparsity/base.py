@@ -23,6 +23,7 @@ from ..settings.config import SiriusConfig
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.formats import num_elements
 from ..weights.shortlist import SHORTLIST, num_read
+from .cutoffs import Cutoffs
 
 
 _drafting: ContextVar["SparsityMethod | None"] = ContextVar("hf_sirius_drafting", default=None)
@@ -47,6 +48,7 @@ class SparsityMethod(ABC):
         is_steady: whether it chooses nothing anew for every token, so that a step can be compiled.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
+        cutoffs: of a method that keeps what is large enough, from which magnitude on; of others `None`.
         is_masking: whether its draft steps computed all of what they dropped as well, and saved no time by it.
         neuron_indices: of a method that gathers, long [num_kept] for each MLP, ascending; `None` before the choice.
     """
@@ -56,6 +58,7 @@ class SparsityMethod(ABC):
     is_steady: ClassVar[bool] = False
     observed: ClassVar[Observed]
     gathers: ClassVar[bool] = False
+    cutoffs: Cutoffs | None = None
     is_masking: bool = False
 
     def __init__(self, config: SiriusConfig, sites: list[MlpSite] | list[ProjectionSite]):
@@ -160,6 +163,9 @@ class SparsityMethod(ABC):
     @contextlib.contextmanager
     def drafting(self) -> Iterator[None]:
         """Within the block, forwards of the twin in this context are sparse."""
+        for cutoffs in (self.cutoffs, *(call.cutoffs for call in self.experts)):
+            if cutoffs is not None:
+                cutoffs.follow()
         token = _drafting.set(self)
         try:
             yield

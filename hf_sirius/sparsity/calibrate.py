@@ -1,4 +1,4 @@
-"""How the thresholds of cats and teal are measured: magnitudes, counted over a prompt or a corpus."""
+"""How the thresholds of cats and teal are measured on a corpus."""
 
 from collections.abc import Iterable, Mapping
 
@@ -16,43 +16,8 @@ from ..settings.methods import check_method_name, method_class, owners_of
 from ..weights.draft_modules import TwinModule
 from .base import TwinActivation
 from .budgets import MAX_TOKENS, check_blocks, greedy_budgets
+from .cutoffs import MagnitudeHistogram
 from .scores import InputScores
-
-
-class MagnitudeHistogram:
-    """Counts of magnitudes in bins as fine as bfloat16 is, so that quantiles of any stream take bounded memory.
-
-    The upper half of a float32's bits (sign, exponent, 7 bits of mantissa) grows with its magnitude: it is the bin's
-    number. A quantile is thus right to a relative 2**-7.
-    """
-
-    _NUM_BINS = 0x7F80 + 1  # up to the bits of infinity
-
-    def __init__(self):
-        self.counts: torch.Tensor | None = None
-
-    def add(self, values: torch.Tensor) -> None:
-        """Counts the magnitudes of a float tensor of any shape."""
-        bins = values.float().abs().contiguous().view(torch.int32).flatten() >> 16
-        counts = torch.bincount(bins.clamp_(max=self._NUM_BINS - 1), minlength=self._NUM_BINS)
-        self.counts = counts if self.counts is None else self.counts + counts
-
-    def quantiles(self, shares: list[float]) -> torch.Tensor:
-        """Returns for each share, float32 [len(shares)], a magnitude that about this share of the values does not
-        exceed; for 0 it is -1, which every magnitude exceeds.
-        """
-        if self.counts is None or not self.counts.any():
-            raise ValueError("no value was counted: quantiles need at least one token")
-        cumulative = self.counts.cumsum(0).double() / self.counts.sum()
-        wanted = torch.tensor(shares, dtype=torch.float64, device=cumulative.device)
-        bins = torch.searchsorted(cumulative, wanted).clamp_(max=self._NUM_BINS - 2)
-        # The bin's upper edge: all that is counted up to this bin lies below it.
-        edges = ((bins.to(torch.int32) + 1) << 16).contiguous().view(torch.float32)
-        return torch.where(wanted <= 0, torch.full_like(edges, -1.0), edges)
-
-    def quantile(self, share: float) -> torch.Tensor:
-        """Returns one quantile, a float32 scalar tensor."""
-        return self.quantiles([share])[0]
 
 
 @torch.no_grad()

@@ -7,17 +7,16 @@ from ..model.sites import MlpSite, part_of
 from ..weights.draft_modules import TwinModule
 from ..weights.linear import read_rows, run
 from .base import SparsityMethod, TwinActivation, drafting_method
-from .calibrate import MagnitudeHistogram
+from .cutoffs import Cutoffs
 from .in_experts import CatsExperts
 
 
 class Cats(SparsityMethod):
     """Keeps a token's neurons whose |act(gate_proj x)| exceeds their layer's threshold, or the largest (`"topk"`).
 
-    The threshold is the (1 - density) quantile of the layer's magnitudes: on the calibration corpus, or else over the
-    prompt. All of gate_proj must be read to find the neurons; of up and down only the kept ones are needed. Those of up
-    are read alone where a kernel can (a CPU, with numba). Of down they are numbers in each row, beside dropped ones in
-    the same cache lines, so all of it is read.
+    The threshold is the layer's cutoff (`Cutoffs`). All of gate_proj must be read to find the neurons; of up and down
+    only the kept ones are needed. Those of up are read alone where a kernel can (a CPU, with numba). Of down they are
+    numbers in each row, beside dropped ones in the same cache lines, so all of it is read.
     """
 
     observed = "activation"
@@ -25,12 +24,7 @@ class Cats(SparsityMethod):
 
     def __init__(self, config, sites):
         super().__init__(config, sites)
-        self.cutoffs: list[float | torch.Tensor] = [0.0] * len(sites)
-        if config.calibration is not None:
-            self.cutoffs = config.calibration.thresholds(config.density)
-        self._histograms = [MagnitudeHistogram() for _ in sites] if self.needs_prefill() else []
-        self._num_kept: list[torch.Tensor | int] = [0] * len(sites)
-        self._num_tokens = [0] * len(sites)
+        self.cutoffs = Cutoffs(config, len(sites), config.calibration)
         self._latest_masks: list[torch.Tensor | None] = [None] * len(sites)
         self._num_dropping = self._num_skipping = 0  # tokens at all MLPs, and those that dropped rows of up unread
 
@@ -55,11 +49,11 @@ class Cats(SparsityMethod):
         return self.config.selection == "threshold" and self.config.calibration is None
 
     def observe(self, site, values):
-        self._histograms[site.idx].add(values)
+        self.cutoffs.observe(site.idx, values)
 
     def choose(self, site):
         if self.needs_prefill():
-            self.cutoffs[site.idx] = self._histograms[site.idx].quantile(1 - self.config.density)
+            self.cutoffs.choose(site.idx)
 
     def drop(self, site_idx: int, activations: torch.Tensor) -> torch.Tensor:
         """Zeroes the dropped neurons of act(gate_proj x), [..., num_tokens, num_neurons].
@@ -74,21 +68,16 @@ class Cats(SparsityMethod):
             num_kept = max(1, round(self.config.density * activations.shape[-1]))
             neuron_mask = torch.zeros_like(magnitudes, dtype=torch.bool)
             neuron_mask.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
+            self.cutoffs.count(site_idx, neuron_mask)
         else:
-            # A threshold among the zeros is the least float32 above them, which float16 does not have.
-            dtype = torch.promote_types(magnitudes.dtype, torch.float32)
-            neuron_mask = magnitudes.to(dtype) >= self.cutoffs[site_idx]
-        self._num_kept[site_idx] += neuron_mask.sum()
-        self._num_tokens[site_idx] += neuron_mask[..., 0].numel()
+            neuron_mask = self.cutoffs.keep(site_idx, magnitudes)
         self._num_dropping += activations[..., 0].numel()
         self._latest_masks[site_idx] = neuron_mask
         return activations * neuron_mask
 
     def num_parameters_read(self, site: MlpSite) -> float | None:
-        if not self._num_tokens[site.idx]:
-            return None
-        share = float(self._num_kept[site.idx]) / (self._num_tokens[site.idx] * site.num_neurons)
-        return site.num_parameters_read(share, gate_in_full=True)
+        share = self.cutoffs.share(site.idx)
+        return None if share is None else site.num_parameters_read(share, gate_in_full=True)
 
     def run(self, site_idx: int, is_up: bool, projection: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the outputs of a projection, of up those of the neurons that were kept just before."""

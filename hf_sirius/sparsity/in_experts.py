@@ -23,7 +23,7 @@ from ..model.experts import (
 from ..model.observation import uncompiled
 from ..settings.config import SiriusConfig
 from ..weights.offload import on_load
-from .calibrate import MagnitudeHistogram
+from .cutoffs import Cutoffs
 
 
 _observer: ContextVar[object | None] = ContextVar("hf_sirius_experts_observer", default=None)
@@ -34,10 +34,12 @@ class WholeExperts:
 
     Attributes:
         observed: what is watched of the prefill, as `tapped` takes it; `None` for nothing.
+        cutoffs: as those of `SparsityMethod`.
     """
 
     observed: ClassVar[Literal["activation", "neurons"] | None] = None
     needs_open: ClassVar[bool] = False  # whether it acts inside, as only experts that are open to drafts let it
+    cutoffs: Cutoffs | None = None
 
     def __init__(self, config: SiriusConfig, site: ExpertsSite):
         self.config, self.site = config, site
@@ -173,17 +175,15 @@ class CatsExperts(WholeExperts):
 
     def __init__(self, config, site):
         super().__init__(config, site)
-        self._histogram, self._cutoff = MagnitudeHistogram(), 0.0
-        self._num_kept: torch.Tensor | int = 0
-        self._num_values = 0
+        self.cutoffs = Cutoffs(config, 1)
 
     def observe(self, values, experts):
         if self.config.selection == "threshold":
-            self._histogram.add(values)
+            self.cutoffs.observe(0, values)
 
     def choose(self, module):
         if self.config.selection == "threshold":
-            self._cutoff = self._histogram.quantile(1 - self.config.density)
+            self.cutoffs.choose(0)
 
     def run(self, module, hidden_states, *routing):
         return super().run(self._tap(module, "activation", self._drop), hidden_states, *routing)
@@ -194,14 +194,13 @@ class CatsExperts(WholeExperts):
             num_kept = max(1, round(self.config.density * values.shape[-1]))
             is_kept = torch.zeros_like(values, dtype=torch.bool)
             is_kept.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
+            self.cutoffs.count(0, is_kept)
         else:
-            is_kept = magnitudes.to(torch.promote_types(values.dtype, torch.float32)) >= self._cutoff
-        self._num_kept += is_kept.sum()
-        self._num_values += values.numel()
+            is_kept = self.cutoffs.keep(0, magnitudes)
         return values * is_kept
 
     def density(self):
-        return float(self._num_kept) / self._num_values if self._num_values else None
+        return self.cutoffs.share(0)
 
     def share(self):
         kept = self.density()
@@ -260,38 +259,28 @@ class TealExperts(WholeExperts):
 
     def __init__(self, config, site):
         super().__init__(config, site)
-        self._histograms = [MagnitudeHistogram(), MagnitudeHistogram()]
-        self._cutoffs: list[float | torch.Tensor] = [0.0, 0.0]
-        self._num_kept: list[torch.Tensor | int] = [0, 0]
-        self._num_values = [0, 0]
+        self.cutoffs = Cutoffs(config, 2)
 
     def observe_inputs(self, hidden_states):
-        self._histograms[0].add(hidden_states)
+        self.cutoffs.observe(0, hidden_states)
 
     def observe(self, values, experts):
-        self._histograms[1].add(values)
+        self.cutoffs.observe(1, values)
 
     def choose(self, module):
-        self._cutoffs = [histogram.quantile(1 - self.config.density) for histogram in self._histograms]
+        self.cutoffs.choose(0)
+        self.cutoffs.choose(1)
 
     def run(self, module, hidden_states, *routing):
         tap = self._tap(module, "neurons", lambda values: self._drop(1, values))
         return super().run(tap, self._drop(0, hidden_states), *routing)
 
     def _drop(self, i: int, values: torch.Tensor) -> torch.Tensor:
-        is_kept = values.abs().to(torch.promote_types(values.dtype, torch.float32)) >= self._cutoffs[i]
-        self._num_kept[i] += is_kept.sum()
-        self._num_values[i] += values.numel()
-        return values * is_kept
-
-    def _densities(self) -> list[float] | None:
-        if not all(self._num_values):
-            return None
-        return [float(kept) / of_all for kept, of_all in zip(self._num_kept, self._num_values, strict=True)]
+        return values * self.cutoffs.keep(i, values.abs())
 
     def density(self):
-        densities = self._densities()
-        return None if densities is None else self.site.share_read(densities[0], densities[0], densities[1])
+        inputs, neurons = self.cutoffs.share(0), self.cutoffs.share(1)
+        return None if inputs is None or neurons is None else self.site.share_read(inputs, inputs, neurons)
 
     share = density
 

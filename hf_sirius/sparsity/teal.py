@@ -4,7 +4,7 @@ import torch
 
 from ..model.projections import projection_shape
 from .base import SparsityMethod, TwinInput
-from .calibrate import MagnitudeHistogram
+from .cutoffs import Cutoffs
 from .in_experts import TealExperts
 from .scores import InputScores
 
@@ -12,9 +12,8 @@ from .scores import InputScores
 class Teal(SparsityMethod):
     """Keeps of each projection of attention and MLPs the inputs whose score reaches the projection's cutoff.
 
-    The cutoff is the (1 - density) quantile of the scores (`InputScores`): on the calibration corpus, where with
-    `budget="greedy"` each projection has a density of its own, or else over the prompt. Each leaf of a tree keeps
-    inputs of its own, and its step reads what any of them keeps.
+    The cutoffs (`Cutoffs`) are of the scores (`InputScores`). With `budget="greedy"` each projection has a density of
+    its own. Each leaf of a tree keeps inputs of its own, and its step reads what any of them keeps.
     """
 
     acts_on = "projections"
@@ -24,13 +23,10 @@ class Teal(SparsityMethod):
 
     def __init__(self, config, sites):
         super().__init__(config, sites)
-        self.cutoffs: list[float | torch.Tensor] = [0.0] * len(sites)
-        if config.calibration is not None:
-            self.cutoffs = config.calibration.thresholds(config.density, config.budget)
-        self._histograms = [MagnitudeHistogram() for _ in sites] if self.needs_prefill() else []
+        self.cutoffs = Cutoffs(config, len(sites), config.calibration)
         self._scores = InputScores(sites, config.weighting)  # of one call, in which the weights stay
-        self._num_read: list[torch.Tensor | int] = [0] * len(sites)
-        self._num_steps = [0] * len(sites)
+        self._num_read: list[torch.Tensor | int] = [0] * len(sites)  # inputs, by all steps of trees
+        self._num_steps = [0] * len(sites)  # of trees
 
     @classmethod
     def replacements(cls, site):
@@ -40,24 +36,23 @@ class Teal(SparsityMethod):
         return self.config.calibration is None
 
     def observe(self, site, values):
-        self._histograms[site.idx].add(self._scores(site.idx, values))
+        self.cutoffs.observe(site.idx, self._scores(site.idx, values))
 
     def choose(self, site):
         if self.needs_prefill():
-            self.cutoffs[site.idx] = self._histograms[site.idx].quantile(1 - self.config.density)
+            self.cutoffs.choose(site.idx)
 
     def drop(self, site_idx: int, inputs: torch.Tensor) -> torch.Tensor:
         """Zeroes the dropped inputs of a projection, [..., num_tokens, in_features]."""
-        is_kept = self._scores(site_idx, inputs) >= self.cutoffs[site_idx]
-        # The leaves of a level are one step; tokens of a text that is read at once are a step each.
-        steps = is_kept.flatten(0, -2)
-        steps = steps.any(dim=0, keepdim=True) if self.config.tree_width > 1 else steps
-        self._num_read[site_idx] += steps.sum()
-        self._num_steps[site_idx] += len(steps)
+        is_kept = self.cutoffs.keep(site_idx, self._scores(site_idx, inputs))
+        if self.config.tree_width > 1:  # the leaves of a level are one step
+            self._num_read[site_idx] += is_kept.flatten(0, -2).any(dim=0).sum()
+            self._num_steps[site_idx] += 1
         return inputs * is_kept
 
     def num_parameters_read(self, site):
-        if not self._num_steps[site.idx]:
-            return None
-        _, in_features = projection_shape(site.module)
-        return site.num_parameters_read(float(self._num_read[site.idx]) / (self._num_steps[site.idx] * in_features))
+        share = self.cutoffs.share(site.idx)
+        if share is not None and self.config.tree_width > 1:
+            _, in_features = projection_shape(site.module)
+            share = float(self._num_read[site.idx]) / (self._num_steps[site.idx] * in_features)
+        return None if share is None else site.num_parameters_read(share)

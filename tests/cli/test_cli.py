@@ -144,6 +144,7 @@ def test_options_that_several_methods_take_choose_one_that_takes_all(given, meth
     assert args.method == method
 
 
+@pytest.mark.slow
 def test_demo_shows_the_table_and_one_coloured_answer(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["demo", "--num_problems", "8"]) == 0

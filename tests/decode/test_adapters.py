@@ -46,7 +46,10 @@ DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("fields", DRAFTS.values(), ids=list(DRAFTS))
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(f, id=name, marks=pytest.mark.slow if name == "compiled" else []) for name, f in DRAFTS.items()],
+)
 def test_a_twin_drafts_with_the_adapter_in_use(fields):
     user = build_adapted()
     outputs = {}

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from families import available_families, tiny_model
+from families import available_families, every_family, tiny_model
 
 from hf_sirius import make_sparse
 from hf_sirius.model.sites import find_mlps
 
 
-@pytest.mark.parametrize("family", available_families())
+@pytest.mark.parametrize("family", every_family())
 def test_output_equals_dense_greedy_in_float64(family):
     model = tiny_model(family)
     generator = torch.Generator().manual_seed(1)

@@ -16,7 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import KERNEL_SIZE, METHODS, SLIDING, VOCAB_SIZE, build_model, build_tokenizer, make_prompt, shared_model
+from tiny import (
+    KERNEL_SIZE,
+    METHODS,
+    SLIDING,
+    VOCAB_SIZE,
+    build_model,
+    build_tokenizer,
+    make_prompt,
+    shared_model,
+    slow,
+)
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -100,7 +110,7 @@ def test_drafts_of_these_tests_are_accepted_as_well_as_rejected():
 
 @every_method
 @pytest.mark.parametrize("family", SLIDING)
-@pytest.mark.parametrize("prompt_length", [1, 7, 8, 23])
+@pytest.mark.parametrize("prompt_length", [1, 8, *slow(7, 23)])
 def test_sliding_windows_on_both_sides_of_the_window(family, method, prompt_length):
     assert_same_output(shared_model(family), method, prompt=make_prompt(prompt_length), max_new_tokens=30)
 
@@ -512,7 +522,7 @@ def record_selections(monkeypatch) -> list:
 
     def noting(draft):
         select(draft)
-        chosen = draft.method.cutoffs if isinstance(draft.method, Cats) else draft.method.neuron_indices
+        chosen = draft.method.cutoffs.values if isinstance(draft.method, Cats) else draft.method.neuron_indices
         selections.append([x.tolist() for x in chosen])
 
     monkeypatch.setattr(Draft, "select", noting)
@@ -685,7 +695,7 @@ GROWING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("padding", [0, *slow(3)])
 @pytest.mark.parametrize("tree_width", [1, 3])
 @pytest.mark.parametrize("kind", list(GROWING))
 def test_positions_whose_encoding_changes_with_the_length(kind, tree_width, padding):

@@ -21,14 +21,12 @@ def test_a_family_drafts_without_loss_or_is_refused(rows):
 
 @pytest.mark.slow
 def test_drafts_are_as_dense_as_they_are_asked_to_be(rows):
-    off = [
+    assert not [
         (row.family, name, draft.density)
         for row in rows
         for name, draft in row.drafts.items()
-        if draft.density is not None and abs(draft.density / support.DRAFTS[name]["density"] - 1) > 0.06
+        if draft.density is not None and abs(draft.density / support.DRAFTS[name]["density"] - 1) > 0.05
     ]
-    # Zamba2's layers share a block, and so one cutoff: that of the full model's states, from which the draft's drift.
-    assert [(family, name) for family, name, _ in off] in ([], [("zamba2", "cats")])
 
 
 @pytest.mark.slow

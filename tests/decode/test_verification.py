@@ -256,7 +256,10 @@ def test_no_kind_of_draft_changes_the_distribution(method, draft_dtype, draft_he
     assert p_value(counts, exact_probabilities(model)) > 1e-3
 
 
-@pytest.mark.parametrize("kwargs", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize(
+    "kwargs",
+    [pytest.param(kw, id=name, marks=[] if name == "warped" else pytest.mark.slow) for name, kw in CALLS.items()],
+)
 def test_looked_up_tokens_keep_the_dense_distribution(kwargs, monkeypatch):
     model, found, propose = sampled_model(), [], LookupProposer.propose
     monkeypatch.setattr(LookupProposer, "propose", lambda *args: found.append(propose(*args)) or found[-1])
@@ -287,6 +290,7 @@ def test_drafts_that_end_where_they_are_unsure_keep_the_dense_distribution(monke
     assert p_value(counts, exact_probabilities(model)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_compiled_draft_keeps_the_dense_distribution(monkeypatch):
     model, compile_as_traced = sampled_model(), functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compile_as_traced)

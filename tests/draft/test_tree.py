@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from families import available_families, tiny_model
+from families import available_families, every_family, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_model, make_prompt, shared_model
@@ -37,7 +37,7 @@ class StopAt(StoppingCriteria):
 # The output
 
 
-@pytest.mark.parametrize("family", available_families())
+@pytest.mark.parametrize("family", every_family())
 def test_output_equals_dense_greedy_in_float64(family):
     model = tiny_model(family)
     generator = torch.Generator().manual_seed(1)

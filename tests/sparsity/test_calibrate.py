@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from hf_sirius import Calibration, SiriusConfig, calibrate, make_sparse
 from hf_sirius.model.sites import find_mlps
 from hf_sirius.settings.calibration import CALIBRATION_NAME
-from hf_sirius.sparsity.calibrate import MagnitudeHistogram
+from hf_sirius.sparsity.cutoffs import MagnitudeHistogram
 
 
 BIN = 2**-7  # a bin's relative width

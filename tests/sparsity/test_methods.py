@@ -384,7 +384,7 @@ def test_a_cats_draft_is_a_masked_dense_forward(kind, selection):
     twin = make_sparse(model, selection=selection, density=0.25)
     with torch.no_grad(), prefilled(twin, prompt) as draft, draft.drafting():
         logits = twin(tokens).logits
-        thresholds = draft.method.cutoffs
+        thresholds = draft.method.cutoffs.values
 
     def choose_mask(i, activations):
         magnitudes = activations.abs()

@@ -105,7 +105,7 @@ def drafted(model, prompt, tokens, **fields):
 def test_a_draft_is_a_masked_dense_forward(family, fields, weighting):
     model, tokens = build_model(family, **fields), make_prompt(7, seed=1)
     logits, method = drafted(model, make_prompt(20), tokens, density=0.4, weighting=weighting)
-    expected, _ = masked_logits(model, tokens, method.cutoffs, weighting)
+    expected, _ = masked_logits(model, tokens, method.cutoffs.values, weighting)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
     with torch.no_grad():
         assert (logits - model(tokens).logits).abs().max() > 1e-3
@@ -130,7 +130,7 @@ def test_a_step_reads_what_any_leaf_keeps(num_tokens, tree_width):
     """And of a text that is read at once, each token is a step."""
     model, tokens = build_model("llama", **BIASES), make_prompt(num_tokens, seed=1)
     _, method = drafted(model, make_prompt(20), tokens, density=0.3, tree_width=tree_width)
-    _, kept = masked_logits(model, tokens, method.cutoffs, "magnitude")
+    _, kept = masked_logits(model, tokens, method.cutoffs.values, "magnitude")
     dropped = 0
     for site in find_projections(model):
         steps = kept[site.idx].any(dim=0, keepdim=True) if tree_width > 1 else kept[site.idx]
@@ -210,7 +210,7 @@ def test_padding_is_not_counted():
             with call.draft.observing(kept):
                 model(inputs, attention_mask=kept, position_ids=positions)
             call.draft.select()
-            cutoffs.append(torch.stack(call.draft.method.cutoffs))
+            cutoffs.append(torch.stack(call.draft.method.cutoffs.values))
     torch.testing.assert_close(*cutoffs, rtol=0.02, atol=0)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from families import available_families, tiny_model
+from families import every_family, tiny_model
 from tiny import build_model, make_prompt
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
@@ -92,12 +92,18 @@ class Counter:
 # The output
 
 
+OFFLOADED_DRAFTS = [{}, {"draft_dtype": "bfloat16", "draft_scope": "all"}, {"reselect_every": 2}, {"tree_width": 3}]
+
+
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"draft_dtype": "bfloat16", "draft_scope": "all"}, {"reselect_every": 2}, {"tree_width": 3}],
+    ("family", "fields"),
+    [
+        pytest.param(family, fields, marks=pytest.mark.slow if fields and family != "llama" else [])
+        for family in ("llama", "phi3", "gpt2", "opt", "mistral", "gemma2")
+        for fields in OFFLOADED_DRAFTS
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "mistral", "gemma2"])
 def test_an_offloaded_model_drafts_as_it_does_in_memory(family, fields, offload):
     prompt = make_prompt()
     model = build_model(family)
@@ -118,7 +124,7 @@ def test_an_offloaded_model_drafts_as_it_does_in_memory(family, fields, offload)
     assert torch.equal(model.generate(prompt, max_new_tokens=24), dense)
 
 
-@pytest.mark.parametrize("family", available_families())
+@pytest.mark.parametrize("family", every_family())
 def test_every_family(family):
     model, prompt = cpu_offload(tiny_model(family)), make_prompt(9)
     dense = model.generate(prompt, max_new_tokens=12)

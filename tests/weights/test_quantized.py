@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from safetensors.torch import save_file
-from tiny import METHODS, build_model, build_tokenizer, make_prompt, sparse_logits
+from tiny import METHODS, build_model, build_tokenizer, make_prompt, slow, sparse_logits
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.utils.quantization_config import QuantizationMethod
@@ -289,7 +289,7 @@ def gguf_model(folder, quantized_as: str, **kwargs):
     return loaded
 
 
-@pytest.mark.parametrize("quantized_as", ["F32", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("quantized_as", ["Q8_0", *slow("F32", "Q4_0")])
 def test_a_gguf_file(quantized_as, tmp_path):
     model = gguf_model(tmp_path, quantized_as)
     for draft_dtype in DTYPES:

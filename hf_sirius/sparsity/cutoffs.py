@@ -1,0 +1,124 @@
+"""The cutoffs of cats and teal: from which magnitude on a value is kept, at each site of one call."""
+
+import torch
+
+from ..settings.calibration import CALIBRATED_DENSITIES, Calibration, interpolate
+from ..settings.config import SiriusConfig
+
+
+class Cutoffs:
+    """Keeps of each site's values, in one call, those whose magnitude reaches the site's cutoff.
+
+    A cutoff is the (1 - density) quantile of the magnitudes of the dense model: on the calibration corpus, or else over
+    the prompt. A draft's own states drift from the dense model's, and the share that is kept with them (of SmolLM2 with
+    teal at density 0.2 it was 0.13): from draft to draft the cutoffs follow what was kept.
+
+    Args:
+        config: the settings of the twin.
+        num_sites: how many there are.
+        calibration: the cutoffs of a corpus; those of the prompt by default.
+
+    Attributes:
+        values: the cutoff of each site, a float or a scalar tensor.
+    """
+
+    _MOST_WANTED = 1 - 1 / 256  # the last cutoff still drops zeros
+
+    def __init__(self, config: SiriusConfig, num_sites: int, calibration: Calibration | None = None):
+        self.values: list[float | torch.Tensor] = [0.0] * num_sites
+        self._asked = torch.full((num_sites,), config.density, dtype=torch.float64)
+        self._table: list[torch.Tensor] = [torch.empty(0)] * num_sites  # the cutoffs at each of CALIBRATED_DENSITIES
+        self._histograms: list[MagnitudeHistogram] = []
+        if calibration is not None:
+            self.values = calibration.thresholds(config.density, config.budget)
+            self._asked = calibration.densities(config.density, config.budget)
+            self._table = list(calibration.table)
+        else:
+            self._histograms = [MagnitudeHistogram() for _ in range(num_sites)]
+        self._wanted = self._asked  # the densities whose cutoffs keep what is asked for
+        self._num_kept: list[torch.Tensor | int] = [0] * num_sites
+        self._num_values = [0] * num_sites
+        self._followed: tuple[torch.Tensor, torch.Tensor] | None = None  # both numbers, at the latest draft
+
+    def observe(self, site_idx: int, magnitudes: torch.Tensor) -> None:
+        """Takes in magnitudes of the prefill, of any shape."""
+        self._histograms[site_idx].add(magnitudes)
+
+    def choose(self, site_idx: int) -> None:
+        """Chooses a site's cutoff by what was observed so far, if anything is observed."""
+        if self._histograms:
+            shares = [1 - float(self._asked[site_idx]), *(1 - density for density in CALIBRATED_DENSITIES)]
+            quantiles = self._histograms[site_idx].quantiles(shares)
+            self.values[site_idx], self._table[site_idx] = quantiles[0], quantiles[1:]
+
+    def keep(self, site_idx: int, magnitudes: torch.Tensor) -> torch.Tensor:
+        """Returns which magnitudes are kept, bool of their shape, and counts them."""
+        # A cutoff among the zeros is the least float32 above them, which float16 does not have.
+        wide = magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32))
+        is_kept = wide >= self.values[site_idx]
+        self.count(site_idx, is_kept)
+        return is_kept
+
+    def count(self, site_idx: int, is_kept: torch.Tensor) -> None:
+        """Counts what was kept, bool of any shape, by whatever rule."""
+        self._num_kept[site_idx] += is_kept.sum()
+        self._num_values[site_idx] += is_kept.numel()
+
+    def share(self, site_idx: int) -> float | None:
+        """Returns the share of a site's values that was kept; `None` before any was seen."""
+        num_values = self._num_values[site_idx]
+        return float(self._num_kept[site_idx]) / num_values if num_values else None
+
+    def follow(self) -> None:
+        """Moves the cutoffs towards those with which the latest draft had kept the share that is asked for."""
+        if not all(self._num_values) or not all(map(len, self._table)):
+            return
+        counts = [count for count in self._num_kept if isinstance(count, torch.Tensor)]
+        kept = torch.stack([count.to(counts[0].device) for count in counts]).double()
+        seen = torch.tensor(self._num_values, dtype=torch.float64).to(kept.device)
+        before_kept, before_seen = self._followed or (torch.zeros_like(kept), torch.zeros_like(seen))
+        asked, wanted = self._asked.to(kept.device), self._wanted.to(kept.device)
+        ratio = asked * (seen - before_seen) / (kept - before_kept).clamp(min=1)
+        ratio = torch.where(seen > before_seen, ratio.clamp(0.5, 2.0), 1.0)
+        # Half of the way, in logarithms: the few tokens of one draft tell it with noise.
+        moved = torch.minimum(wanted * ratio.sqrt(), torch.full_like(wanted, self._MOST_WANTED))
+        self._wanted, self._followed = torch.where(asked < self._MOST_WANTED, moved, asked), (kept, seen)
+        table = torch.stack([row.to(kept.device) for row in self._table])
+        values = interpolate(table, self._wanted).unbind()
+        self.values = [value.to(count.device) for value, count in zip(values, counts, strict=True)]
+
+
+class MagnitudeHistogram:
+    """Counts of magnitudes in bins as fine as bfloat16 is, so that quantiles of any stream take bounded memory.
+
+    The upper half of a float32's bits (sign, exponent, 7 bits of mantissa) grows with its magnitude: it is the bin's
+    number. A quantile is thus right to a relative 2**-7.
+    """
+
+    _NUM_BINS = 0x7F80 + 1  # up to the bits of infinity
+
+    def __init__(self):
+        self.counts: torch.Tensor | None = None
+
+    def add(self, values: torch.Tensor) -> None:
+        """Counts the magnitudes of a float tensor of any shape."""
+        bins = values.float().abs().contiguous().view(torch.int32).flatten() >> 16
+        counts = torch.bincount(bins.clamp_(max=self._NUM_BINS - 1), minlength=self._NUM_BINS)
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def quantiles(self, shares: list[float]) -> torch.Tensor:
+        """Returns for each share, float32 [len(shares)], a magnitude that about this share of the values does not
+        exceed; for 0 it is -1, which every magnitude exceeds.
+        """
+        if self.counts is None or not self.counts.any():
+            raise ValueError("no value was counted: quantiles need at least one token")
+        cumulative = self.counts.cumsum(0).double() / self.counts.sum()
+        wanted = torch.tensor(shares, dtype=torch.float64, device=cumulative.device)
+        bins = torch.searchsorted(cumulative, wanted).clamp_(max=self._NUM_BINS - 2)
+        # The bin's upper edge: all that is counted up to this bin lies below it.
+        edges = ((bins.to(torch.int32) + 1) << 16).contiguous().view(torch.float32)
+        return torch.where(wanted <= 0, torch.full_like(edges, -1.0), edges)
+
+    def quantile(self, share: float) -> torch.Tensor:
+        """Returns one quantile, a float32 scalar tensor."""
+        return self.quantiles([share])[0]
