@@ -118,7 +118,7 @@ def examine_draft(model: Any, inputs: dict, dense: Any, fields: dict[str, Any]) 
                 call.draft.select()
                 with call.draft.drafting():
                     is_dense = torch.equal(sparse(**inputs).logits, expected)
-                for _ in range(3):  # the cutoffs of cats and teal follow what earlier drafts kept
+                for _ in range(7):  # the cutoffs of cats and teal follow what earlier drafts kept
                     with call.draft.drafting():
                         sparse(**inputs)
                 density = kept_share(call.draft.method) if fields["density"] < 1 else None

@@ -98,7 +98,14 @@ def first_output():
     return run(python_of((ROOT / "docs" / "index.md").read_text(encoding="utf-8")), "docs/index.md", {})
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if python_of(p.read_text(encoding="utf-8")).strip()], ids=name_of)
+def pages_with_python() -> list:
+    pages = [page for page in PAGES if python_of(page.read_text(encoding="utf-8")).strip()]
+    return [
+        pytest.param(page, id=name_of(page), marks=pytest.mark.slow if page.stem == "compile" else []) for page in pages
+    ]
+
+
+@pytest.mark.parametrize("page", pages_with_python())
 def test_the_python_of_a_page_runs(page, first_output, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(python_of(page.read_text(encoding="utf-8")), name_of(page), first_output)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import slow
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +35,7 @@ def test_streaming_chat_over_two_turns():
     assert "#### 20" in printed and "#### 33" in printed
 
 
+@pytest.mark.slow
 def test_streaming_chat_ends_quietly_at_the_end_of_its_input():
     done = subprocess.run(
         [sys.executable, "examples/streaming_chat.py"],
@@ -78,7 +78,8 @@ def test_streaming_chat_forgets_an_answer_that_is_interrupted(monkeypatch, capsy
     assert "Ann" not in printed  # the prompt of the next answer is skipped as ever
 
 
-@pytest.mark.parametrize("options", [(), *slow(("--method", "teal", "--budget", "greedy", "--density", "0.5"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--method", "teal", "--budget", "greedy", "--density", "0.5")])
 def test_calibration(tmp_path, options):
     printed = run("examples/calibration.py", "--output_dir", str(tmp_path), "--max_tokens", "2000", *options)
     assert "####" in printed and (tmp_path / "sirius_config.json").is_file()

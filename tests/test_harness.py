@@ -83,6 +83,7 @@ def answers(lm: HFLM, prompts=PROMPTS, **generation_kwargs) -> list[str]:
 # Runs
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_our_own_evaluation(task, task_manager, tmp_path):
     # Everything drafted is kept, so that answers are wrong in many ways.
     config = SiriusConfig(method="griffin", density=0.4, threshold=0.0, kernel_size=12)

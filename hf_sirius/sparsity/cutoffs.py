@@ -35,10 +35,11 @@ class Cutoffs:
             self._table = list(calibration.table)
         else:
             self._histograms = [MagnitudeHistogram() for _ in range(num_sites)]
-        self._wanted = self._asked  # the densities whose cutoffs keep what is asked for
-        self._num_kept: list[torch.Tensor | int] = [0] * num_sites
+        self._wanted = self._asked.clone()  # the densities whose cutoffs keep what is asked for
+        self._num_kept: list[torch.Tensor | int] = [0] * num_sites  # since the latest draft began
         self._num_values = [0] * num_sites
-        self._followed: tuple[torch.Tensor, torch.Tensor] | None = None  # both numbers, at the latest draft
+        self._num_kept_before = torch.zeros(num_sites, dtype=torch.float64)
+        self._num_values_before = torch.zeros(num_sites, dtype=torch.float64)
 
     def observe(self, site_idx: int, magnitudes: torch.Tensor) -> None:
         """Takes in magnitudes of the prefill, of any shape."""
@@ -66,26 +67,30 @@ class Cutoffs:
 
     def share(self, site_idx: int) -> float | None:
         """Returns the share of a site's values that was kept; `None` before any was seen."""
-        num_values = self._num_values[site_idx]
-        return float(self._num_kept[site_idx]) / num_values if num_values else None
+        num_values = self._num_values[site_idx] + float(self._num_values_before[site_idx])
+        num_kept = float(self._num_kept[site_idx]) + float(self._num_kept_before[site_idx])
+        return num_kept / num_values if num_values else None
 
     def follow(self) -> None:
         """Moves the cutoffs towards those with which the latest draft had kept the share that is asked for."""
-        if not all(self._num_values) or not all(map(len, self._table)):
+        seen = [idx for idx, num_values in enumerate(self._num_values) if num_values and len(self._table[idx])]
+        if not seen:
             return
-        counts = [count for count in self._num_kept if isinstance(count, torch.Tensor)]
-        kept = torch.stack([count.to(counts[0].device) for count in counts]).double()
-        seen = torch.tensor(self._num_values, dtype=torch.float64).to(kept.device)
-        before_kept, before_seen = self._followed or (torch.zeros_like(kept), torch.zeros_like(seen))
-        asked, wanted = self._asked.to(kept.device), self._wanted.to(kept.device)
-        ratio = asked * (seen - before_seen) / (kept - before_kept).clamp(min=1)
-        ratio = torch.where(seen > before_seen, ratio.clamp(0.5, 2.0), 1.0)
+        latest = [self._num_kept[idx] for idx in seen]
+        device = latest[0].device
+        num_kept = torch.stack([count.to(device) for count in latest]).cpu().double()
+        num_values = torch.tensor([self._num_values[idx] for idx in seen], dtype=torch.float64)
+        asked, wanted = self._asked[seen], self._wanted[seen]
+        ratio = (asked * num_values / num_kept.clamp(min=1)).clamp(0.5, 2.0)
         # Half of the way, in logarithms: the few tokens of one draft tell it with noise.
-        moved = torch.minimum(wanted * ratio.sqrt(), torch.full_like(wanted, self._MOST_WANTED))
-        self._wanted, self._followed = torch.where(asked < self._MOST_WANTED, moved, asked), (kept, seen)
-        table = torch.stack([row.to(kept.device) for row in self._table])
-        values = interpolate(table, self._wanted).unbind()
-        self.values = [value.to(count.device) for value, count in zip(values, counts, strict=True)]
+        moved = (wanted * ratio.sqrt()).clamp(max=self._MOST_WANTED)
+        self._wanted[seen] = wanted = torch.where(asked < self._MOST_WANTED, moved, asked)
+        table = torch.stack([self._table[idx].to(device) for idx in seen])
+        for idx, value, count in zip(seen, interpolate(table, wanted.to(device)).unbind(), latest, strict=True):
+            self.values[idx] = value.to(count.device)
+            self._num_kept[idx], self._num_values[idx] = 0, 0
+        self._num_kept_before[seen] += num_kept
+        self._num_values_before[seen] += num_values
 
 
 class MagnitudeHistogram:

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from tiny import METHODS, build_model, make_prompt, slow
+from tiny import METHODS, build_model, make_prompt
 
 from hf_sirius import calibrate, make_sparse
 from hf_sirius.model import observation
@@ -116,7 +116,8 @@ def test_only_compiled_models_are_told_to_run_eagerly(monkeypatch):
         twin.dense_model.generate(make_prompt(), assistant_model=twin, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("way", ["griffin", *slow(*(way for way in WAYS if way != "griffin"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_whole_graph_stays_whole(way):
     """Neither hooks nor the room in the KV-cache break what was compiled."""
     model, prompt, options = build_model(), make_prompt(), {"max_new_tokens": 16, "do_sample": False}

@@ -28,7 +28,6 @@ from hf_sirius.weights.linear import plain_over
 
 
 FIELDS = {"density": 1.0, "threshold": 1.0, "kernel_size": 5}
-FAMILIES = ("gpt2", "gemma3_text")
 DRAFTS = {
     "whole": {"density": 1.0},
     "griffin": {"method": "griffin", "density": 0.4},
@@ -71,9 +70,10 @@ def assert_compiled(twin, num: int = 3):
 @pytest.mark.parametrize(
     ("family", "draft"),
     [
-        *(("llama", draft) for draft in DRAFTS if draft != "griffin int4"),
-        pytest.param("llama", "griffin int4", marks=pytest.mark.slow),
-        *((family, "int8 shortlist") for family in FAMILIES),
+        ("llama", "whole"),
+        ("gemma3_text", "int8 shortlist"),
+        *(pytest.param("llama", draft, marks=pytest.mark.slow) for draft in DRAFTS if draft != "whole"),
+        pytest.param("gpt2", "int8 shortlist", marks=pytest.mark.slow),
     ],
 )
 def test_drafts_are_those_of_the_eager_twin(family, draft):
@@ -251,7 +251,9 @@ def test_weights_are_read_by_kernels(draft_dtype, with_numba, monkeypatch):
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
-        ("phi3", {"original_max_position_embeddings": 20, "max_position_embeddings": 96}),  # drops its KV-cache once
+        pytest.param(  # drops its KV-cache once
+            *("phi3", {"original_max_position_embeddings": 20, "max_position_embeddings": 96}), marks=pytest.mark.slow
+        ),
         ("gpt2", {"n_positions": 30}),  # the text ends where the table of positions does
     ],
 )
@@ -278,6 +280,7 @@ def test_a_graph_does_not_ask_how_many_tokens_a_kernel_reads():
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_what_is_cast_and_loaded_later_is_in_the_draft():
     model = build_model()
     with make_sparse(model, **FIELDS, compile_draft=True) as twin:
@@ -293,6 +296,7 @@ def test_what_is_cast_and_loaded_later_is_in_the_draft():
         assert twin.stats.acceptance_rate == 1 and not twin._twin.compiled._told
 
 
+@pytest.mark.slow
 def test_a_call_beside_another_one_drafts_eagerly():
     model = build_model()
     with make_sparse(model, **FIELDS, compile_draft=True) as twin:

@@ -499,6 +499,7 @@ def test_a_class_that_somebody_lays_over_ours_stays():
     assert type(model) is stock
 
 
+@pytest.mark.slow
 def test_an_extra_compile_happens_at_most_once():
     model, graphs = build_model(), []
 

@@ -231,7 +231,10 @@ def p_value(counts: collections.Counter[Outcome], probabilities: dict[Outcome, f
     return torch.special.gammaincc(half[0], half[1]).item()
 
 
-@pytest.mark.parametrize("kwargs", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize(
+    "kwargs",
+    [pytest.param(kw, id=name, marks=pytest.mark.slow if name == "criterion" else []) for name, kw in CALLS.items()],
+)
 def test_sampling_at_threshold_one_keeps_the_dense_distribution(kwargs):
     model = sampled_model()
     with make_sampling_twin(model) as sparse:

@@ -59,6 +59,7 @@ def in_short(monkeypatch):
     monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_short")
 def test_rivals_are_timed_beside_the_twin():
     config = SiriusConfig(method="griffin", threshold=1.0, kernel_size=8)

@@ -78,6 +78,7 @@ def test_plots_have_every_series(swept):
         assert f"<!-- {text} -->" in drawn, text
 
 
+@pytest.mark.slow
 def test_a_measure_without_data_is_left_out_of_the_plots(swept):
     results, _, directory = swept
     for row in results["rows"]:

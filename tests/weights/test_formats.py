@@ -234,6 +234,7 @@ def test_a_quantized_model_keeps_its_output(quantized_reasoner, fields):
     assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == weights
 
 
+@pytest.mark.slow
 def test_a_quantized_model_can_be_calibrated_for(quantized_reasoner):
     from hf_sirius import calibrate
 
