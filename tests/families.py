@@ -101,8 +101,7 @@ FAMILIES = {
 
 # One of each kind: windows, fused projections, ALiBi, tables of positions, latent attention, norms elsewhere.
 OFTEN = (
-    *("bloom", "cohere2", "doge", "falcon", "gemma3_text", "gemma4_text", "gpt2", "gpt_neo", "llama", "minicpm3"),
-    *("mistral", "mpt", "nemotron", "olmo2", "opt", "phi", "phi3", "qwen3", "stablelm", "starcoder2"),
+    *("bloom", "cohere2", "doge", "falcon", "gemma4_text", "gpt_neo", "llama", "minicpm3", "olmo2", "opt", "phi3"),
 )
 
 

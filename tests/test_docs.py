@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+from tiny import slow_unless
 
 import hf_sirius
 
@@ -100,9 +101,7 @@ def first_output():
 
 def pages_with_python() -> list:
     pages = [page for page in PAGES if python_of(page.read_text(encoding="utf-8")).strip()]
-    return [
-        pytest.param(page, id=name_of(page), marks=pytest.mark.slow if page.stem == "compile" else []) for page in pages
-    ]
+    return [pytest.param(page, id=name_of(page), marks=slow_unless(page.stem != "compile")) for page in pages]
 
 
 @pytest.mark.parametrize("page", pages_with_python())
@@ -119,6 +118,7 @@ def test_the_python_of_the_readme_prints_what_it_says(capsys):
         assert re.search(rf"^{name}: .*#### {answer}$", printed, flags=re.MULTILINE), printed
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(capsys):
     notebook = json.loads((ROOT / "examples" / "first_hour.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -29,6 +29,7 @@ def test_pipeline():
     assert run("examples/pipeline.py").count("####") == 3
 
 
+@pytest.mark.slow
 def test_streaming_chat_over_two_turns():
     problem = "Ann has {} apples. She buys 8 more. She sells 5 of them. How many apples does Ann have now?\n"
     printed = run("examples/streaming_chat.py", given=problem.format(17) + problem.format(30) + "\n")

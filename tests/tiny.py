@@ -61,6 +61,11 @@ def slow(*values) -> list:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def slow_unless(is_often: bool) -> list:
+    """Returns the marks of a parameter that `pytest -m slow` alone runs unless it is one for every run."""
+    return [] if is_often else [pytest.mark.slow]
+
+
 def make_prompt(length: int = 11, seed: int = 0) -> torch.Tensor:
     """Returns random token ids, long [1, length], without the id 0, with which tests pad."""
     return torch.randint(1, VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(seed))

@@ -163,6 +163,7 @@ def test_what_ignores_ctrl_c_goes_on_ignoring_it(is_ignored, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_seen_enough_ends_it_quietly():
     command = [sys.executable, "-m", "hf_sirius", *GENERATE, "--max_new_tokens", "4"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

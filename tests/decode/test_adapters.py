@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from tiny import METHODS, build_model, make_prompt
+from tiny import METHODS, build_model, make_prompt, slow_unless
 
 from hf_sirius import make_sparse
 from hf_sirius.model.adapters import adapters_in_use
@@ -48,7 +48,7 @@ DRAFTS = {
 
 @pytest.mark.parametrize(
     "fields",
-    [pytest.param(f, id=name, marks=pytest.mark.slow if name == "compiled" else []) for name, f in DRAFTS.items()],
+    [pytest.param(f, id=name, marks=slow_unless(name != "compiled")) for name, f in DRAFTS.items()],
 )
 def test_a_twin_drafts_with_the_adapter_in_use(fields):
     user = build_adapted()

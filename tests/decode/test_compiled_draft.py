@@ -71,9 +71,8 @@ def assert_compiled(twin, num: int = 3):
     ("family", "draft"),
     [
         ("llama", "whole"),
-        ("gemma3_text", "int8 shortlist"),
         *(pytest.param("llama", draft, marks=pytest.mark.slow) for draft in DRAFTS if draft != "whole"),
-        pytest.param("gpt2", "int8 shortlist", marks=pytest.mark.slow),
+        *(pytest.param(family, "int8 shortlist", marks=pytest.mark.slow) for family in ("gpt2", "gemma3_text")),
     ],
 )
 def test_drafts_are_those_of_the_eager_twin(family, draft):
@@ -206,6 +205,7 @@ def test_a_copy_of_a_twin_has_a_step_of_its_own():
         assert_compiled(twin)
 
 
+@pytest.mark.slow
 def test_what_compiling_takes_is_no_draft_steps(monkeypatch):
     class SlowGraph(Graph):
         def __init__(self, what):

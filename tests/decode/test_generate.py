@@ -26,6 +26,7 @@ from tiny import (
     make_prompt,
     shared_model,
     slow,
+    slow_unless,
 )
 from transformers import (
     DynamicCache,
@@ -55,6 +56,20 @@ PROMPT = make_prompt(11)
 PROMPT_LENGTH = PROMPT.shape[1]
 FAMILIES = ("llama", "phi3", "gpt2", "opt", *SLIDING)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+
+
+def pairs(families) -> list:
+    """Returns the families with each method, as parameters; those that are not llama's or griffin's are slow."""
+    return [
+        pytest.param(
+            family,
+            fields,
+            id=f"{family}-{name}",
+            marks=slow_unless(family == "llama" or name == "griffin"),
+        )
+        for family in families
+        for name, fields in METHODS.items()
+    ]
 
 
 def make_twin(model, method=METHODS["griffin"], **fields):
@@ -92,8 +107,7 @@ def first_time_at(place: int) -> int:
 # Tokens
 
 
-@every_method
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), pairs(FAMILIES))
 def test_output_is_the_dense_model_s(family, method):
     assert_same_output(shared_model(family), method)
 
@@ -108,8 +122,7 @@ def test_drafts_of_these_tests_are_accepted_as_well_as_rejected():
             assert sparse.stats.num_rolled_back >= 10
 
 
-@every_method
-@pytest.mark.parametrize("family", SLIDING)
+@pytest.mark.parametrize(("family", "method"), pairs(SLIDING))
 @pytest.mark.parametrize("prompt_length", [1, 8, *slow(7, 23)])
 def test_sliding_windows_on_both_sides_of_the_window(family, method, prompt_length):
     assert_same_output(shared_model(family), method, prompt=make_prompt(prompt_length), max_new_tokens=30)
@@ -509,8 +522,7 @@ def pad_left(num_padding: int = 4) -> dict[str, torch.Tensor]:
     }
 
 
-@every_method
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), pairs(FAMILIES))
 def test_left_padding(family, method):
     assert_same_output(shared_model(family), method, **pad_left())
 
@@ -614,7 +626,7 @@ def count_tokens_read(model, call) -> tuple[torch.Tensor, list[int]]:
 
 @pytest.mark.parametrize("first", ["dense", "corrected"])
 @pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", *slow("phi3", "opt", "gemma2", "gemma3_text")])
 def test_second_turn_reads_only_the_new_tokens(family, is_padded, first):
     model = shared_model(family)
     kwargs = pad_left() if is_padded else {"prompt": PROMPT}

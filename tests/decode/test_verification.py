@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import build_model, make_prompt
+from tiny import build_model, make_prompt, slow_unless
 from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
@@ -233,7 +233,7 @@ def p_value(counts: collections.Counter[Outcome], probabilities: dict[Outcome, f
 
 @pytest.mark.parametrize(
     "kwargs",
-    [pytest.param(kw, id=name, marks=pytest.mark.slow if name == "criterion" else []) for name, kw in CALLS.items()],
+    [pytest.param(kw, id=name, marks=slow_unless(name in ("warped", "eos"))) for name, kw in CALLS.items()],
 )
 def test_sampling_at_threshold_one_keeps_the_dense_distribution(kwargs):
     model = sampled_model()
@@ -261,7 +261,7 @@ def test_no_kind_of_draft_changes_the_distribution(method, draft_dtype, draft_he
 
 @pytest.mark.parametrize(
     "kwargs",
-    [pytest.param(kw, id=name, marks=[] if name == "warped" else pytest.mark.slow) for name, kw in CALLS.items()],
+    [pytest.param(kw, id=name, marks=slow_unless(name == "warped")) for name, kw in CALLS.items()],
 )
 def test_looked_up_tokens_keep_the_dense_distribution(kwargs, monkeypatch):
     model, found, propose = sampled_model(), [], LookupProposer.propose

@@ -47,6 +47,7 @@ def blocks_of(model) -> dict[str | None, list]:
 # The output
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(
     family=st.sampled_from(["llama", "gpt2", "phi3"]),

@@ -59,6 +59,7 @@ def reasoner():
     return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_calls(reasoner, tmp_path):
     model, tokenizer = reasoner
     task = load_task("reasoner", tokenizer, num_items=4, max_new_tokens=200)

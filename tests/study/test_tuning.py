@@ -171,6 +171,7 @@ def test_fields_of_the_config_go_to_the_methods_that_know_them():
     assert {c.config.temperature for c in result.candidates} == {0.5}
 
 
+@pytest.mark.slow
 def test_an_agreement_is_kept_by_all_candidates():
     model = shared_model()
     options = {**SHORT, "thresholds": (0.0, 0.3), "methods": ["griffin"], "densities": [0.25], "num_measured": 9}

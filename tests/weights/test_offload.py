@@ -14,7 +14,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from families import every_family, tiny_model
-from tiny import build_model, make_prompt
+from tiny import build_model, make_prompt, slow_unless
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from hf_sirius import calibrate, make_sparse
@@ -98,7 +98,7 @@ OFFLOADED_DRAFTS = [{}, {"draft_dtype": "bfloat16", "draft_scope": "all"}, {"res
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
-        pytest.param(family, fields, marks=pytest.mark.slow if fields and family != "llama" else [])
+        pytest.param(family, fields, marks=slow_unless(family == "llama" or (family == "gpt2" and not fields)))
         for family in ("llama", "phi3", "gpt2", "opt", "mistral", "gemma2")
         for fields in OFFLOADED_DRAFTS
     ],
