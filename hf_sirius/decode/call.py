@@ -55,5 +55,7 @@ class Call(contextlib.AbstractContextManager):
             _current.reset(self._token)
         finally:
             self.undo.close()
+        if not self.draft.has_drafted:
+            return
         if (draft_density := self.draft.method.draft_density(self.model)) is not None:
             self.stats.record_draft_density(draft_density, self.draft.method.is_masking)

@@ -23,7 +23,6 @@ from ..draft.tree_proposer import TreeProposer
 from ..draft.tree_reading import keep_rows
 from ..model.compat import IS_5_17, stop_recording
 from ..model.encoder_decoder import text_input
-from ..model.observation import is_compiled
 from ..model.positions import Positions
 from .call import Call
 from .checks import check_lengths
@@ -60,6 +59,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         self.do_sample = generation_config.do_sample
         self.generation_config = generation_config
         self.max_length = generation_config.max_length
+        self._device = call.model.device
         self.positions = Positions(call.model.config.get_text_config())
         self.logits_processor = LogitsProcessorList(logits_processor)
         self.end = CallEnd(call.stopping_criteria, generation_config)
@@ -144,7 +144,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
             )
             return input_ids, None
         # The prefill has made the cache's layers, if they were not there. Compiled code takes the stock ones alone.
-        if self.proposal is None and not is_compiled(self.call.model):
+        if self.proposal is None and not self.call.draft.is_model_compiled:
             self.call.undo.enter_context(roomy(cache))
         # The last token before `max_length` is the dense model's.
         most = min(self.max_length - input_ids.shape[1] - 1, self.positions.most_drafted(model_kwargs, cache))
@@ -159,7 +159,7 @@ class SiriusCandidateGenerator(CandidateGenerator):
         if self.recurrence is not None:
             self.states = States(self.call.model, cache, self.recurrence) if proposal.ids.shape[1] else None
         # On the device to which the loop would move it, which would make another tensor of it.
-        candidate_ids = torch.cat([input_ids, proposal.ids], dim=-1).to(self.call.model.device)
+        candidate_ids = torch.cat([input_ids, proposal.ids], dim=-1).to(self._device)
         if proposal.ends_output:
             self.end.put_at(candidate_ids.shape[1])
         observed = contextlib.nullcontext()
@@ -280,10 +280,14 @@ class SiriusCandidateGenerator(CandidateGenerator):
 
     def _likelihoods(self, token_ids: torch.LongTensor, scores: torch.Tensor) -> tuple[float, ...]:
         """Returns the full model's likelihood of each token, [1, num_tokens], by its scores at their places."""
+        if not token_ids.shape[1]:
+            return ()
         return tuple(likelihood(token_ids.to(scores.device), scores, self.config.temperature)[0].tolist())
 
     def _num_agreed(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> int:
         """Returns how many of the accepted tokens are the full model's argmax."""
+        if not num_matches:
+            return 0
         accepted_ids = input_ids[0, -num_matches - 1 : -1].to(scores.device)
         return (scores[0, :num_matches].argmax(dim=-1) == accepted_ids).sum().item()
 

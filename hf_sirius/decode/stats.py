@@ -15,6 +15,7 @@ _COUNTS = (
     "num_reread", "_full_advance", "_full_drafted", "_full_likeliest_advance", "_num_densities", "_density_sum",
     "_num_masking", "selection_seconds", "draft_seconds", "verification_seconds", "state_seconds",
 )  # fmt: skip
+_ATTRIBUTES = {name.lstrip("_"): name for name in _COUNTS}
 _FEWEST_STEPS = 3  # of which a median is no chance
 _lock = threading.Lock()  # calls in several threads add to one total
 
@@ -172,13 +173,14 @@ class GenerationStats:
 
     def counts(self) -> dict[str, float]:
         """Returns all that the measures follow from, as plain numbers that `add_counts` takes."""
-        return {name.lstrip("_"): getattr(self, name) for name in _COUNTS}
+        return {name: getattr(self, attribute) for name, attribute in _ATTRIBUTES.items()}
 
     def add_counts(self, counts: dict[str, float]) -> None:
         """Adds the `counts()` of other calls to these, as to a total."""
         with _lock:
-            for name in _COUNTS:
-                setattr(self, name, getattr(self, name) + counts.get(name.lstrip("_"), 0))
+            for name, count in counts.items():
+                if count and (attribute := _ATTRIBUTES.get(name)):
+                    setattr(self, attribute, getattr(self, attribute) + count)
 
     def record_first(self, token_id: int, likelihood: float) -> None:
         """Notes the token that the full model wrote after the prefill."""

@@ -142,7 +142,7 @@ def _fastest(
         linears = [part for part in parts if type(part) is nn.Linear and has_kernel(part)]
 
         def run_by_kernels() -> None:
-            with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears, num_tokens):
+            with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears):
                 run()
 
         return run_by_kernels

@@ -15,7 +15,7 @@ from ..settings.methods import method_of
 from ..sparsity.in_experts import experts_call, observing_experts
 from ..weights.draft_modules import reading
 from ..weights.formats import changes, draft_linear, gather_neurons
-from ..weights.linear import is_native_faster, kernel_products, native_products
+from ..weights.linear import is_kernel_faster, is_native_faster, kernel_products, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
 from .compiled import CompiledChain
 from .compiled_verification import CAPTURED, CompiledVerification
@@ -36,6 +36,8 @@ class Draft:
         is_compiled: whether the latest chain ran as one graph.
         not_compiled: why it did not, in words; `None` where nothing asks for it.
         is_verification_compiled: whether the latest verification ran as one graph.
+        is_model_compiled: whether the model, or a part of it, is compiled code.
+        has_drafted: whether anything was drafted.
     """
 
     def __init__(self, twin: Twin, model: PreTrainedModel):
@@ -49,8 +51,10 @@ class Draft:
         self._memory: dict[nn.Module, torch.Tensor] = {}
         self.is_verification_compiled = False
         self._verification: CompiledVerification | None = None
-        self._is_compiled = is_compiled(model)
-        self._linears = [] if self._is_compiled else twin.linears
+        self.is_model_compiled, self.has_drafted = is_compiled(model), False
+        self._linears = [] if self.is_model_compiled else twin.linears
+        self._has_casts = False
+        self._has_kernel: dict[int, bool] = {}  # for so many tokens
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Draft":
@@ -63,9 +67,9 @@ class Draft:
             check_offload(self.model)
         self.twin.follow_attributes(self.model)
         with contextlib.ExitStack() as undo:
-            self.held.update(self.twin.kept.casts())
             self._memory = undo.enter_context(self.twin.kept.memory())
             if offloaded:
+                self._take_casts()  # the others are taken as they are streamed past
                 undo.enter_context(offload_session(self.model, self.twin.sites))
             self._undo = undo.pop_all()
         return self
@@ -100,8 +104,16 @@ class Draft:
                 )
             yield
 
+    def _take_casts(self) -> None:
+        """Takes what is kept of casts. To see that they are still of these weights takes its time: before a draft."""
+        if not self._has_casts:
+            self._has_casts = True
+            for module, cast in self.twin.kept.casts().items():
+                self.held.setdefault(module, cast)
+
     def select(self) -> None:
         """Ends the prefill: chooses what is chosen once per prompt, and gathers it."""
+        self._take_casts()
         for site in self.twin.method_sites:
             self.method.choose(site)
         for call in self.method.experts:
@@ -132,6 +144,8 @@ class Draft:
     @contextlib.contextmanager
     def drafting(self) -> Iterator[None]:
         """Within the block, forwards of the twin in this context are sparse."""
+        self._take_casts()
+        self.has_drafted = True
         # The leaves of a level are several tokens, which oneDNN is there for.
         is_native = self.config.tree_width == 1 and any(map(is_native_faster, self.held.values()))
         with self.method.drafting(), reading(self.held), native_products() if is_native else contextlib.nullcontext():
@@ -164,7 +178,10 @@ class Draft:
 
     def verifying(self, num_tokens: int) -> contextlib.AbstractContextManager:
         """Within the block, the dense model's products of so many tokens are made as fast as they can be here."""
-        return kernel_products(self._linears, num_tokens)
+        if num_tokens not in self._has_kernel:
+            self._has_kernel[num_tokens] = is_kernel_faster(self._linears, num_tokens)
+        # What lies over a layer takes its time.
+        return kernel_products(self._linears) if self._has_kernel[num_tokens] else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def chain(
@@ -191,7 +208,7 @@ class Draft:
             yield _Chain(self, model_kwargs)
 
     def _not_compiled_as(self) -> str | None:
-        if self._is_compiled:
+        if self.is_model_compiled:
             return "the model itself is compiled, whose KV-cache has no room for drafts"
         return "the model is in training" if self.model.training else None
 

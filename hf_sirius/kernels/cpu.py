@@ -23,9 +23,10 @@ logger = logging.getLogger(__name__)
 
 GROUP = 64  # inputs that share a scale; `vectors.CHUNK`
 DTYPES = (torch.float32, torch.bfloat16)  # of inputs, and of weights that are not grouped
-_MAX_TOKENS = 64  # at a time; of more, what is measured of so many holds
-_NUM_ROUNDS = 5
-_CLEARLY = 0.95  # of the time of another
+_MAX_TOKENS = 64  # at a time
+_MOST_MEASURED = 128  # tokens; of more, what is measured of so many holds
+_NUM_ROUNDS = 7
+_CLEARLY = 0.9  # of the time of another, as other work on a machine comes in bursts
 _lock = threading.Lock()
 
 
@@ -51,7 +52,7 @@ def is_faster(dtype: torch.dtype, num_tokens: int) -> bool:
     """
     if not num_tokens or dtype not in DTYPES or not is_available():
         return False
-    measured = min(1 << (num_tokens - 1).bit_length(), _MAX_TOKENS)
+    measured = min(1 << (num_tokens - 1).bit_length(), _MOST_MEASURED)
     return _is_faster(dtype, measured, torch.get_num_threads(), torch.backends.mkldnn.enabled)
 
 

@@ -129,15 +129,18 @@ class _KernelForward:
 _lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def kernel_products(linears: Sequence[nn.Linear], num_tokens: int) -> Iterator[None]:
-    """Within the block, these layers of the dense model take the products of so many tokens by a kernel, where that is
-    faster; in other threads too. The last block to end leaves nothing on them.
-    """
+def is_kernel_faster(linears: Sequence[nn.Linear], num_tokens: int) -> bool:
+    """Whether any of these layers has a kernel that is faster for so many tokens."""
     weights = [linear._parameters["weight"] for linear in linears]
     dtypes = {weight.dtype for weight in weights if num_tokens * weight.numel() >= _MIN_PRODUCTS}
-    if not any(cpu.is_faster(dtype, num_tokens) for dtype in dtypes):
-        linears = ()  # what lies over a layer takes its time
+    return any(cpu.is_faster(dtype, num_tokens) for dtype in dtypes)
+
+
+@contextlib.contextmanager
+def kernel_products(linears: Sequence[nn.Linear]) -> Iterator[None]:
+    """Within the block, these layers of the dense model take products by a kernel, where that is faster; in other
+    threads too. The last block to end leaves nothing on them.
+    """
     with _lock:
         mine = [linear for linear in linears if not has_own_forward(linear)]
         for linear in mine:

@@ -27,7 +27,7 @@ FIELDS = {"method": "griffin", "threshold": 1.0, "kernel_size": 16, "draft_dtype
 
 def held_in_a_call(twin) -> dict:
     """Returns what the draft of a call has outside the MLPs, by the module that it stands in for."""
-    with twin.new_call() as call:
+    with twin.new_call() as call, call.draft.drafting():
         held = dict(call.draft.held)
     assert not call.draft.held and list(held) == list(twin._twin.resident)
     return held
@@ -132,7 +132,7 @@ def test_a_model_that_is_cast_to_the_drafts_dtype_needs_no_casts():
     with make_sparse(model, **FIELDS) as twin:
         casts = [weakref.ref(weight) for weight in weights_in(held_in_a_call(twin))]
         model.bfloat16()
-        with twin.new_call() as call:
+        with twin.new_call() as call, call.draft.drafting():
             assert not call.draft.held
         gc.collect()
         assert casts and all(ref() is None for ref in casts)

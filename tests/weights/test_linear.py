@@ -123,7 +123,7 @@ def test_where_no_kernel_takes_a_product(case, monkeypatch, kernels):
     with around:
         assert torch.equal(run(linear, inputs), linear(inputs))
         if case != "a hook":  # which a verification's layers run, around the kernel
-            with kernel_products([linear], inputs.shape[-2]):
+            with kernel_products([linear]):
                 assert torch.equal(linear(inputs), nn.functional.linear(inputs, linear.weight, linear.bias))
     assert not kernels
 
@@ -137,7 +137,7 @@ def test_the_layers_of_a_verification_take_kernels_and_keep_nothing(dtype, num_t
     linear.register_forward_hook(lambda _, args, output: seen.append(output))
     right = linear(inputs)
     before = dict(vars(linear))
-    with pytest.raises(KeyError), kernel_products([linear], num_tokens):
+    with pytest.raises(KeyError), kernel_products([linear]):
         outputs = linear(inputs)
         raise KeyError
     assert vars(linear) == before
@@ -155,7 +155,7 @@ def test_verifications_in_several_threads_leave_nothing(kernels):
     def verify():
         barrier.wait()
         for _ in range(50):
-            with kernel_products([linear], 3):
+            with kernel_products([linear]):
                 outputs = linear(inputs)
             if (outputs - right).norm() > 1e-5 * right.norm():
                 wrong.append(outputs)
