@@ -1,4 +1,4 @@
-"""The tests run in a process for each core, one file in one process. `pytest -n 0` has them all in this one."""
+"""The tests run in a process for each of up to four cores, a file in one. `pytest -n 0` has all of them in this one."""
 
 import os
 

@@ -21,7 +21,7 @@ from ..model.projections import device_of, is_projection, plain_tensors, project
 from ..model.sites import MlpSite, find_other_modules
 from ..weights.formats import changes, dense_weight, draft_linear, head_dtype, num_bytes, runs
 from ..weights.kept import cast_dtypes
-from ..weights.linear import has_kernel, kernel_products
+from ..weights.linear import has_kernel, is_kernel_faster, kernel_products
 from ..weights.shortlist import SHORTLIST, has_shortlist, likeliest, num_read
 
 
@@ -140,9 +140,10 @@ def _fastest(
     def verifying(num_tokens: int) -> Callable[[], None]:
         run = products_of(parts, num_tokens)
         linears = [part for part in parts if type(part) is nn.Linear and has_kernel(part)]
+        is_faster = not is_compiled(model) and is_kernel_faster(linears, num_tokens)
 
         def run_by_kernels() -> None:
-            with contextlib.nullcontext() if is_compiled(model) else kernel_products(linears):
+            with kernel_products(linears) if is_faster else contextlib.nullcontext():
                 run()
 
         return run_by_kernels

@@ -37,7 +37,7 @@ class Draft:
         not_compiled: why it did not, in words; `None` where nothing asks for it.
         is_verification_compiled: whether the latest verification ran as one graph.
         is_model_compiled: whether the model, or a part of it, is compiled code.
-        has_drafted: whether anything was drafted.
+        has_drafted: whether a draft was begun.
     """
 
     def __init__(self, twin: Twin, model: PreTrainedModel):
@@ -77,6 +77,7 @@ class Draft:
     def __exit__(self, *exc_info) -> None:
         self._undo.close()
         self._verification = None
+        self._has_casts = False
         self.held.clear()
         self._memory.clear()
 
@@ -105,7 +106,9 @@ class Draft:
             yield
 
     def _take_casts(self) -> None:
-        """Takes what is kept of casts. To see that they are still of these weights takes its time: before a draft."""
+        """Takes what is kept of casts, once. To see that they are still of these weights takes its time, which a call
+        without any draft is spared.
+        """
         if not self._has_casts:
             self._has_casts = True
             for module, cast in self.twin.kept.casts().items():

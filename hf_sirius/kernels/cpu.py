@@ -48,7 +48,7 @@ def is_available() -> bool:
 
 def is_faster(dtype: torch.dtype, num_tokens: int) -> bool:
     """Whether [`product`] takes less time than torch's, of inputs and a weight of this dtype. Processors and libraries
-    differ by factors, so it is measured, once for a range of tokens: in 10 to 200 ms.
+    differ by factors, so it is measured, once for a range of tokens: in 10 to 500 ms.
     """
     if not num_tokens or dtype not in DTYPES or not is_available():
         return False

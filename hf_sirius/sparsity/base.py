@@ -48,7 +48,7 @@ class SparsityMethod(ABC):
         is_steady: whether it chooses nothing anew for every token, so that a step can be compiled.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
-        cutoffs: of a method that keeps what is large enough, from which magnitude on; of others `None`.
+        cutoffs: `Cutoffs` of cats and teal, `None` of others.
         is_masking: whether its draft steps computed all of what they dropped as well, and saved no time by it.
         neuron_indices: of a method that gathers, long [num_kept] for each MLP, ascending; `None` before the choice.
     """
@@ -74,8 +74,10 @@ class SparsityMethod(ABC):
         Args:
             model: the dense model.
         """
+        if self._has_acted:
+            return
         read = [*map(self.num_parameters_read, self.sites), *(call.num_parameters_read() for call in self.experts)]
-        if not self._has_acted and all(of_site is None for of_site in read):
+        if all(of_site is None for of_site in read):
             raise RuntimeError(
                 f"method={self.config.method!r} was asked for, and a draft step of this {type(model).__name__} has "
                 "passed it by: a forward was laid over its MLPs that does not call their parts, as fused kernels are. "

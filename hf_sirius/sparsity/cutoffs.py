@@ -7,27 +7,30 @@ from ..settings.config import SiriusConfig
 
 
 class Cutoffs:
-    """Keeps of each site's values, in one call, those whose magnitude reaches the site's cutoff.
+    """Keeps of each site's values, in one call, those whose magnitude reaches its cutoff. Counts what is kept, by
+    this rule or another one.
 
     A cutoff is the (1 - density) quantile of the magnitudes of the dense model: on the calibration corpus, or else over
     the prompt. A draft's own states drift from the dense model's, and the share that is kept with them (of SmolLM2 with
-    teal at density 0.2 it was 0.13): from draft to draft the cutoffs follow what was kept.
+    teal at density 0.2 it was 0.13): from draft to draft the cutoffs follow what was kept, at densities from 0.01 to
+    0.99.
 
     Args:
         config: the settings of the twin.
         num_sites: how many there are.
-        calibration: the cutoffs of a corpus; those of the prompt by default.
+        calibration: the cutoffs of a corpus, where these sites have them; by default they are those of the prompt.
 
     Attributes:
         values: the cutoff of each site, a float or a scalar tensor.
     """
 
-    _MOST_WANTED = 1 - 1 / 256  # the last cutoff still drops zeros
+    _LEAST, _MOST = CALIBRATED_DENSITIES[0], CALIBRATED_DENSITIES[-2]  # at the last one zeros are kept as well
 
     def __init__(self, config: SiriusConfig, num_sites: int, calibration: Calibration | None = None):
         self.values: list[float | torch.Tensor] = [0.0] * num_sites
         self._asked = torch.full((num_sites,), config.density, dtype=torch.float64)
-        self._table: list[torch.Tensor] = [torch.empty(0)] * num_sites  # the cutoffs at each of CALIBRATED_DENSITIES
+        # Of each site its cutoffs at CALIBRATED_DENSITIES, as soon as they are known.
+        self._table: list[torch.Tensor | None] = [None] * num_sites
         self._histograms: list[MagnitudeHistogram] = []
         if calibration is not None:
             self.values = calibration.thresholds(config.density, config.budget)
@@ -50,7 +53,8 @@ class Cutoffs:
         if self._histograms:
             shares = [1 - float(self._asked[site_idx]), *(1 - density for density in CALIBRATED_DENSITIES)]
             quantiles = self._histograms[site_idx].quantiles(shares)
-            self.values[site_idx], self._table[site_idx] = quantiles[0], quantiles[1:]
+            self.values[site_idx], self._table[site_idx] = quantiles[0], quantiles[1:].cpu()
+            self._wanted[site_idx] = self._asked[site_idx]
 
     def keep(self, site_idx: int, magnitudes: torch.Tensor) -> torch.Tensor:
         """Returns which magnitudes are kept, bool of their shape, and counts them."""
@@ -73,20 +77,24 @@ class Cutoffs:
 
     def follow(self) -> None:
         """Moves the cutoffs towards those with which the latest draft had kept the share that is asked for."""
-        seen = [idx for idx, num_values in enumerate(self._num_values) if num_values and len(self._table[idx])]
+        seen = [
+            idx
+            for idx, (num_values, table, asked) in enumerate(
+                zip(self._num_values, self._table, self._asked, strict=True)
+            )
+            if num_values and table is not None and self._LEAST <= asked <= self._MOST
+        ]
         if not seen:
             return
         latest = [self._num_kept[idx] for idx in seen]
         device = latest[0].device
         num_kept = torch.stack([count.to(device) for count in latest]).cpu().double()
         num_values = torch.tensor([self._num_values[idx] for idx in seen], dtype=torch.float64)
-        asked, wanted = self._asked[seen], self._wanted[seen]
-        ratio = (asked * num_values / num_kept.clamp(min=1)).clamp(0.5, 2.0)
+        ratio = (self._asked[seen] * num_values / num_kept.clamp(min=1)).clamp(0.5, 2.0)
         # Half of the way, in logarithms: the few tokens of one draft tell it with noise.
-        moved = (wanted * ratio.sqrt()).clamp(max=self._MOST_WANTED)
-        self._wanted[seen] = wanted = torch.where(asked < self._MOST_WANTED, moved, asked)
-        table = torch.stack([self._table[idx].to(device) for idx in seen])
-        for idx, value, count in zip(seen, interpolate(table, wanted.to(device)).unbind(), latest, strict=True):
+        self._wanted[seen] = wanted = (self._wanted[seen] * ratio.sqrt()).clamp(self._LEAST, self._MOST)
+        values = interpolate(torch.stack([self._table[idx] for idx in seen]), wanted).float().to(device)
+        for idx, value, count in zip(seen, values.unbind(), latest, strict=True):
             self.values[idx] = value.to(count.device)
             self._num_kept[idx], self._num_values[idx] = 0, 0
         self._num_kept_before[seen] += num_kept

@@ -130,7 +130,7 @@ _lock = threading.Lock()
 
 
 def is_kernel_faster(linears: Sequence[nn.Linear], num_tokens: int) -> bool:
-    """Whether any of these layers has a kernel that is faster for so many tokens."""
+    """Whether a kernel takes the products of so many tokens and any of these weights in less time than torch does."""
     weights = [linear._parameters["weight"] for linear in linears]
     dtypes = {weight.dtype for weight in weights if num_tokens * weight.numel() >= _MIN_PRODUCTS}
     return any(cpu.is_faster(dtype, num_tokens) for dtype in dtypes)

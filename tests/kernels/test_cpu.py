@@ -283,6 +283,12 @@ def test_which_product_is_faster_is_measured_once_for_a_range(monkeypatch):
             seconds["ours"] = 2.5 - ours  # is not looked at
             assert cpu.is_faster(torch.float32, 7) is cpu.is_faster(torch.float32, 8) is is_faster
         assert not cpu.is_faster(torch.float16, 5) and not cpu.is_faster(torch.float32, 0)
+        cpu._is_faster.cache_clear()
+        seconds["ours"] = 0.5
+        assert cpu.is_faster(torch.float32, 64)
+        seconds["ours"] = 2.0  # of longer texts
+        assert not any(cpu.is_faster(torch.float32, num_tokens) for num_tokens in (65, 128, 500))
+        assert cpu._is_faster.cache_info().currsize == 2
     finally:
         cpu._is_faster.cache_clear()
 

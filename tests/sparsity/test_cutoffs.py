@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_model, make_prompt
 
-from hf_sirius import SiriusConfig, make_sparse
+from hf_sirius import Calibration, SiriusConfig, make_sparse
 from hf_sirius.sparsity.cutoffs import Cutoffs
 
 
@@ -21,6 +21,7 @@ def chosen(density: float, values: torch.Tensor) -> Cutoffs:
     return cutoffs
 
 
+@settings(deadline=None)
 @given(
     density=st.floats(0.2, 0.9),
     factors=st.lists(st.floats(0.6, 1.6), min_size=NUM_SITES, max_size=NUM_SITES),
@@ -54,10 +55,48 @@ def test_zeros_are_never_kept_to_fill_a_share():
     """As after a ReLU, of which fewer neurons are left than are asked for."""
     values = torch.cat([torch.zeros(900), torch.ones(100)])
     cutoffs = chosen(0.5, values)
-    for _ in range(8):
-        kept = [cutoffs.keep(idx, values) for idx in range(NUM_SITES)]
+    for _ in range(9):
+        assert all(torch.equal(cutoffs.keep(idx, values), values > 0) for idx in range(NUM_SITES))
         cutoffs.follow()
-    assert all(torch.equal(mask, values > 0) for mask in kept)
+
+
+@pytest.mark.parametrize("density", [0.005, 0.995, 1.0])
+def test_at_the_ends_they_are_those_of_the_prompt(density):
+    values = torch.arange(1.0, 1001.0)
+    cutoffs = chosen(density, values)
+    first = list(cutoffs.values)
+    for _ in range(3):
+        for idx in range(NUM_SITES):
+            cutoffs.keep(idx, values / 2)
+        cutoffs.follow()
+    assert cutoffs.values == first
+
+
+def test_those_of_a_corpus_follow_too_each_to_its_own_density():
+    table = torch.stack([torch.linspace(99, 0, 100)] * NUM_SITES)  # of values that are spread evenly from 0 to 100
+    budgets = torch.stack([torch.linspace(0.01, 1, 100) * factor for factor in (0.5, 0.8, 1.0)])
+    metadata = {"method": "teal"}
+    config = SiriusConfig(
+        method="teal",
+        density=0.5,
+        budget="greedy",
+        calibration=Calibration(table, torch.ones(NUM_SITES, 16), metadata, budgets),
+    )
+    cutoffs, values = Cutoffs(config, NUM_SITES, config.calibration), torch.linspace(0, 80, 4001)
+    for _ in range(12):
+        shares = [cutoffs.keep(idx, values).double().mean().item() for idx in range(NUM_SITES)]
+        cutoffs.follow()
+    assert shares == pytest.approx([0.25, 0.4, 0.5], abs=0.01)
+
+
+def test_shares_are_those_of_all_drafts():
+    cutoffs, kept = chosen(0.4, torch.randn(1000)), []
+    for seed in range(3):
+        values = torch.randn(50, generator=torch.Generator().manual_seed(seed)).abs()
+        kept.append(cutoffs.keep(0, values))
+        cutoffs.follow()
+        assert cutoffs.share(0) == pytest.approx(torch.cat(kept).double().mean().item())
+    assert cutoffs.share(1) is None
 
 
 @pytest.mark.parametrize("method", ["cats", "teal"])

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import build_model
 from torch import nn
 
+from hf_sirius import make_sparse
 from hf_sirius.kernels import cpu
 from hf_sirius.weights.formats import draft_linear
-from hf_sirius.weights.linear import kernel_products, read_rows, run
+from hf_sirius.weights.linear import is_kernel_faster, kernel_products, read_rows, run
 
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -143,6 +145,18 @@ def test_the_layers_of_a_verification_take_kernels_and_keep_nothing(dtype, num_t
     assert vars(linear) == before
     assert kernels == [linear.weight] and len(seen) == 2
     assert outputs.dtype == dtype and (outputs - right).double().norm() <= TOLERANCES[dtype] * right.double().norm()
+
+
+def test_nothing_lies_over_layers_where_no_kernel_is_faster(monkeypatch):
+    monkeypatch.setattr(cpu, "is_faster", lambda dtype, num_tokens: num_tokens == 4)
+    linear = nn.Linear(512, 512)
+    assert is_kernel_faster([linear], 4)
+    assert not is_kernel_faster([linear], 5) and not is_kernel_faster([nn.Linear(8, 8)], 4)
+    model = build_model(dtype=torch.float32, hidden_size=512)
+    with make_sparse(model, method="griffin") as twin, twin.new_call() as call:
+        for num_tokens in (3, 4):
+            with call.draft.verifying(num_tokens):
+                assert any("forward" in vars(layer) for layer in twin._twin.linears) == (num_tokens == 4)
 
 
 @needs_numba
