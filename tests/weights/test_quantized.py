@@ -156,7 +156,7 @@ def test_the_model_stays_as_it_was(fields):
 
 
 def cast_of(layer, twin) -> nn.Module:
-    with twin.new_call() as call:
+    with twin.new_call() as call, call.draft.drafting():
         return call.draft.held[layer]
 
 
