@@ -147,6 +147,7 @@ def test_the_layers_of_a_verification_take_kernels_and_keep_nothing(dtype, num_t
     assert outputs.dtype == dtype and (outputs - right).double().norm() <= TOLERANCES[dtype] * right.double().norm()
 
 
+@needs_numba
 def test_nothing_lies_over_layers_where_no_kernel_is_faster(monkeypatch):
     monkeypatch.setattr(cpu, "is_faster", lambda dtype, num_tokens: num_tokens == 4)
     linear = nn.Linear(512, 512)
