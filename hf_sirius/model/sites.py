@@ -195,8 +195,8 @@ def find_other_modules(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.
 
 
 def find_projections(model: nn.Module) -> list[ProjectionSite]:
-    """Returns the projections of a model's decoder that a draft step passes, in order, but for the head, routers and
-    what adapts others.
+    """Returns the projections of a model's decoder that a draft step passes, in order, but for the head, routers, what
+    adapts others, and what a module of embeddings has: its inputs may be zeros for the most part (RoCBert).
     """
     decoder, adapters = decoder_modules(model), find_adapters(model)
     for name, module in model.named_modules():
@@ -205,12 +205,17 @@ def find_projections(model: nn.Module) -> list[ProjectionSite]:
                 f"{name} is a {type(module).__module__}.{type(module).__name__}, which has several layers in one "
                 "place: call merge_and_unload() of the PeftModel before"
             )
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+
+    def has_embeddings_alone(owner: nn.Module) -> bool:
+        parts = owner._modules.values()
+        return embedding in parts and not any(isinstance(part, nn.ModuleList) for part in parts)
+
     places = [
         (f"{owner_name}.{name}".lstrip("."), owner, name)
         for owner_name, owner in model.named_modules()
         for name, child in owner.named_children()
-        if owner not in adapters and not is_router(owner)
+        if owner not in adapters and not is_router(owner) and not has_embeddings_alone(owner)
         if is_projection(child) and child in decoder and child is not head
     ]
     return [ProjectionSite(idx, *place) for idx, place in enumerate(places)]

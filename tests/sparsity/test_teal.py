@@ -1,12 +1,14 @@
 """TEAL: which inputs it keeps, what it counts, and that it changes nothing of the output."""
 
 import pytest
+import shrinking
 import torch
 from accelerate import cpu_offload, disk_offload
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_model, make_prompt, shared_model, sparse_logits
+from transformers import AutoModelForCausalLM
 
 from hf_sirius import SiriusConfig, make_sparse
 from hf_sirius.model.sites import find_projections
@@ -183,6 +185,12 @@ def test_all_projections_but_the_head_are_sparse():
     with make_sparse(model, **FIELDS) as twin:
         head = twin._twin.module.lm_head
         assert head is model.lm_head
+
+
+def test_a_projection_of_embeddings_reads_all_its_inputs():
+    """Two thirds of them are zeros where a token has no shape and no pronunciation, as in drafts."""
+    names = [site.name for site in find_projections(shrinking.tiny_model("roc_bert", AutoModelForCausalLM))]
+    assert len(names) == 2 * 6 and not any("embeddings" in name for name in names)
 
 
 def test_the_density_counts_every_projection():
