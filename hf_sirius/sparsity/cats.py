@@ -64,13 +64,7 @@ class Cats(SparsityMethod):
         magnitudes = activations.abs()
         if self.config.tree_width > 1:
             magnitudes = magnitudes.mean(dim=-2, keepdim=True)
-        if self.config.selection == "topk":
-            num_kept = max(1, round(self.config.density * activations.shape[-1]))
-            neuron_mask = torch.zeros_like(magnitudes, dtype=torch.bool)
-            neuron_mask.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
-            self.cutoffs.count(site_idx, neuron_mask)
-        else:
-            neuron_mask = self.cutoffs.keep(site_idx, magnitudes)
+        neuron_mask = self.cutoffs.keep(site_idx, magnitudes)
         self._num_dropping += activations[..., 0].numel()
         self._latest_masks[site_idx] = neuron_mask
         return activations * neuron_mask

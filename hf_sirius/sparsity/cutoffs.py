@@ -7,8 +7,8 @@ from ..settings.config import SiriusConfig
 
 
 class Cutoffs:
-    """Keeps of each site's values, in one call, those whose magnitude reaches its cutoff. Counts what is kept, by
-    this rule or another one.
+    """Keeps of each site's values, in one call, those whose magnitude reaches its cutoff, or with `selection="topk"` of
+    each token the largest, and counts them.
 
     A cutoff is the (1 - density) quantile of the magnitudes of the dense model: on the calibration corpus, or else over
     the prompt. A draft's own states drift from the dense model's, and the share that is kept with them (of SmolLM2 with
@@ -27,6 +27,7 @@ class Cutoffs:
     _LEAST, _MOST = CALIBRATED_DENSITIES[0], CALIBRATED_DENSITIES[-2]  # at the last one zeros are kept as well
 
     def __init__(self, config: SiriusConfig, num_sites: int, calibration: Calibration | None = None):
+        self.config = config
         self.values: list[float | torch.Tensor] = [0.0] * num_sites
         self._asked = torch.full((num_sites,), config.density, dtype=torch.float64)
         # Of each site its cutoffs at CALIBRATED_DENSITIES, as soon as they are known.
@@ -58,16 +59,17 @@ class Cutoffs:
 
     def keep(self, site_idx: int, magnitudes: torch.Tensor) -> torch.Tensor:
         """Returns which magnitudes are kept, bool of their shape, and counts them."""
-        # A cutoff among the zeros is the least float32 above them, which float16 does not have.
-        wide = magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32))
-        is_kept = wide >= self.values[site_idx]
-        self.count(site_idx, is_kept)
-        return is_kept
-
-    def count(self, site_idx: int, is_kept: torch.Tensor) -> None:
-        """Counts what was kept, bool of any shape, by whatever rule."""
+        if self.config.selection == "topk":
+            num_kept = max(1, round(self.config.density * magnitudes.shape[-1]))
+            is_kept = torch.zeros_like(magnitudes, dtype=torch.bool)
+            is_kept.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
+        else:
+            # A cutoff among the zeros is the least float32 above them, which float16 does not have.
+            wide = magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32))
+            is_kept = wide >= self.values[site_idx]
         self._num_kept[site_idx] += is_kept.sum()
         self._num_values[site_idx] += is_kept.numel()
+        return is_kept
 
     def share(self, site_idx: int) -> float | None:
         """Returns the share of a site's values that was kept; `None` before any was seen."""
@@ -131,7 +133,3 @@ class MagnitudeHistogram:
         # The bin's upper edge: all that is counted up to this bin lies below it.
         edges = ((bins.to(torch.int32) + 1) << 16).contiguous().view(torch.float32)
         return torch.where(wanted <= 0, torch.full_like(edges, -1.0), edges)
-
-    def quantile(self, share: float) -> torch.Tensor:
-        """Returns one quantile, a float32 scalar tensor."""
-        return self.quantiles([share])[0]

@@ -189,15 +189,7 @@ class CatsExperts(WholeExperts):
         return super().run(self._tap(module, "activation", self._drop), hidden_states, *routing)
 
     def _drop(self, values: torch.Tensor) -> torch.Tensor:
-        magnitudes = values.abs()
-        if self.config.selection == "topk":
-            num_kept = max(1, round(self.config.density * values.shape[-1]))
-            is_kept = torch.zeros_like(values, dtype=torch.bool)
-            is_kept.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
-            self.cutoffs.count(0, is_kept)
-        else:
-            is_kept = self.cutoffs.keep(0, magnitudes)
-        return values * is_kept
+        return values * self.cutoffs.keep(0, values.abs())
 
     def density(self):
         return self.cutoffs.share(0)
