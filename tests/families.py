@@ -101,8 +101,8 @@ FAMILIES = {
 
 # One of each kind: windows, fused projections, ALiBi, tables of positions, latent attention, norms elsewhere.
 OFTEN = (
-    *("bloom", "cohere2", "doge", "falcon", "gemma4_text", "gpt_neo", "llama", "minicpm3", "olmo2", "opt", "phi3"),
-)
+    "bloom", "cohere2", "doge", "falcon", "gemma4_text", "gpt_neo", "llama", "minicpm3", "olmo2", "opt", "phi3",
+)  # fmt: skip
 
 
 def available_families() -> list[str]:

@@ -169,5 +169,5 @@ def interpolate(table: torch.Tensor, densities: torch.Tensor) -> torch.Tensor:
     """Returns the value of each row of a table at a density of its own, [num_rows]."""
     positions = (densities * 100 - 1).clamp(min=0)
     low = positions.long().clamp(max=len(CALIBRATED_DENSITIES) - 2)
-    rows = torch.arange(len(table), device=table.device)
+    rows = torch.arange(len(table))
     return torch.lerp(table[rows, low].double(), table[rows, low + 1].double(), positions - low)
