@@ -15,6 +15,7 @@ from ..settings.methods import method_of
 from ..sparsity.in_experts import experts_call, observing_experts
 from ..weights.draft_modules import reading
 from ..weights.formats import changes, draft_linear, gather_neurons
+from ..weights.joint import JointProducts
 from ..weights.linear import is_kernel_faster, is_native_faster, kernel_products, native_products
 from ..weights.offload import capture_weights, check_offload, offload_session
 from .compiled import CompiledChain
@@ -55,6 +56,7 @@ class Draft:
         self._linears = [] if self.is_model_compiled else twin.linears
         self._has_casts = False
         self._has_kernel: dict[int, bool] = {}  # for so many tokens
+        self._joint = JointProducts()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Draft":
@@ -151,7 +153,8 @@ class Draft:
         self.has_drafted = True
         # The leaves of a level are several tokens, which oneDNN is there for.
         is_native = self.config.tree_width == 1 and any(map(is_native_faster, self.held.values()))
-        with self.method.drafting(), reading(self.held), native_products() if is_native else contextlib.nullcontext():
+        products = native_products() if is_native else contextlib.nullcontext()
+        with self.method.drafting(), reading(self.held, self._joint), products:
             yield
 
     @property

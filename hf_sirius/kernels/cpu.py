@@ -4,6 +4,7 @@ own threads run them: threads of another pool would wait for the same cores.
 
 import ctypes
 import functools
+import itertools
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ import statistics
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+PACKED = ("grouped", "int4")  # kernels for weights that only they read
 GROUP = 64  # inputs that share a scale; `vectors.CHUNK`
 DTYPES = (torch.float32, torch.bfloat16)  # of inputs, and of weights that are not grouped
 _MAX_TOKENS = 64  # at a time
@@ -36,7 +38,7 @@ def is_available() -> bool:
     if _openmp() is None:
         return False
     try:
-        _kernel("grouped")
+        _address("grouped")
     except Exception as error:  # such as a version that does not go with this Python or numpy
         told = f"numba does not work here ({error}): drafts on a CPU are slower without it"
         if isinstance(error, ModuleNotFoundError) and error.name in ("numba", "llvmlite"):
@@ -92,7 +94,7 @@ def product(inputs: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | Non
         [..., out_features], of the inputs' dtype.
     """
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[weight.dtype]
-    return _run(name, inputs, weight, None, rows)
+    return Products(name, [(weight,)])(inputs, rows)[0]
 
 
 def grouped_product(
@@ -110,67 +112,102 @@ def grouped_product(
     Returns:
         [..., out_features], of the inputs' dtype.
     """
-    return _run("grouped", inputs, values, scales, rows)
+    return Products("grouped", [(values, scales)])(inputs, rows)[0]
 
 
 def int4_product(
-    inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None = None
+    inputs: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    columns: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns inputs @ weight.T, where weight[i, j] = q[i, j] * scales[i, j // 32, 0] + scales[i, j // 32, 1], as
-    [`grouped_product`] does.
+    """Returns (inputs * columns) @ weight.T, where weight[i, j] = q[i, j] * scales[i, j // 32, 0] +
+    scales[i, j // 32, 1], as [`grouped_product`] does.
 
     Args:
         inputs: float32 or bfloat16 [..., in_features]; in_features is a multiple of 64.
         values: uint8 [out_features, in_features / 2]: of each 64 inputs the byte j has q of input j in its lower 4
             bits, and of input j + 32 in its upper ones.
         scales: bfloat16 [out_features, in_features / 32, 2].
+        columns: bfloat16 [in_features].
         rows: long [num_rows], the outputs that are needed, all by default.
 
     Returns:
         [..., out_features], of the inputs' dtype.
     """
-    return _run("int4", inputs, values, scales, rows)
+    return Products("int4", [(values, scales, columns)])(inputs, rows)[0]
 
 
-def _run(
-    name: str, inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None
-) -> torch.Tensor:
-    """Runs a kernel in torch's threads, each of which takes its share of the rows."""
-    *places, in_features = inputs.shape
-    num_tokens, (out_features, stored_features) = math.prod(places), weight.shape
-    if num_tokens > _MAX_TOKENS:  # so that little memory is taken
-        parts = inputs.reshape(-1, in_features).split(_MAX_TOKENS)
-        return torch.cat([_run(name, part, weight, scales, rows) for part in parts]).view(*places, out_features)
-    if in_features != stored_features * (2 if name == "int4" else 1) or (scales is not None and in_features % GROUP):
-        raise RuntimeError(f"{in_features} inputs do not go with a weight of {stored_features} columns, {name}")
-    is_narrow, num_threads = inputs.dtype == torch.bfloat16, torch.get_num_threads()
-    outputs = (inputs.new_empty if rows is None else inputs.new_zeros)(*places, out_features)
-    for tensor in (inputs, weight, scales, rows):
-        if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
-            raise RuntimeError("a kernel for CPUs wants tensors there, whose memory lies in rows")
-    memory = None  # in which each thread widens or rounds the inputs
-    if is_narrow or scales is not None:  # whatever the default dtype and device are
-        memory = inputs.new_empty(num_threads, num_tokens, in_features, dtype=torch.float32)
-    arguments = _packed(
-        inputs.data_ptr(),
-        weight.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        outputs.data_ptr(),
-        num_tokens,
-        out_features,
-        in_features,
-        _ALL if rows is None else len(rows),
-        is_narrow,
-        0 if memory is None else memory.data_ptr(),
-    )
-    # As what `#pragma omp parallel` is compiled to; the interpreter runs on meanwhile.
-    _openmp().GOMP_parallel(_kernel(name).address, arguments, num_threads, 0)
-    return outputs
+class Products:
+    """The products of the same inputs with some weights, in one call of a kernel, which takes longer than a small one
+    does.
+
+    Args:
+        name: of the kernel: `"float32"` or `"bfloat16"` for [`product`], `"grouped"` for [`grouped_product`], `"int4"`
+            for [`int4_product`].
+        weights: of each product what that takes behind the inputs, [out_features, in_features] and so on.
+    """
+
+    def __init__(self, name: str, weights: Sequence[Sequence[torch.Tensor]]):
+        self._name, self._is_packed = name, name in PACKED
+        for tensor in itertools.chain(*weights):
+            _check(tensor)
+        self._weights = [[tensor.detach() for tensor in tensors] for tensors in weights]  # whose memory stays theirs
+        shapes = [tensors[0].shape for tensors in weights]
+        self._in_features = shapes[0][1] * (2 if name == "int4" else 1)
+        self._places = [
+            ([*(tensor.data_ptr() for tensor in tensors), 0, 0][:3], shape[0])
+            for tensors, shape in zip(weights, shapes, strict=True)
+        ]
+        is_alike = {shape[1] for shape in shapes} == {shapes[0][1]}
+        self._fits = is_alike and not (self._is_packed and self._in_features % GROUP)
+        self._pack = struct.Struct(f"{1 + 12 * len(weights)}q").pack
+
+    def __call__(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Returns each product, [..., out_features]. torch's threads run them, each its share of the rows.
+
+        Args:
+            inputs: float32 or bfloat16 [..., in_features].
+            rows: long [num_rows], as for [`product`].
+        """
+        *places, in_features = inputs.shape
+        if in_features != self._in_features or not self._fits:
+            shapes = [list(tensors[0].shape) for tensors in self._weights]
+            raise RuntimeError(f"{in_features} inputs do not go with weights of the shapes {shapes}, {self._name}")
+        num_tokens = math.prod(places)
+        if num_tokens > _MAX_TOKENS:  # so that little memory is taken
+            of_parts = [self(part, rows) for part in inputs.reshape(-1, in_features).split(_MAX_TOKENS)]
+            return [torch.cat(outputs).view(*places, -1) for outputs in zip(*of_parts, strict=True)]
+        _check(inputs)
+        is_narrow, num_threads = inputs.dtype == torch.bfloat16, torch.get_num_threads()
+        memory, address = None, 0  # in which each thread widens or rounds the inputs
+        if is_narrow or self._is_packed:  # in a fraction of the time of a tensor
+            memory = (ctypes.c_float * (num_threads * num_tokens * in_features))()
+            address = ctypes.addressof(memory)
+        new, num_rows, rows_address = inputs.new_empty, _ALL, 0
+        if rows is not None:
+            _check(rows)
+            new, num_rows, rows_address = inputs.new_zeros, len(rows), rows.data_ptr()
+        all_outputs, arguments, inputs_address = [], [len(self._places)], inputs.data_ptr()
+        for addresses, out_features in self._places:
+            outputs = new((*places, out_features))
+            all_outputs.append(outputs)
+            arguments += (
+                inputs_address, *addresses, rows_address, outputs.data_ptr(),
+                num_tokens, out_features, in_features, num_rows, is_narrow, address,
+            )  # fmt: skip
+        # As what `#pragma omp parallel` is compiled to; the interpreter runs on meanwhile.
+        _openmp().GOMP_parallel(_address(self._name), self._pack(*arguments), num_threads, 0)
+        return all_outputs
+
+
+def _check(tensor: torch.Tensor) -> None:
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        raise RuntimeError("a kernel for CPUs wants tensors there, whose memory lies in rows")
 
 
 _ALL = -1  # in place of a number of rows
-_packed = struct.Struct("11q").pack  # in a fraction of the time of an array of ctypes
 
 
 @functools.cache
@@ -187,14 +224,18 @@ def _openmp() -> ctypes.CDLL | None:
     return library
 
 
-def _kernel(name: str) -> Any:
-    with _lock:  # the first call compiles
-        return _compiled(name)
+_kernels: dict[str, Any] = {}  # that are compiled, each of which has an `address`
 
 
-@functools.cache
+def _address(name: str) -> int:
+    kernel = _kernels.get(name)
+    if kernel is None:
+        with _lock:
+            kernel = _kernels.get(name) or _kernels.setdefault(name, _compiled(name))
+    return kernel.address
+
+
 def _compiled(name: str) -> Any:
-    """Returns a compiled kernel, which has an `address`."""
     from . import dots
 
     symbols = {

@@ -44,4 +44,6 @@ def _outputs(inputs: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
 
 define("linear(Tensor inputs, Tensor weight) -> Tensor", _linear, _outputs)
 define("grouped_product(Tensor inputs, Tensor values, Tensor scales) -> Tensor", cpu.grouped_product, _outputs)
-define("int4_product(Tensor inputs, Tensor values, Tensor scales) -> Tensor", cpu.int4_product, _outputs)
+define(
+    "int4_product(Tensor inputs, Tensor values, Tensor scales, Tensor columns) -> Tensor", cpu.int4_product, _outputs
+)

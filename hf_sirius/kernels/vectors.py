@@ -9,7 +9,10 @@ from numba.core import cgutils
 
 
 CHUNK = 64  # inputs that are read in one go; those of 8 bits share a scale, those of 4 bits two
-WIDTH = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8  # float32 numbers in a register
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+WIDTH = 16 if _FEATURES.get("avx512f") else 8  # float32 numbers in a register
+_HAS_FOURS = _FEATURES.get("avx512vnni", False)  # an instruction for the products of four neighbours
+_FOURS = "llvm.x86.avx512.vpdpbusd.512"
 FLOAT, INT, ADDRESS, SHORT, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(16), ir.IntType(8)
 _FAST = ("reassoc", "contract", "nsz")  # sums in any order; infinities and NaN stay what they are
 _CACHE_LINE = 64  # bytes
@@ -58,14 +61,20 @@ def in_8_bits(builder: ir.IRBuilder, row: ir.Value, chunk: ir.Value) -> list[ir.
 
 
 def in_4_bits(builder: ir.IRBuilder, row: ir.Value, chunk: ir.Value) -> list[ir.Value]:
-    """Returns the numbers of a chunk, 0 to 15, in 16 bits: those in the lower halves of bytes, then the upper ones."""
-    width = 2 * WIDTH
-    shorts = ir.VectorType(SHORT, width)
-    start = builder.mul(chunk, ADDRESS(CHUNK // 2))
-    places = [builder.add(start, ADDRESS(k)) for k in range(0, CHUNK // 2, width)]
-    both = [builder.zext(load(builder, row, 1, place, BYTE, width), shorts) for place in places]
-    lower = [builder.and_(numbers, ir.Constant(shorts, [15] * width)) for numbers in both]
-    return lower + [builder.lshr(numbers, ir.Constant(shorts, [4] * width)) for numbers in both]
+    """Returns the numbers of a chunk, 0 to 15, in 8 bits: those in the lower halves of bytes, then the upper ones."""
+    half, width = CHUNK // 2, 4 * WIDTH
+    both = load(builder, row, 1, builder.mul(chunk, ADDRESS(half)), BYTE, half)
+    lower, upper = (ir.Constant(both.type, [number] * half) for number in (15, 4))
+    halves = builder.and_(both, lower), builder.lshr(both, upper)
+    places = [ir.Constant(ir.VectorType(INT, width), list(range(i, i + width))) for i in range(0, CHUNK, width)]
+    return [builder.shuffle_vector(*halves, mask) for mask in places]
+
+
+def by_half(builder: ir.IRBuilder, pairs: ir.Value, num_vectors: int) -> list[ir.Value]:
+    """Returns registers with the first of one pair for sums over a chunk's first half, of the other for its second."""
+    places = [2 * (i * 2 // (num_vectors * WIDTH)) for i in range(num_vectors * WIDTH)]
+    masks = [ir.Constant(ir.VectorType(INT, WIDTH), places[i : i + WIDTH]) for i in range(0, len(places), WIDTH)]
+    return [builder.shuffle_vector(pairs, pairs, mask) for mask in masks]
 
 
 def dot_pairs(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
@@ -74,6 +83,25 @@ def dot_pairs(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Valu
     products = builder.mul(builder.sext(left, ints), builder.sext(right, ints))
     places = [ir.Constant(ir.VectorType(INT, WIDTH), list(range(i, 2 * WIDTH, 2))) for i in (0, 1)]
     return builder.add(*(builder.shuffle_vector(products, products, half) for half in places))
+
+
+def dot_fours(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
+    """Returns the sums of the products of four neighbours in 8 bits, those on the left without a sign, in 32 bits."""
+    if _HAS_FOURS and WIDTH == 16:
+        ints = ir.VectorType(INT, WIDTH)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ints, [ints] * 3), _FOURS)
+        return builder.call(
+            function, [ir.Constant(ints, [0] * WIDTH), *(builder.bitcast(v, ints) for v in (left, right))]
+        )
+    shorts = ir.VectorType(SHORT, 2 * WIDTH)
+    byte = ir.Constant(shorts, [8] * 2 * WIDTH)
+    left, right = (builder.bitcast(vector, shorts) for vector in (left, right))
+    even = dot_pairs(
+        builder,
+        builder.and_(left, ir.Constant(shorts, [255] * 2 * WIDTH)),
+        builder.ashr(builder.shl(right, byte), byte),
+    )
+    return builder.add(even, dot_pairs(builder, builder.lshr(left, byte), builder.ashr(right, byte)))
 
 
 def zeros(width: int) -> ir.Value:

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from ..model.sites import MlpSite, part_of
-from ..weights.draft_modules import TwinModule
-from ..weights.linear import read_rows, run
+from ..weights.draft_modules import TwinModule, run
+from ..weights.linear import read_rows
 from .base import SparsityMethod, TwinActivation, drafting_method
 from .cutoffs import Cutoffs
 from .in_experts import CatsExperts

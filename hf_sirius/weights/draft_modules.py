@@ -7,24 +7,37 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from .linear import run
+from . import linear
+from .joint import JointProducts
+from .linear import DraftLinear
 
 
-_held: ContextVar[Mapping[nn.Module, nn.Module] | None] = ContextVar("hf_sirius_held", default=None)
+# What a draft has in place of dense modules, and what runs those of its projections that it holds.
+_reading: ContextVar[tuple[Mapping[nn.Module, nn.Module], JointProducts] | None] = ContextVar(
+    "hf_sirius_reading", default=None
+)
 
 
 @contextlib.contextmanager
-def reading(held: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+def reading(held: Mapping[nn.Module, nn.Module], joint: JointProducts) -> Iterator[None]:
     """Within the block, the twin's modules in this context run what a draft holds in place of the dense ones.
 
     Args:
         held: dense module -> what the draft has in its place.
+        joint: runs those that are projections.
     """
-    token = _held.set(held)
+    token = _reading.set((held, joint))
     try:
         yield
     finally:
-        _held.reset(token)
+        _reading.reset(token)
+        joint.clear()
+
+
+def run(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Returns what a projection of a running draft makes of its inputs, [..., in_features]."""
+    # Not called as a module: it has no hooks, and a small product takes no longer than that.
+    return _reading.get()[1](module, inputs) if type(module) is DraftLinear else linear.run(module, inputs)
 
 
 class TwinModule(nn.Module):
@@ -49,10 +62,12 @@ class TwinModule(nn.Module):
 
     def current(self) -> nn.Module:
         """Returns what runs in its place: what the draft of this context holds, or the dense module."""
-        return (_held.get() or {}).get(self.dense, self.dense)
+        of_draft = _reading.get()
+        return self.dense if of_draft is None else of_draft[0].get(self.dense, self.dense)
 
     def forward(self, *args, **kwargs):
-        return self.current()(*args, **kwargs)
+        module = self.current()
+        return run(module, *args, **kwargs) if type(module) is DraftLinear else module(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"of {self.dense}"
@@ -62,6 +77,5 @@ class TwinProjection(TwinModule):
     """Stands in for a projection, whose weight a draft reads by a kernel where there is one."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        held = _held.get()
         # Outside of drafts it is the dense one.
-        return self.dense(inputs) if held is None else run(held.get(self.dense, self.dense), inputs)
+        return self.dense(inputs) if _reading.get() is None else run(self.current(), inputs)

@@ -23,12 +23,16 @@ def _int8(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> t
     return _by_rows(torch.ops.aten._weight_int8pack_mm, inputs, weight, scales)
 
 
-def _int4_on_cpu(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return _by_rows(torch.ops.aten._weight_int4pack_mm_for_cpu, inputs, weight, INT4_GROUP, scales)
+def _int4_on_cpu(
+    inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    return _by_rows(torch.ops.aten._weight_int4pack_mm_for_cpu, inputs * columns, weight, INT4_GROUP, scales)
 
 
-def _int4_on_cuda(inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return _by_rows(torch.ops.aten._weight_int4pack_mm, inputs, weight, INT4_GROUP, scales)
+def _int4_on_cuda(
+    inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    return _by_rows(torch.ops.aten._weight_int4pack_mm, inputs * columns, weight, INT4_GROUP, scales)
 
 
 def _by_rows(product: Callable[..., torch.Tensor], inputs: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -41,13 +45,16 @@ class PackedLinear(nn.Module):
     """A projection whose weight only its product can read.
 
     Args:
-        product: takes inputs [..., in_features], the weight and its scales, and maybe the rows to read; returns
-            [..., out_features].
+        product: takes inputs [..., in_features], the weight, its scales and its columns, if it has any, and maybe the
+            rows to read; returns [..., out_features].
         weight: int8 [out_features, in_features], or 4 bits as torch packs them.
         scales: of the groups of inputs; of 4 bits with zero points.
         bias: [out_features], or `None`.
         in_features: of the weight, padding included.
         columns: what the inputs are multiplied with, [in_features], or `None`.
+
+    Attributes:
+        kernel: of ours that reads the weight, by name; `None` where it is torch's.
     """
 
     def __init__(
@@ -64,18 +71,18 @@ class PackedLinear(nn.Module):
         self.weight, self.scales = frozen(weight), frozen(scales)
         self.register_parameter("bias", None if bias is None else frozen(bias))
         self.register_parameter("columns", None if columns is None else frozen(columns))
+        given = self.weight, self.scales, self.columns
+        self.tensors = [tensor for tensor in given if tensor is not None]  # that the product takes behind the inputs
+        self.kernel = {cpu.grouped_product: "grouped", cpu.int4_product: "int4"}.get(product)
 
     def reads_rows(self, num_tokens: int) -> bool:
-        return self.product in (cpu.grouped_product, cpu.int4_product)
+        return self.kernel is not None
 
     def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        # Not by getattr, which takes as long as a small product.
-        weight, scales, bias, columns = map(self._parameters.get, ("weight", "scales", "bias", "columns"))
-        if columns is not None:
-            inputs = inputs * columns
         chosen = () if rows is None else (rows,)
         product = operators.of(self.product) if torch.compiler.is_dynamo_compiling() else self.product
-        outputs = product(inputs.contiguous(), weight, scales, *chosen)
+        outputs = product(inputs.contiguous(), *self.tensors, *chosen)
+        bias = self._parameters["bias"]  # not by getattr, which takes as long as a small product
         if bias is not None:
             outputs += bias
         return outputs
@@ -167,8 +174,9 @@ def _is_int4_kernel_faster() -> bool:
     inputs = torch.ones(1, num_columns, dtype=torch.float32, device="cpu")
     values = torch.zeros(num_rows, num_columns, dtype=torch.uint8, device="cpu")
     scales = torch.ones(num_rows, num_columns // INT4_GROUP, 2, dtype=torch.bfloat16, device="cpu")
-    ours = _packed_in_chunks(values), scales
-    theirs = _packed_for_cpu(values), scales.transpose(0, 1).contiguous()
+    columns = torch.ones(num_columns, dtype=torch.bfloat16, device="cpu")
+    ours = _packed_in_chunks(values), scales, columns
+    theirs = _packed_for_cpu(values), scales.transpose(0, 1).contiguous(), columns
     return cpu.takes_less(
         lambda: cpu.int4_product(inputs, *ours), lambda: _int4_on_cpu(inputs.bfloat16(), *theirs).float()
     )

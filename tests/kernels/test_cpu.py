@@ -29,16 +29,20 @@ def expected(inputs, values, scales):
     return inputs.double() @ (values.double() * scales.double().repeat_interleave(64, dim=1)).T
 
 
-def is_right(outputs, right, inputs, weight, is_rounded: bool = False) -> bool:
+def is_right(outputs, right, inputs, weight, rounded=None) -> bool:
     """Whether outputs differ by what rounding explains: of their terms, as sums may be near 0, of theirs, and maybe of
-    inputs, to steps of 1/32767 of the greatest of each 64.
+    inputs, to so many steps of the greatest of each 64.
+
+    Args:
+        rounded: the inputs and the weight of the product for which inputs are rounded, and the number of steps.
     """
     bounds = 1e-5 * (inputs.double().abs() @ weight.double().abs().T)
-    if is_rounded:
+    if rounded is not None:
+        inputs, weight, num_steps = rounded
         greatest = inputs.double().unflatten(-1, (-1, 64)).abs().amax(dim=-1).repeat_interleave(64, dim=1)
-        bounds += 0.5 / 32767 * greatest @ weight.double().abs().T
+        bounds += 0.501 / num_steps * greatest @ weight.double().abs().T
     if outputs.dtype == torch.bfloat16:
-        bounds += right.abs() * 2**-8
+        bounds += right.abs() * 2**-8 + bounds * 2**-8
     return bool(((outputs - right).abs() <= bounds).all())
 
 
@@ -85,18 +89,21 @@ def test_grouped_products(num_tokens, out_features, num_groups, dtype, num_threa
     right = expected(*given_)
     assert outputs.dtype == dtype and outputs.shape == right.shape
     inputs, values, scales = given_
-    assert is_right(outputs, right, inputs, values * scales.repeat_interleave(64, dim=1), is_rounded=True)
+    weight = values * scales.repeat_interleave(64, dim=1)
+    assert is_right(outputs, right, inputs, weight, (inputs, weight, 32767))
 
 
 def make_int4(num_tokens: int, out_features: int, num_chunks: int, seed: int = 0):
-    """Returns inputs, weights of 4 bits as the kernel reads them, and what they stand for."""
+    """Returns inputs, weights of 4 bits as the kernel reads them, what they stand for, and q * scale alone."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(num_tokens, 64 * num_chunks, generator=generator)
     numbers = torch.randint(16, (out_features, num_chunks, 2, 32), generator=generator, dtype=torch.uint8)
     scales = torch.randn(out_features, 2 * num_chunks, 2, generator=generator).bfloat16()
     steps, least = (scales[..., i].float().repeat_interleave(32, dim=1) for i in (0, 1))
     values = (numbers[:, :, 0] + 16 * numbers[:, :, 1]).flatten(1)
-    return inputs, values, scales, numbers.flatten(1).float() * steps + least
+    columns = torch.rand(64 * num_chunks, generator=generator).bfloat16()
+    products = numbers.flatten(1).float() * steps
+    return inputs, (values, scales, columns), (products + least) * columns.float(), products
 
 
 @settings(deadline=None)
@@ -105,21 +112,37 @@ def make_int4(num_tokens: int, out_features: int, num_chunks: int, seed: int = 0
     dtype=st.sampled_from(cpu.DTYPES), num_threads=st.integers(1, 3), seed=st.integers(0, 2**31), data=st.data(),
 )  # fmt: skip
 def test_products_of_4_bits(num_tokens, out_features, num_chunks, dtype, num_threads, seed, data):
-    inputs, values, scales, weight = make_int4(num_tokens, out_features, num_chunks, seed)
+    inputs, packed, weight, products = make_int4(num_tokens, out_features, num_chunks, seed)
     rows = data.draw(st.lists(st.integers(0, out_features - 1), unique=True), label="rows")
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        outputs = cpu.int4_product(inputs.to(dtype), values, scales)
-        some = cpu.int4_product(inputs.to(dtype), values, scales, torch.tensor(rows, dtype=torch.long))
+        outputs = cpu.int4_product(inputs.to(dtype), *packed)
+        some = cpu.int4_product(inputs.to(dtype), *packed, torch.tensor(rows, dtype=torch.long))
     finally:
         torch.set_num_threads(before)
     assert outputs.dtype == dtype and outputs.shape == (num_tokens, out_features)
-    inputs = inputs.to(dtype)
-    assert is_right(outputs, inputs.double() @ weight.double().T, inputs, weight, is_rounded=True)
+    inputs, right = inputs.to(dtype), inputs.to(dtype).double() @ weight.double().T
+    rounded = inputs * packed[-1].float(), products, 127
+    assert is_right(outputs, right, inputs, weight, rounded)
     others = [row for row in range(out_features) if row not in rows]
     assert not some[:, others].any()
-    assert is_right(some[:, rows], inputs.double() @ weight[rows].double().T, inputs, weight[rows], is_rounded=True)
+    rounded = rounded[0], products[rows], 127
+    assert is_right(some[:, rows], right[:, rows], inputs, weight[rows], rounded)
+
+
+@settings(deadline=None)
+@given(
+    num_tokens=st.integers(1, 70), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    dtype=st.sampled_from(cpu.DTYPES), seed=st.integers(0, 2**31), is_int4=st.booleans(),
+)  # fmt: skip
+def test_several_products_at_once(num_tokens, sizes, dtype, seed, is_int4):
+    """Each is what it is alone."""
+    inputs = make(num_tokens, 1, 2, seed)[0].to(dtype)
+    name, product = ("int4", cpu.int4_product) if is_int4 else ("grouped", cpu.grouped_product)
+    weights = [make_int4(1, size, 2, seed + 1)[1] if is_int4 else make(1, size, 2, seed + 1)[1:] for size in sizes]
+    for outputs, weight in zip(cpu.Products(name, weights)(inputs), weights, strict=True):
+        assert torch.equal(outputs, product(inputs, *weight))
 
 
 @pytest.mark.parametrize("width", [8, 16])  # LLVM takes vectors apart that a processor does not have
@@ -132,59 +155,64 @@ def test_vectors_of_any_processor(width, weight_dtype, monkeypatch):
     with (
         mock.patch.object(dots, "_dots", dots._dots.__wrapped__),
         mock.patch.object(dots, "_rounding", dots._rounding.__wrapped__),
-        mock.patch.object(cpu, "_kernel", cpu._compiled.__wrapped__),
+        mock.patch.object(cpu, "_kernels", {}),
     ):
+        rounded = None
         if weight_dtype == torch.int8:
             outputs, weight = cpu.grouped_product(inputs, values, scales), values * scales.repeat_interleave(64, dim=1)
+            rounded = inputs, weight, 32767
         elif weight_dtype == torch.uint8:
-            inputs, values, scales, weight = make_int4(6, 8, 3)
-            outputs = cpu.int4_product(inputs, values, scales)
+            inputs, packed, weight, products = make_int4(6, 8, 3)
+            outputs, rounded = cpu.int4_product(inputs, *packed), (inputs * packed[-1].float(), products, 127)
         else:
             weight = values.to(weight_dtype)[:, :150].contiguous()
             inputs = inputs[:, :150].contiguous()
             outputs = cpu.product(inputs, weight)
-    is_rounded = weight_dtype not in cpu.DTYPES
-    assert is_right(outputs, inputs.double() @ weight.double().T, inputs, weight, is_rounded)
+    assert is_right(outputs, inputs.double() @ weight.double().T, inputs, weight, rounded)
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize("packed", ["int8", "int4"])
 def test_rounded_inputs(packed, dtype):
     """What is rounded by a group's own scale does not lose small inputs beside large ones, nor what is not finite."""
-    inputs, values, scales = make(7, 5, 2) if packed == "int8" else make_int4(7, 5, 2)[:3]
-    product = cpu.grouped_product if packed == "int8" else cpu.int4_product
+    if packed == "int8":
+        inputs, values, scales = make(7, 5, 2)
+        product, tensors, num_steps = cpu.grouped_product, (values, scales), 32767
+        weight = products = values * scales.repeat_interleave(64, dim=1)
+    else:
+        inputs, tensors, weight, products = make_int4(7, 5, 2)
+        product, scales, num_steps = cpu.int4_product, tensors[1], 127
+    columns = 1 if packed == "int8" else tensors[-1].float()
     inputs = inputs.to(dtype)
     inputs[0, 64:] *= 1e4  # other channels
     inputs[1] *= 1e-20
     inputs[2] *= 1e20
     inputs[3] = 0
     inputs[4, 3], inputs[5, 70], inputs[6, 9] = float("nan"), float("inf"), -float("inf")
-    outputs = product(inputs, values, scales)
-    finite = inputs[:4]
-    weight = values * scales.repeat_interleave(64, dim=1) if packed == "int8" else make_int4(7, 5, 2)[3]
-    assert is_right(outputs[:4], finite.double() @ weight.double().T, finite, weight, is_rounded=True)
+    outputs, finite = product(inputs, *tensors), inputs[:4]
+    rounded = finite * columns, products, num_steps
+    assert is_right(outputs[:4], finite.double() @ weight.double().T, finite, weight, rounded)
     assert not outputs[4:].isfinite().any()
     assert outputs[3].eq(0).all()
     # Of rows in which the large inputs count for nothing, the others are seen as if they were alone.
-    if packed == "int8":
-        scales[:, 1] = 0
-    else:
-        scales[:, 2:] = 0
-    small, right = product(inputs[:1], values, scales), finite[:1, :64].double() @ weight[:, :64].double().T
-    assert (small - right).norm() <= (6e-5 if dtype == torch.float32 else 2**-8) * right.norm()
+    scales[:, scales.shape[1] // 2 :] = 0
+    small, first = product(inputs[:1], *tensors), finite[:1, :64]
+    rounded = rounded[0][:1, :64], products[:, :64], num_steps
+    assert is_right(small, first.double() @ weight[:, :64].double().T, first, weight[:, :64], rounded)
 
 
 @pytest.mark.parametrize("product", [cpu.grouped_product, cpu.int4_product])
 def test_inputs_of_any_shape(product):
-    inputs, values, scales = make(130, 9, 2) if product is cpu.grouped_product else make_int4(130, 9, 2)[:3]
-    outputs = product(inputs, values, scales)
+    inputs, *packed = make(130, 9, 2)
+    packed = make_int4(130, 9, 2)[1] if product is cpu.int4_product else packed
+    outputs = product(inputs, *packed)
     for shape in ((2, 65), (5, 13, 2), (130,)):
-        assert torch.equal(product(inputs.view(*shape, 128), values, scales), outputs.view(*shape, 9))
-    assert torch.allclose(product(inputs[3], values, scales), outputs[3], rtol=1e-4)
-    assert product(inputs[:0], values, scales).shape == (0, 9)
+        assert torch.equal(product(inputs.view(*shape, 128), *packed), outputs.view(*shape, 9))
+    assert torch.allclose(product(inputs[3], *packed), outputs[3], rtol=1e-4)
+    assert product(inputs[:0], *packed).shape == (0, 9)
     for wrong in (inputs[:, :64].contiguous(), inputs[:, :100].contiguous()):
-        with pytest.raises(RuntimeError, match="do not go with a weight of"):
-            product(wrong, values, scales)
+        with pytest.raises(RuntimeError, match="do not go with weights of the shapes"):
+            product(wrong, *packed)
 
 
 def test_memory_that_a_kernel_cannot_read_is_refused():
@@ -200,7 +228,8 @@ def test_memory_that_a_kernel_cannot_read_is_refused():
     ids=lambda error: type(error).__name__,
 )
 def test_a_numba_that_does_not_work_is_told_once(error, monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "_kernel", mock.Mock(side_effect=error))
+    monkeypatch.setattr(cpu, "_kernels", {})
+    monkeypatch.setattr(cpu, "_compiled", mock.Mock(side_effect=error))
     cpu.is_available.cache_clear()
     try:
         assert not cpu.is_available() and not cpu.is_available()
@@ -216,9 +245,9 @@ def test_a_missing_numba_is_told_once(missing, monkeypatch, caplog):
     if missing == "numba":
         monkeypatch.setitem(sys.modules, "numba", None)
     else:
-        monkeypatch.setattr(cpu, "_kernel", mock.Mock(side_effect=ModuleNotFoundError("no", name="llvmlite")))
+        monkeypatch.setattr(cpu, "_compiled", mock.Mock(side_effect=ModuleNotFoundError("no", name="llvmlite")))
+    monkeypatch.setattr(cpu, "_kernels", {})
     cpu.is_available.cache_clear()
-    cpu._compiled.cache_clear()
     try:
         assert not cpu.is_available() and not cpu.is_available()
     finally:

@@ -1,0 +1,88 @@
+"""Products of a draft with the same inputs, of queries, keys and values or of gate and up, in one call of a kernel."""
+
+from collections.abc import Collection
+
+import torch
+
+from ..kernels import cpu
+from .linear import DraftLinear
+from .packed import PackedLinear
+
+
+class JointProducts:
+    """Runs a draft's own projections, one after the other. Which of them take the very same inputs shows in the first
+    step: from then on the first of them computes the outputs of the others as well. Belongs to one draft.
+    """
+
+    def __init__(self):
+        self._groups: dict[DraftLinear, _Group] = {}  # by the first
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets go of inputs and outputs."""
+        self._inputs: torch.Tensor | None = None
+        self._group: _Group | None = None  # that had them
+        self._made: dict[DraftLinear, torch.Tensor] = {}  # that nobody has asked for yet
+
+    def __call__(self, linear: DraftLinear, inputs: torch.Tensor) -> torch.Tensor:
+        """Returns linear(inputs)."""
+        if inputs is self._inputs and self._group is not None:
+            outputs = self._made.pop(linear, None)
+            if outputs is None:
+                self._group.add(linear)
+                outputs = linear.forward(inputs)
+            return outputs
+        if self._made:  # what was not asked for, as its inputs have become others
+            self._group.remove(self._made)
+        self._inputs, self._made = inputs, {}
+        group = self._groups.get(linear)
+        if group is None:
+            group = self._groups[linear] = _Group(linear)
+        self._group = group if group.fits(inputs) else None
+        if self._group is None:
+            return linear.forward(inputs)
+        outputs, *of_others = group(inputs)
+        if of_others:
+            self._made = dict(zip(group.linears[1:], of_others, strict=True))
+        return outputs
+
+
+class _Group:
+    """Projections that took the same inputs so far, and can do so in one call of a kernel."""
+
+    def __init__(self, first: DraftLinear):
+        self.linears = [first]
+        self._is_readable = _is_readable(first)
+        self._products = self._prepared() if self._is_readable else None
+
+    def fits(self, inputs: torch.Tensor) -> bool:
+        """Whether the kernel takes inputs as they are."""
+        is_whole = inputs.shape[-1] == self.linears[0].in_features
+        return self._is_readable and is_whole and inputs.is_cpu and inputs.dtype in cpu.DTYPES
+
+    def add(self, linear: DraftLinear) -> None:
+        first = self.linears[0]
+        is_alike = linear.in_features == first.in_features and linear not in self.linears
+        if is_alike and _is_readable(linear) and linear.linear.kernel == first.linear.kernel:
+            self.linears.append(linear)
+            self._products = self._prepared()
+
+    def remove(self, linears: Collection[DraftLinear]) -> None:
+        self.linears = [linear for linear in self.linears if linear not in linears]
+        self._products = self._prepared()
+
+    def _prepared(self) -> cpu.Products:
+        all_packed = [linear.linear for linear in self.linears]
+        self._biases = [packed.bias for packed in all_packed]
+        return cpu.Products(all_packed[0].kernel, [packed.tensors for packed in all_packed])
+
+    def __call__(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        all_outputs = self._products(inputs.contiguous())
+        for outputs, bias in zip(all_outputs, self._biases, strict=True):
+            if bias is not None:
+                outputs += bias
+        return all_outputs
+
+
+def _is_readable(linear: DraftLinear) -> bool:
+    return type(linear.linear) is PackedLinear and linear.linear.kernel is not None
