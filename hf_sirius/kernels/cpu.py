@@ -70,16 +70,16 @@ def _is_faster(dtype: torch.dtype, num_tokens: int, num_threads: int, with_onedn
     return takes_less(lambda: all_by(product), lambda: all_by(nn.functional.linear))
 
 
-def takes_less(ours: Callable[[], Any], theirs: Callable[[], Any]) -> bool:
+def takes_less(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
     """Whether one computation clearly takes less time than another, as medians of some rounds."""
-    seconds: dict[Callable, list[float]] = {ours: [], theirs: []}
+    seconds: dict[Callable, list[float]] = {one: [], other: []}
     with torch.inference_mode():
         for _ in range(_NUM_ROUNDS):
             for compute, times in seconds.items():
                 start = time.perf_counter()
                 compute()
                 times.append(time.perf_counter() - start)
-    return statistics.median(seconds[ours]) < _CLEARLY * statistics.median(seconds[theirs])
+    return statistics.median(seconds[one]) < _CLEARLY * statistics.median(seconds[other])
 
 
 def product(inputs: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_sirius import make_sparse
 from hf_sirius.kernels import cpu
+from hf_sirius.weights import packed
 from hf_sirius.weights.formats import draft_linear
 from hf_sirius.weights.joint import JointProducts
 
@@ -28,6 +29,7 @@ def calls(monkeypatch):
         return call(self, inputs, rows)
 
     monkeypatch.setattr(cpu.Products, "__call__", counted)
+    monkeypatch.setattr(packed, "_is_int4_kernel_faster", lambda: True)
     return found
 
 
