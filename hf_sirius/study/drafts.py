@@ -99,7 +99,7 @@ def compare_drafts(
                 )
                 ratios.append(sirius.seconds / dense.seconds)
                 num_identical += torch.equal(sirius.output_ids, dense.output_ids)
-                found, read = read_along(loaded, twin, dense.output_ids, prompt["input_ids"].shape[1])
+                found, read = read_along(loaded, twin, dense.output_ids, prompt["input_ids"].shape[1], kernel_size)
                 agrees.append(found)
                 num_bytes_read.append(read)
             rows.append(
@@ -118,13 +118,14 @@ def compare_drafts(
 
 @torch.no_grad()
 def read_along(
-    model: PreTrainedModel, twin: SparseTwin, output_ids: torch.LongTensor, num_prompt: int
+    model: PreTrainedModel, twin: SparseTwin, output_ids: torch.LongTensor, num_prompt: int, num_tokens: int
 ) -> tuple[torch.Tensor, float]:
     """Has a draft read an output of the dense model's.
 
     Args:
         output_ids: long [1, length], greedy, which begins with the prompt.
         num_prompt: the length of the prompt.
+        num_tokens: how many a draft reads, after which the next one begins.
 
     Returns:
         whether each token is the draft's argmax behind those before it, bool [num_tokens - 1] (the first one is the
@@ -135,8 +136,10 @@ def read_along(
         with call.draft.observing(None):
             outputs = model(output_ids[:, :num_prompt], use_cache=True, return_dict=True)
         call.draft.select()
-        with call.draft.drafting():
-            read = output_ids[:, num_prompt:-1]
-            logits = twin(read, past_key_values=outputs.past_key_values, return_dict=True).logits[0]
+        found = []
+        for read in output_ids[:, num_prompt:-1].split(num_tokens, dim=1):
+            with call.draft.drafting():
+                logits = twin(read, past_key_values=outputs.past_key_values, return_dict=True).logits[0]
+            found.append(logits.argmax(dim=-1))
         share = draft_bytes(call.draft) / (2 * num_weights(call.draft))
-        return logits.argmax(dim=-1) == output_ids[0, num_prompt + 1 :], share
+        return torch.cat(found) == output_ids[0, num_prompt + 1 :], share
