@@ -7,6 +7,7 @@ as integers, with inputs that are rounded to 16 and 8 bits, which takes a half a
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,7 @@ from .vectors import ADDRESS, BYTE, CHUNK, FLOAT, INT, SHORT
 
 INTEGERS = ("grouped", "int4")  # what is multiplied as integers
 NUM_ARGUMENTS = 12  # of a product
-_BLOCK_TOKENS = 4
-_ROWS_OF_ONE = 4  # that are read side by side for a single token
-_BLOCK_ROWS = 3  # with 4 tokens 12 sums, which leaves 4 of AVX2's 16 registers
-_SHARE_ROWS = 2 * _BLOCK_ROWS * _ROWS_OF_ONE  # that stay in a core's cache while all tokens pass
+_SHARE_ROWS = 24  # that stay in a core's cache while all tokens pass
 
 _STORED = {"float32": FLOAT, "bfloat16": SHORT, "grouped": BYTE, "int4": BYTE}
 _NUM_BYTES = {"float32": 4, "bfloat16": 2, "grouped": 1, "int4": 1}
@@ -54,33 +52,25 @@ def compiled(stored: str, symbols: dict[str, int]) -> Any:
         symbols: the addresses of OpenMP's functions `omp_get_thread_num` and `omp_get_num_threads`.
     """
     thread_num, num_threads = (_c_function(*symbol) for symbol in symbols.items())
-    is_integer = stored in INTEGERS
-    one_row, rows_of_one = _dots(stored, 1, 1), _dots(stored, _ROWS_OF_ONE, 1)
-    two, three, four = (_dots(stored, _BLOCK_ROWS, num_tokens) for num_tokens in range(2, _BLOCK_TOKENS + 1))
+    is_integer, most_tokens = stored in INTEGERS, max(_block_sizes(stored))
+    one_row, (of_one, of_two, of_four, *more) = _dots(stored, 1, 1), _blocks(stored)
+    of_eight = more[0] if more else of_four
     rounded, rounded_narrow = (is_integer and _rounding(inputs, stored) for inputs in ("float32", "bfloat16"))
 
     @njit
-    def row_at(rows, i):
-        return rows[i] if len(rows) else i
-
-    @njit
-    def block(given, rows, first_token, num_tokens, start, end):
+    def block(given, rows, token, num_tokens, start, end):
         """Computes a block of tokens with a share of the rows."""
-        size = _ROWS_OF_ONE if num_tokens == 1 else _BLOCK_ROWS
-        in_blocks = end - (end - start) % size
-        for i in range(start, in_blocks, size):
-            places = row_at(rows, i), row_at(rows, i + 1), row_at(rows, i + 2)
-            if num_tokens == 1:
-                rows_of_one(given, (*places, row_at(rows, i + 3)), first_token)
-            elif num_tokens == 4:
-                four(given, places, first_token)
-            elif num_tokens == 3:
-                three(given, places, first_token)
-            else:
-                two(given, places, first_token)
-        for i in range(in_blocks, end):
-            for token in range(first_token, first_token + num_tokens):
-                one_row(given, (row_at(rows, i),), token)
+        if num_tokens == 1:
+            first_left = of_one(given, rows, token, start, end)
+        elif num_tokens == 2:
+            first_left = of_two(given, rows, token, start, end)
+        elif num_tokens <= 4:
+            first_left = of_four(given, rows, token, start, end)
+        else:
+            first_left = of_eight(given, rows, token, start, end)
+        for i in range(first_left, end):
+            for each in range(token, token + num_tokens):
+                one_row(given, (_row_at(rows, i),), each)
 
     @njit
     def product(all_given, thread, threads):
@@ -104,14 +94,16 @@ def compiled(stored: str, symbols: dict[str, int]) -> Any:
             inputs = own
         # Of chosen rows nobody knows which come next.
         ahead = 1 if num_rows == -1 else 0
-        given = (inputs, factors, all_given[1], all_given[2], all_given[5], out_features, in_features, narrow, ahead)
+        given = (
+            inputs, factors, all_given[1], all_given[2], all_given[5],
+            num_tokens, out_features, in_features, narrow, ahead,
+        )  # fmt: skip
         rows = carray(_pointer(all_given[4]), (max(num_rows, 0),), np.int64)
         num_read = out_features if num_rows == -1 else num_rows
         last = num_read * (thread + 1) // threads
         for start in range(num_read * thread // threads, last, _SHARE_ROWS):
-            for token in range(0, num_tokens, _BLOCK_TOKENS):
-                num = min(_BLOCK_TOKENS, num_tokens - token)
-                block(given, rows, token, num, start, min(start + _SHARE_ROWS, last))
+            for token in range(0, num_tokens, most_tokens):
+                block(given, rows, token, min(most_tokens, num_tokens - token), start, min(start + _SHARE_ROWS, last))
 
     @cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments):
@@ -122,6 +114,45 @@ def compiled(stored: str, symbols: dict[str, int]) -> Any:
             product(all_given[NUM_ARGUMENTS * i :], thread, threads)
 
     return kernel
+
+
+def _block_sizes(stored: str) -> dict[int, int]:
+    """Returns how many rows are read side by side, by how many tokens. Of the sums of more of them LLVM puts some away
+    and reads them again.
+    """
+    if vectors.WIDTH == 16 and stored not in INTEGERS:  # with 32 registers
+        return {1: 4, 2: 4, 4: 4, 8: 2}
+    return {1: 4, 2: 4, 4: 3}
+
+
+def _blocks(stored: str) -> list[Callable[..., int]]:
+    """Returns for each number of tokens a function that computes them, with as many of some rows as go into whole
+    blocks, and returns the first that does not.
+    """
+
+    def over_rows(dots, size):
+        @njit
+        def compute(given, rows, token, start, end):
+            in_blocks = end - (end - start) % size
+            for i in range(start, in_blocks, size):
+                first, second = _row_at(rows, i), _row_at(rows, i + 1)
+                if size == 2:
+                    dots(given, (first, second), token)
+                elif size == 3:
+                    dots(given, (first, second, _row_at(rows, i + 2)), token)
+                else:
+                    dots(given, (first, second, _row_at(rows, i + 2), _row_at(rows, i + 3)), token)
+            return in_blocks
+
+        return compute
+
+    sizes = _block_sizes(stored).items()
+    return [over_rows(_dots(stored, num_rows, num_tokens), num_rows) for num_tokens, num_rows in sizes]
+
+
+@njit
+def _row_at(rows, i):
+    return rows[i] if len(rows) else i
 
 
 def _c_function(name: str, address: int) -> Callable[[], int]:
@@ -209,9 +240,9 @@ def _rounding(dtype: str, stored: str) -> Callable[..., None]:
 @functools.cache
 def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
     """Returns a function that writes the products of some rows and tokens. It takes `given` (the addresses of inputs,
-    of the factors of those that are rounded, of weight, scales and outputs; out_features, in_features, whether outputs
-    are bfloat16, and whether the rows behind these are read next), the places of `num_rows` rows, and the first of
-    `num_tokens` tokens.
+    of the factors of those that are rounded, of weight, scales and outputs; how many tokens there are, out_features,
+    in_features, whether outputs are bfloat16, and whether the rows behind these are read next), the places of
+    `num_rows` rows, and the first of `num_tokens` tokens; where there are fewer, the last is computed again.
     """
     tokens = range(num_tokens)
     is_integer = stored in INTEGERS
@@ -222,11 +253,14 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
     @intrinsic
     def dots(typing_context, given, places, first_token):
         def generate(context, builder, signature, arguments):
-            inputs, factors, weight, scales, outputs, out_features, in_features, narrow, ahead = cgutils.unpack_tuple(
-                builder, arguments[0]
+            inputs, factors, weight, scales, outputs, num_given, out_features, in_features, narrow, ahead = (
+                cgutils.unpack_tuple(builder, arguments[0])
             )
             rows = cgutils.unpack_tuple(builder, arguments[1])
-            places = [builder.add(arguments[2], ADDRESS(token)) for token in tokens]
+            places, last = [arguments[2]], builder.sub(num_given, ADDRESS(1))
+            for _ in tokens[1:]:
+                following = builder.add(places[-1], ADDRESS(1))
+                places.append(builder.select(builder.icmp_signed("<", following, num_given), following, last))
             num_chunks = builder.udiv(in_features, ADDRESS(CHUNK))
             states = [vectors.at(builder, inputs, input_bytes, builder.mul(place, in_features)) for place in places]
             chunk_factors = [
@@ -240,7 +274,6 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
             totals = [
                 [[vectors.variable(builder, vectors.WIDTH) for _ in range(num_sums)] for _ in tokens] for _ in rows
             ]
-            rests = [[vectors.variable(builder, 1) for _ in tokens] for _ in rows]  # behind the last whole chunk
 
             def add_integers(chunk):
                 """Adds the products of a chunk of integers."""
@@ -282,21 +315,21 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
                             )
                         builder.store(total, into)
 
-            def add_products(sums, j, width):
-                """Adds the products of `width` inputs from j on to variables by row and token."""
+            def add_products(j, width, which):
+                """Adds the products of `width` inputs from j on to one of the sums for each row and token."""
                 read = [vectors.load(builder, state, 4, j, FLOAT, width) for state in states]
-                for row, of_row in zip(weights, sums, strict=True):
+                for row, of_row in zip(weights, totals, strict=True):
                     loaded = vectors.load(builder, row, _NUM_BYTES[stored], j, _STORED[stored], width)
-                    numbers = vectors.widened(builder, stored, loaded, width)
-                    for into, vector in zip(of_row, read, strict=True):
-                        builder.store(vectors.add(builder, builder.load(into), numbers, vector), into)
+                    numbers = vectors.extended(builder, vectors.widened(builder, stored, loaded, width))
+                    for of_token, vector in zip(of_row, read, strict=True):
+                        into = of_token[which]
+                        value = builder.load(into)
+                        builder.store(vectors.add(builder, value, numbers, vectors.extended(builder, vector)), into)
 
             def add_floats(chunk):
                 start = builder.mul(chunk, ADDRESS(CHUNK))
                 for k in range(0, CHUNK, vectors.WIDTH):
-                    which = k // vectors.WIDTH % num_sums
-                    sums = [[of_token[which] for of_token in of_row] for of_row in totals]
-                    add_products(sums, builder.add(start, ADDRESS(k)), vectors.WIDTH)
+                    add_products(builder.add(start, ADDRESS(k)), vectors.WIDTH, k // vectors.WIDTH % num_sums)
 
             with cgutils.for_range(builder, num_chunks) as loop:
                 # Processors foresee what follows in a row, and not the next one.
@@ -307,13 +340,13 @@ def _dots(stored: str, num_rows: int, num_tokens: int) -> Callable[..., None]:
             if not is_integer:
                 first = builder.mul(num_chunks, ADDRESS(CHUNK))
                 with cgutils.for_range_slice(builder, first, in_features, ADDRESS(1), ADDRESS) as (j, _):
-                    add_products(rests, j, 1)
-            for row, of_row, rest_of_row in zip(rows, totals, rests, strict=True):
-                for place, of_token, rest in zip(places, of_row, rest_of_row, strict=True):
-                    value = vectors.total(builder, functools.reduce(builder.fadd, map(builder.load, of_token)))
-                    left = builder.extract_element(builder.load(rest), INT(0))
-                    index = builder.add(builder.mul(place, out_features), row)
-                    vectors.put_output(builder, builder.fadd(value, left), outputs, index, narrow)
+                    add_products(j, 1, 0)  # behind the last whole chunk
+            sums = [functools.reduce(builder.fadd, map(builder.load, each)) for of_row in totals for each in of_row]
+            indices = [builder.add(builder.mul(place, out_features), row) for row in rows for place in places]
+            size = math.gcd(len(sums), vectors.WIDTH)
+            for i in range(0, len(sums), size):
+                values = vectors.totals(builder, sums[i : i + size])
+                vectors.put_outputs(builder, values, outputs, indices[i : i + size], narrow)
             return context.get_dummy_value()
 
         return types.void(given, places, first_token), generate

@@ -1,7 +1,6 @@
 """Vectors of a weight's numbers, as LLVM has them: loaded, widened, multiplied and summed."""
 
 import functools
-from collections.abc import Callable
 
 import llvmlite.binding
 from llvmlite import ir
@@ -124,13 +123,35 @@ def repeated(builder: ir.IRBuilder, vector: ir.Value, place: int = 0) -> ir.Valu
 def extended(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     """Returns a register of which these are the first numbers, and the others 0."""
     num = vector.type.count
+    if num == WIDTH:
+        return vector
     places = [min(i, num) for i in range(WIDTH)]
     return builder.shuffle_vector(vector, zeros(num), ir.Constant(ir.VectorType(INT, WIDTH), places))
 
 
+def totals(builder: ir.IRBuilder, of_all: list[ir.Value]) -> ir.Value:
+    """Returns a vector with the sum of each vector's numbers: of 1, 2, 4 or more of them at once. One by one they take
+    longer than the products of a row.
+    """
+    num = len(of_all)
+    while len(of_all) > 1:
+        of_all = [_neighbours_added(builder, *pair) for pair in zip(of_all[::2], of_all[1::2], strict=True)]
+    (vector,) = of_all
+    while vector.type.count > num:
+        vector = _neighbours_added(builder, vector)
+    return vector
+
+
+def _neighbours_added(builder: ir.IRBuilder, *of_all: ir.Value) -> ir.Value:
+    """Returns the sums of neighbours in one vector or two."""
+    num = len(of_all) * of_all[0].type.count
+    masks = [ir.Constant(ir.VectorType(INT, num // 2), list(range(start, num, 2))) for start in (0, 1)]
+    return builder.fadd(*(builder.shuffle_vector(of_all[0], of_all[-1], mask) for mask in masks), flags=_FAST)
+
+
 def total(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     """Returns the sum of a vector's numbers."""
-    return _folded(builder, vector, builder.fadd)
+    return builder.extract_element(totals(builder, [vector]), INT(0))
 
 
 def greatest(builder: ir.IRBuilder, of_all: list[ir.Value]) -> ir.Value:
@@ -139,29 +160,35 @@ def greatest(builder: ir.IRBuilder, of_all: list[ir.Value]) -> ir.Value:
     def greater(left: ir.Value, right: ir.Value) -> ir.Value:
         return builder.select(builder.icmp_signed(">", left, right), left, right)
 
-    return _folded(builder, functools.reduce(greater, of_all), greater)
-
-
-def _folded(builder: ir.IRBuilder, vector: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
-    """Returns what is left of a vector's numbers, by halves."""
+    vector = functools.reduce(greater, of_all)
     while (width := vector.type.count) > 1:
-        halves = [
+        masks = [
             ir.Constant(ir.VectorType(INT, width // 2), list(range(start, start + width // 2)))
             for start in (0, width // 2)
         ]
-        vector = combine(*(builder.shuffle_vector(vector, vector, half) for half in halves))
+        vector = greater(*(builder.shuffle_vector(vector, vector, mask) for mask in masks))
     return builder.extract_element(vector, INT(0))
 
 
-def put_output(builder: ir.IRBuilder, value: ir.Value, outputs: ir.Value, index: ir.Value, narrow: ir.Value) -> None:
+def put_outputs(
+    builder: ir.IRBuilder, values: ir.Value, outputs: ir.Value, places: list[ir.Value], narrow: ir.Value
+) -> None:
+    """Writes numbers to places among the outputs, in float32 or rounded to bfloat16."""
+
+    def put_each(vector: ir.Value, num_bytes: int) -> None:
+        for i, place in enumerate(places):
+            put(builder, builder.extract_element(vector, INT(i)), outputs, num_bytes, place)
+
     with builder.if_else(builder.icmp_unsigned("!=", narrow, ADDRESS(0))) as (then, otherwise):
         with then:
-            bits = builder.bitcast(value, INT)
+            ints = ir.VectorType(INT, len(places))
+            half, one, most, quiet = (ir.Constant(ints, [i] * len(places)) for i in (16, 1, 0x7FFF, 0x400000))
+            bits = builder.bitcast(values, ints)
             # To the nearest, and to the even one of two; a NaN keeps its upper bits.
-            even = builder.and_(builder.lshr(bits, INT(16)), INT(1))
-            rounded = builder.add(bits, builder.add(even, INT(0x7FFF)))
-            is_nan = builder.fcmp_unordered("uno", value, value)
-            upper = builder.lshr(builder.select(is_nan, builder.or_(bits, INT(0x400000)), rounded), INT(16))
-            put(builder, builder.trunc(upper, SHORT), outputs, 2, index)
+            even = builder.and_(builder.lshr(bits, half), one)
+            rounded = builder.add(bits, builder.add(even, most))
+            is_nan = builder.fcmp_unordered("uno", values, values)
+            upper = builder.lshr(builder.select(is_nan, builder.or_(bits, quiet), rounded), half)
+            put_each(builder.trunc(upper, ir.VectorType(SHORT, len(places))), 2)
         with otherwise:
-            put(builder, value, outputs, 4, index)
+            put_each(values, 4)
