@@ -153,7 +153,7 @@ class Products:
         self._name, self._is_packed = name, name in PACKED
         for tensor in itertools.chain(*weights):
             _check(tensor)
-        self._weights = [[tensor.detach() for tensor in tensors] for tensors in weights]  # whose memory stays theirs
+        self._weights = weights  # so that their memory stays theirs
         shapes = [tensors[0].shape for tensors in weights]
         self._in_features = shapes[0][1] * (2 if name == "int4" else 1)
         self._places = [

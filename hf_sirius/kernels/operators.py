@@ -42,8 +42,24 @@ def _outputs(inputs: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
     return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
 
 
+def _all_outputs(inputs: torch.Tensor, weights: list[torch.Tensor], *_) -> list[torch.Tensor]:
+    return [_outputs(inputs, weight) for weight in weights]
+
+
+def _several(name: str) -> Callable[..., list[torch.Tensor]]:
+    return lambda inputs, *tensors: cpu.Products(name, list(zip(*tensors, strict=True)))(inputs)
+
+
 define("linear(Tensor inputs, Tensor weight) -> Tensor", _linear, _outputs)
 define("grouped_product(Tensor inputs, Tensor values, Tensor scales) -> Tensor", cpu.grouped_product, _outputs)
 define(
     "int4_product(Tensor inputs, Tensor values, Tensor scales, Tensor columns) -> Tensor", cpu.int4_product, _outputs
+)
+define(
+    "grouped_products(Tensor inputs, Tensor[] values, Tensor[] scales) -> Tensor[]", _several("grouped"), _all_outputs
+)
+define(
+    "int4_products(Tensor inputs, Tensor[] values, Tensor[] scales, Tensor[] columns) -> Tensor[]",
+    _several("int4"),
+    _all_outputs,
 )

@@ -74,7 +74,9 @@ class _Group:
     def _prepared(self) -> cpu.Products:
         all_packed = [linear.linear for linear in self.linears]
         self._biases = [packed.bias for packed in all_packed]
-        return cpu.Products(all_packed[0].kernel, [packed.tensors for packed in all_packed])
+        # A parameter may be given other memory.
+        weights = [[tensor.detach() for tensor in packed.tensors] for packed in all_packed]
+        return cpu.Products(all_packed[0].kernel, weights)
 
     def __call__(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         all_outputs = self._products(inputs.contiguous())

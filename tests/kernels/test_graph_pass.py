@@ -1,0 +1,62 @@
+"""Products with the same inputs, which a graph makes in one call."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hf_sirius.kernels.graph_pass import JointProducts
+from hf_sirius.weights import packed
+from hf_sirius.weights.formats import draft_linear
+
+
+pytest.importorskip("numba")
+
+
+@pytest.fixture(params=["int8", "int4"])
+def linears(request, monkeypatch):
+    monkeypatch.setattr(packed, "_is_int4_kernel_faster", lambda: True)
+    torch.manual_seed(0)
+    return [draft_linear(nn.Linear(64, size, bias=False), request.param) for size in (32, 16, 8, 64)]
+
+
+def products(first, second, *tensors):
+    """Three products of the same inputs, and one of others."""
+    num = len(tensors) // 4
+    ops = torch.ops.hf_sirius
+    product = ops.grouped_product if num == 2 else ops.int4_product
+    q, k, v, o = (product(second if i == 3 else first, *tensors[i * num : (i + 1) * num]) for i in range(4))
+    return q * 2, k, v + q.sum(), o
+
+
+def test_products_with_the_same_inputs_become_one(linears):
+    inputs = torch.randn(1, 1, 64), torch.randn(1, 3, 64)
+    tensors = [tensor for linear in linears for tensor in linear.linear.tensors]
+    traced = make_fx(products)(*inputs, *tensors)
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert sum("_product." in name for name in names) == 4
+    right = traced(*inputs, *tensors)
+    JointProducts()(traced.graph)
+    traced.recompile()
+    traced.graph.lint()
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert sum("_product." in name for name in names) == sum("_products." in name for name in names) == 1
+    for outputs, expected in zip(traced(*inputs, *tensors), right, strict=True):
+        assert torch.equal(outputs, expected)
+
+
+@pytest.mark.slow
+def test_inductor_runs_them(linears, monkeypatch):
+    """As the pass is no public part of torch, this is to fail where it changes."""
+    torch._dynamo.reset()
+    counters.clear()
+    inputs = torch.randn(1, 1, 64), torch.randn(1, 3, 64)
+    tensors = [tensor for linear in linears for tensor in linear.linear.tensors]
+    ran, call = [], JointProducts.__call__
+    monkeypatch.setattr(JointProducts, "uuid", lambda self: None)  # no graph of an earlier run
+    monkeypatch.setattr(JointProducts, "__call__", lambda self, graph: ran.append(call(self, graph)))
+    with torch.no_grad():
+        compiled = torch.compile(products, fullgraph=True, options={"post_grad_custom_pre_pass": JointProducts()})
+        found, right = compiled(*inputs, *tensors), products(*inputs, *tensors)
+    assert ran and all(map(torch.allclose, found, right))
