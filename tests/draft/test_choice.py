@@ -67,7 +67,7 @@ def test_the_least_time_per_token_wins(monkeypatch):
         > short
         == min(
             choice.KERNEL_SIZES,
-            key=lambda k: ((k - 1) * 0.3 + 1 + 0.2 * (k - 1)) / sum(0.98**i for i in range(k)),
+            key=lambda k: ((k - 1) * 0.3 + 1 + 0.2 * (k - 1)) / sum(choice.AGREEMENT["int8"] ** i for i in range(k)),
         )
     )
 
