@@ -126,16 +126,17 @@ def _fastest(
         parts.append(part)
         num_timed += math.prod(projection_shape(part))
 
+    downs = {site.down for site in sites}
+
     def products_of(
         linears: list[nn.Module],
         num_tokens: int,
         product: Callable[..., torch.Tensor] = lambda linear, states: linear(states),
     ) -> Callable[[], None]:
         inputs: list[torch.Tensor] = []
-        for part in parts:
-            _, in_features = projection_shape(part)
-            if not inputs or inputs[-1].shape[-1] != in_features:  # else gate's are up's as well
-                size = 1, num_tokens, in_features
+        for part, before in zip(parts, [None, *parts], strict=False):
+            if before is None or part in downs or before in downs:  # else gate's are up's as well
+                size = 1, num_tokens, projection_shape(part)[1]
                 states = torch.ones(size, dtype=model.dtype, device=device_of(part))
             inputs.append(states)
 

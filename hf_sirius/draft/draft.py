@@ -81,6 +81,7 @@ class Draft:
         self._verification = None
         self._has_casts = False
         self.held.clear()
+        self._joint = JointProducts()
         self._memory.clear()
 
     @contextlib.contextmanager
@@ -118,6 +119,7 @@ class Draft:
 
     def select(self) -> None:
         """Ends the prefill: chooses what is chosen once per prompt, and gathers it."""
+        self._joint = JointProducts()  # which knows of the weights of an earlier choice
         self._take_casts()
         for site in self.twin.method_sites:
             self.method.choose(site)

@@ -55,11 +55,11 @@ class Graph:
             )  # fmt: skip
             return outputs.logits
 
-        from ..kernels.graph_pass import JointProducts  # which loads inductor
+        from ..kernels.graph_pass import JoinedProductsPass  # which loads inductor
 
         # torch keeps compiled code with the code object, which else all graphs would share.
         own = types.FunctionType(read.__code__.replace(), read.__globals__, closure=read.__closure__)
-        self._run = torch.compile(own, fullgraph=True, options={"post_grad_custom_pre_pass": JointProducts()})
+        self._run = torch.compile(own, fullgraph=True, options={"post_grad_custom_pre_pass": JoinedProductsPass()})
         self.what = what
         self.compiled_for: set[tuple] = set()
         self.compile_seconds = 0.0

@@ -123,7 +123,8 @@ def int4_product(
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns (inputs * columns) @ weight.T, where weight[i, j] = q[i, j] * scales[i, j // 32, 0] +
-    scales[i, j // 32, 1], as [`grouped_product`] does.
+    scales[i, j // 32, 1], as [`product`] does. inputs * columns are rounded, to 1/127 of the greatest of each 64. Where
+    one is not finite, no output is.
 
     Args:
         inputs: float32 or bfloat16 [..., in_features]; in_features is a multiple of 64.
@@ -178,12 +179,21 @@ class Products:
         num_tokens = math.prod(places)
         if num_tokens > _MAX_TOKENS:  # so that little memory is taken
             of_parts = [self(part, rows) for part in inputs.reshape(-1, in_features).split(_MAX_TOKENS)]
-            return [torch.cat(outputs).view(*places, -1) for outputs in zip(*of_parts, strict=True)]
+            joined = map(torch.cat, zip(*of_parts, strict=True))
+            return [outputs.view(*places, outputs.shape[-1]) for outputs in joined]
         _check(inputs)
+        if inputs.dtype not in DTYPES or (rows is not None and rows.dtype != torch.long):
+            raise RuntimeError(
+                f"a kernel for CPUs wants inputs in one of {DTYPES}, got {inputs.dtype}, and rows in torch.long"
+            )
         is_narrow, num_threads = inputs.dtype == torch.bfloat16, torch.get_num_threads()
         memory, address = None, 0  # in which each thread widens or rounds the inputs
-        if is_narrow or self._is_packed:  # in a fraction of the time of a tensor
-            memory = (ctypes.c_float * (num_threads * num_tokens * in_features))()
+        size = num_threads * num_tokens * in_features if is_narrow or self._is_packed else 0
+        if size > _LITTLE:
+            memory = inputs.new_empty(size, dtype=torch.float32)
+            address = memory.data_ptr()
+        elif size:  # in a fraction of the time of a tensor; it is filled with zeros
+            memory = (ctypes.c_float * size)()
             address = ctypes.addressof(memory)
         new, num_rows, rows_address = inputs.new_empty, _ALL, 0
         if rows is not None:
@@ -207,6 +217,7 @@ def _check(tensor: torch.Tensor) -> None:
         raise RuntimeError("a kernel for CPUs wants tensors there, whose memory lies in rows")
 
 
+_LITTLE = 2**14  # numbers
 _ALL = -1  # in place of a number of rows
 
 

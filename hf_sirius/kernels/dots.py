@@ -23,7 +23,7 @@ from .vectors import ADDRESS, BYTE, CHUNK, FLOAT, INT, SHORT
 
 
 INTEGERS = ("grouped", "int4")  # what is multiplied as integers
-NUM_ARGUMENTS = 12  # of a product
+_NUM_ARGUMENTS = 12  # of a product
 _SHARE_ROWS = 24  # that stay in a core's cache while all tokens pass
 
 _STORED = {"float32": FLOAT, "bfloat16": SHORT, "grouped": BYTE, "int4": BYTE}
@@ -108,10 +108,10 @@ def compiled(stored: str, symbols: dict[str, int]) -> Any:
     @cfunc(types.void(types.CPointer(types.int64)), nopython=True)
     def kernel(arguments):
         num_products = carray(arguments, 1)[0]
-        all_given = carray(arguments, 1 + NUM_ARGUMENTS * num_products)[1:]
+        all_given = carray(arguments, 1 + _NUM_ARGUMENTS * num_products)[1:]
         thread, threads = thread_num(), num_threads()
         for i in range(num_products):
-            product(all_given[NUM_ARGUMENTS * i :], thread, threads)
+            product(all_given[_NUM_ARGUMENTS * i :], thread, threads)
 
     return kernel
 

@@ -11,7 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from . import operators  # noqa: F401, which defines them
 
 
-class JointProducts(CustomGraphPass):
+class JoinedProductsPass(CustomGraphPass):
     """Has inductor make the products of a graph that have the same inputs in one call of a kernel."""
 
     def __call__(self, graph: fx.Graph) -> None:

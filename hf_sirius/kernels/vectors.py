@@ -4,11 +4,13 @@ import functools
 
 import llvmlite.binding
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils, config
 
 
 CHUNK = 64  # inputs that are read in one go; those of 8 bits share a scale, those of 4 bits two
-_FEATURES = llvmlite.binding.get_host_cpu_features()
+# numba may have been told to compile for another processor than this one.
+_IS_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
+_FEATURES = llvmlite.binding.get_host_cpu_features() if _IS_HOST else {}
 WIDTH = 16 if _FEATURES.get("avx512f") else 8  # float32 numbers in a register
 _HAS_FOURS = _FEATURES.get("avx512vnni", False)  # an instruction for the products of four neighbours
 _FOURS = "llvm.x86.avx512.vpdpbusd.512"

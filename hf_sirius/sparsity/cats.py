@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..model.sites import MlpSite, part_of
-from ..weights.draft_modules import TwinModule, run
+from ..weights.draft_modules import TwinModule, run_in_draft
 from ..weights.linear import read_rows
 from .base import SparsityMethod, TwinActivation, drafting_method
 from .cutoffs import Cutoffs
@@ -83,7 +83,7 @@ class Cats(SparsityMethod):
             if outputs is not None:
                 self._num_skipping += inputs[..., 0].numel()
                 return outputs
-        return run(projection, inputs)
+        return run_in_draft(projection, inputs)
 
 
 class _MlpProjection(TwinModule):

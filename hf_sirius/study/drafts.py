@@ -128,7 +128,7 @@ def read_along(
         num_tokens: how many a draft reads, after which the next one begins.
 
     Returns:
-        whether each token is the draft's argmax behind those before it, bool [num_tokens - 1] (the first one is the
+        whether each token is the draft's argmax behind those before it, bool [num_new_tokens - 1] (the first one is the
         dense model's in any case); and the bytes of the projections that a step needs, over those of the model in
         bfloat16.
     """

@@ -7,9 +7,8 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from . import linear
 from .joint import JointProducts
-from .linear import DraftLinear
+from .linear import DraftLinear, run
 
 
 # What a draft has in place of dense modules, and what runs those of its projections that it holds.
@@ -30,14 +29,14 @@ def reading(held: Mapping[nn.Module, nn.Module], joint: JointProducts) -> Iterat
     try:
         yield
     finally:
-        _reading.reset(token)
         joint.clear()
+        _reading.reset(token)
 
 
-def run(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+def run_in_draft(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Returns what a projection of a running draft makes of its inputs, [..., in_features]."""
     # Not called as a module: it has no hooks, and a small product takes no longer than that.
-    return _reading.get()[1](module, inputs) if type(module) is DraftLinear else linear.run(module, inputs)
+    return _reading.get()[1](module, inputs) if type(module) is DraftLinear else run(module, inputs)
 
 
 class TwinModule(nn.Module):
@@ -67,7 +66,7 @@ class TwinModule(nn.Module):
 
     def forward(self, *args, **kwargs):
         module = self.current()
-        return run(module, *args, **kwargs) if type(module) is DraftLinear else module(*args, **kwargs)
+        return run_in_draft(module, *args, **kwargs) if type(module) is DraftLinear else module(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"of {self.dense}"
@@ -78,4 +77,4 @@ class TwinProjection(TwinModule):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         # Outside of drafts it is the dense one.
-        return self.dense(inputs) if _reading.get() is None else run(self.current(), inputs)
+        return self.dense(inputs) if _reading.get() is None else run_in_draft(self.current(), inputs)

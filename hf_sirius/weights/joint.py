@@ -16,25 +16,27 @@ class JointProducts:
 
     def __init__(self):
         self._groups: dict[DraftLinear, _Group] = {}  # by the first
+        self._made: dict[DraftLinear, torch.Tensor] = {}  # that nobody has asked for yet
+        self._version: int | None = None
         self.clear()
 
     def clear(self) -> None:
         """Lets go of inputs and outputs."""
+        self._leave_unasked()
         self._inputs: torch.Tensor | None = None
         self._group: _Group | None = None  # that had them
-        self._made: dict[DraftLinear, torch.Tensor] = {}  # that nobody has asked for yet
 
     def __call__(self, linear: DraftLinear, inputs: torch.Tensor) -> torch.Tensor:
         """Returns linear(inputs)."""
-        if inputs is self._inputs and self._group is not None:
+        version = None if inputs.is_inference() else inputs._version  # those of inference mode do not count it
+        if inputs is self._inputs and version == self._version and self._group is not None:
             outputs = self._made.pop(linear, None)
             if outputs is None:
                 self._group.add(linear)
                 outputs = linear.forward(inputs)
             return outputs
-        if self._made:  # what was not asked for, as its inputs have become others
-            self._group.remove(self._made)
-        self._inputs, self._made = inputs, {}
+        self._leave_unasked()
+        self._inputs, self._version = inputs, version
         group = self._groups.get(linear)
         if group is None:
             group = self._groups[linear] = _Group(linear)
@@ -46,12 +48,18 @@ class JointProducts:
             self._made = dict(zip(group.linears[1:], of_others, strict=True))
         return outputs
 
+    def _leave_unasked(self) -> None:
+        if self._made:  # in vain, as it takes other inputs after all
+            self._group.remove(self._made)
+        self._made = {}
+
 
 class _Group:
     """Projections that took the same inputs so far, and can do so in one call of a kernel."""
 
     def __init__(self, first: DraftLinear):
         self.linears = [first]
+        self._removed: set[DraftLinear] = set()  # for good: else one that comes and goes would be made in vain again
         self._is_readable = _is_readable(first)
         self._products = self._prepared() if self._is_readable else None
 
@@ -62,12 +70,18 @@ class _Group:
 
     def add(self, linear: DraftLinear) -> None:
         first = self.linears[0]
-        is_alike = linear.in_features == first.in_features and linear not in self.linears
-        if is_alike and _is_readable(linear) and linear.linear.kernel == first.linear.kernel:
+        is_new = linear not in self.linears and linear not in self._removed
+        if (
+            is_new
+            and linear.in_features == first.in_features
+            and _is_readable(linear)
+            and linear.linear.kernel == first.linear.kernel
+        ):
             self.linears.append(linear)
             self._products = self._prepared()
 
     def remove(self, linears: Collection[DraftLinear]) -> None:
+        self._removed.update(linears)
         self.linears = [linear for linear in self.linears if linear not in linears]
         self._products = self._prepared()
 

@@ -1,6 +1,8 @@
 """The kernels that numba compiles, against the products of the weights that they stand for."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 import threading
 from unittest import mock
@@ -145,12 +147,14 @@ def test_several_products_at_once(num_tokens, sizes, dtype, seed, is_int4):
         assert torch.equal(outputs, product(inputs, *weight))
 
 
-@pytest.mark.parametrize("width", [8, 16])  # LLVM takes vectors apart that a processor does not have
+@pytest.mark.parametrize("width", [8, 16, None])  # LLVM takes vectors apart that a processor does not have
 @pytest.mark.parametrize("weight_dtype", [*cpu.DTYPES, torch.int8, torch.uint8])
 def test_vectors_of_any_processor(width, weight_dtype, monkeypatch):
     from hf_sirius.kernels import dots, vectors
 
-    monkeypatch.setattr(vectors, "WIDTH", width)
+    if width is not None:
+        monkeypatch.setattr(vectors, "WIDTH", width)
+        monkeypatch.setattr(vectors, "_HAS_FOURS", False)
     inputs, values, scales = make(6, 8, 3)
     with (
         mock.patch.object(dots, "_dots", dots._dots.__wrapped__),
@@ -337,3 +341,15 @@ def test_several_threads_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}], ids=str)
+def test_numba_may_compile_for_another_processor(told):
+    """LLVM ends the process where code has an instruction that the processor it is for does not have."""
+    code = (
+        "import torch; from hf_sirius.kernels import cpu; "
+        "values = torch.full((3, 32), 17, dtype=torch.uint8); scales = torch.ones(3, 2, 2).bfloat16(); "
+        "print(cpu.int4_product(torch.ones(1, 64), values, scales, torch.ones(64).bfloat16()).tolist())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env={**os.environ, **told}, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[[128.0, 128.0, 128.0]]", ran.stderr

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_sirius.kernels.graph_pass import JointProducts
+from hf_sirius.kernels.graph_pass import JoinedProductsPass
 from hf_sirius.weights import packed
 from hf_sirius.weights.formats import draft_linear
 
@@ -37,7 +36,7 @@ def test_products_with_the_same_inputs_become_one(linears):
     names = [str(node.target) for node in traced.graph.nodes]
     assert sum("_product." in name for name in names) == 4
     right = traced(*inputs, *tensors)
-    JointProducts()(traced.graph)
+    JoinedProductsPass()(traced.graph)
     traced.recompile()
     traced.graph.lint()
     names = [str(node.target) for node in traced.graph.nodes]
@@ -50,13 +49,21 @@ def test_products_with_the_same_inputs_become_one(linears):
 def test_inductor_runs_them(linears, monkeypatch):
     """As the pass is no public part of torch, this is to fail where it changes."""
     torch._dynamo.reset()
-    counters.clear()
+    several, call = [], JoinedProductsPass.__call__
+
+    def counted(self, graph):
+        call(self, graph)
+        several.extend(len(node.args[1]) for node in graph.nodes if "_products." in str(node.target))
+
+    monkeypatch.setattr(JoinedProductsPass, "uuid", lambda self: None)  # no graph of an earlier run
+    monkeypatch.setattr(JoinedProductsPass, "__call__", counted)
+
+    def layers(modules, first, second):
+        *three, last = modules
+        return [module(first) for module in three] + [last(second)]
+
     inputs = torch.randn(1, 1, 64), torch.randn(1, 3, 64)
-    tensors = [tensor for linear in linears for tensor in linear.linear.tensors]
-    ran, call = [], JointProducts.__call__
-    monkeypatch.setattr(JointProducts, "uuid", lambda self: None)  # no graph of an earlier run
-    monkeypatch.setattr(JointProducts, "__call__", lambda self, graph: ran.append(call(self, graph)))
     with torch.no_grad():
-        compiled = torch.compile(products, fullgraph=True, options={"post_grad_custom_pre_pass": JointProducts()})
-        found, right = compiled(*inputs, *tensors), products(*inputs, *tensors)
-    assert ran and all(map(torch.allclose, found, right))
+        compiled = torch.compile(layers, fullgraph=True, options={"post_grad_custom_pre_pass": JoinedProductsPass()})
+        found, right = compiled(nn.ModuleList(linears), *inputs), layers(linears, *inputs)
+    assert several == [3] and all(map(torch.allclose, found, right))

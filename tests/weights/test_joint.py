@@ -1,5 +1,7 @@
 """Products of a draft with the same inputs, which one call of a kernel makes."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,21 +70,62 @@ def test_layers_go_together_from_the_second_time_on(calls):
         assert calls == expected
 
 
-def test_what_is_not_asked_for_is_not_made_again(calls):
+def test_what_is_not_asked_for_is_made_in_vain_once(calls):
     q, k, v = (make(16, 64, "int8", seed) for seed in range(3))
     joint = JointProducts()
-    for asked, expected in (
-        ((q, k, v), [1, 1, 1]),
-        ((q, k), [3]),
-        ((q, k), [2]),
-        ((q, k, v), [2, 1]),
-        ((q, k, v), [3]),
-    ):
+    steps = ((q, k, v), [1, 1, 1]), ((q, k), [3]), ((q, k), [2]), ((q, k, v), [2, 1]), ((q, k, v), [2, 1])
+    for asked, expected in steps:
         calls.clear()
         inputs = torch.randn(1, 1, 64)
         for linear in asked:
             joint(linear, inputs)
+        joint.clear()  # a draft ends
         assert calls == expected
+
+
+def test_a_layer_that_is_asked_twice_with_others_once(calls):
+    a, b = make(16, 64, "int8", 0), make(16, 64, "int8", 1)
+    joint = JointProducts()
+    for expected in ([1, 1, 2], [1, 1, 1], [1, 1, 1]):
+        inputs, others = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
+        asked = (a, inputs), (b, inputs), (a, others)
+        right = [linear(given_) for linear, given_ in asked]
+        calls.clear()
+        assert all(torch.equal(joint(*each), outputs) for each, outputs in zip(asked, right, strict=True))
+        assert calls == expected
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inputs_that_change_in_place(mode):
+    """Of inference mode nothing tells of it."""
+    a, b = make(16, 64, "int8", 0), make(16, 64, "int8", 1)
+    joint = JointProducts()
+    with mode():
+        for _ in range(4):
+            inputs = torch.randn(1, 1, 64)
+            joint(a, inputs)
+            if mode is torch.no_grad:
+                inputs.mul_(2)
+            assert torch.equal(joint(b, inputs), b(inputs))
+
+
+def test_an_earlier_choice_of_neurons_is_let_go_of():
+    pytest.importorskip("numba")
+    model = build_model(dtype=torch.float32, hidden_size=64, intermediate_size=128)
+    fields = {"method": "griffin", "density": 0.5, "draft_dtype": "int8", "threshold": 1.0, "kernel_size": 4}
+    with make_sparse(model, reselect_every=1, **fields) as twin, twin.new_call() as call:
+        known = set()
+        for _ in range(3):
+            with call.draft.observing(None):
+                model(make_prompt())
+            call.draft.select()
+            with call.draft.drafting():
+                twin(make_prompt()[:, :1])
+            held = set(call.draft.held.values())
+            known |= {weakref.ref(linear) for linear in held}
+            assert {linear for group in call.draft._joint._groups.values() for linear in group.linears} <= held
+            del held
+        assert len([ref for ref in known if ref() is not None]) == len(call.draft.held)
 
 
 @pytest.mark.parametrize("draft_dtype", ["int8", "int4"])
