@@ -60,23 +60,18 @@ class _Group:
     def __init__(self, first: DraftLinear):
         self.linears = [first]
         self._removed: set[DraftLinear] = set()  # for good: else one that comes and goes would be made in vain again
-        self._is_readable = _is_readable(first)
-        self._products = self._prepared() if self._is_readable else None
+        self._products = self._prepared() if _is_readable(first) else None
 
     def fits(self, inputs: torch.Tensor) -> bool:
         """Whether the kernel takes inputs as they are."""
         is_whole = inputs.shape[-1] == self.linears[0].in_features
-        return self._is_readable and is_whole and inputs.is_cpu and inputs.dtype in cpu.DTYPES
+        return self._products is not None and is_whole and inputs.is_cpu and inputs.dtype in cpu.DTYPES
 
     def add(self, linear: DraftLinear) -> None:
         first = self.linears[0]
         is_new = linear not in self.linears and linear not in self._removed
-        if (
-            is_new
-            and linear.in_features == first.in_features
-            and _is_readable(linear)
-            and linear.linear.kernel == first.linear.kernel
-        ):
+        is_alike = _is_readable(linear) and linear.linear.kernel == first.linear.kernel
+        if is_new and is_alike and linear.in_features == first.in_features:
             self.linears.append(linear)
             self._products = self._prepared()
 
