@@ -122,7 +122,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     if config.draft_head == SHORTLIST:
         check_head(model)
     if config.compile_draft:
-        _check_compiled(model, config, offloaded)
+        _check_compiled(model, config)
     if config.tree_width > 1 and recurrence is not None:
         raise ValueError(
             f"{type(model).__name__} keeps states, which cannot branch with a tree's continuations: use tree_width=1"
@@ -145,15 +145,13 @@ def repeatable(config: SiriusConfig) -> SiriusConfig:
     return config.replace(kernel_size=KERNEL_SIZE) if config.kernel_size is None else config
 
 
-def _check_compiled(model: PreTrainedModel, config: SiriusConfig, offloaded: bool) -> None:
+def _check_compiled(model: PreTrainedModel, config: SiriusConfig) -> None:
     """Raises `ValueError` unless the step of such a draft can be compiled."""
     if not method_of(config).is_steady:
         raise ValueError(
             f"method={config.method!r} at a density of {config.density} chooses anew for every token, which is not "
             "compiled: use method='griffin' or density=1.0, or leave compile_draft out"
         )
-    if offloaded:
-        raise ValueError("the step of an offloaded model's draft cannot be compiled: leave compile_draft out")
     if model.config.is_encoder_decoder:
         raise ValueError("the step of an encoder-decoder's draft cannot be compiled: leave compile_draft out")
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()

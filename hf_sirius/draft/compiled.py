@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
+from ..model.accelerate_hooks import bare_copy, is_hooked, is_loaded
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.linear import has_kernel, is_bare_linear, plain_over
 from .copies import follow
@@ -20,11 +21,13 @@ class CompiledStep(GraphUser):
     """One token through a twin, by a graph.
 
     The graph cannot ask in which call it runs, as the twin's modules do. So there is a second tree, into which the
-    modules of the running draft are put before; one draft at a time has it, and others run eagerly meanwhile.
+    modules of the running draft are put before; one draft at a time has it, and others run eagerly meanwhile. Where
+    accelerate has its hooks on modules, which cannot be traced, the tree has bare copies of them.
 
     Args:
         module: that tree; of the model's class.
-        places: where it wants a module, an owner and an attribute, and what stands there in the twin.
+        places: where it wants a module, an owner and an attribute, and what stands there in the twin: a stand-in, or a
+            module with a hook of accelerate's.
         copies: each copied module of the tree with the twin's own.
         graph: maybe of an earlier twin as well.
         config: of the model.
@@ -33,7 +36,7 @@ class CompiledStep(GraphUser):
     def __init__(
         self,
         module: nn.Module,
-        places: list[tuple[nn.Module, str, TwinModule]],
+        places: list[tuple[nn.Module, str, nn.Module]],
         copies: list[tuple[nn.Module, nn.Module]],
         graph: Graph,
         config: PreTrainedConfig,
@@ -53,18 +56,32 @@ class CompiledStep(GraphUser):
             follow(copied, own)
 
     @contextlib.contextmanager
-    def running(self, held: Mapping[nn.Module, nn.Module]) -> Iterator[bool]:
-        """Within the block the tree has the modules that a draft holds; yields whether it is free, and runs."""
-        if self.broken is not None or not self._lock.acquire(blocking=False):
-            yield False
+    def running(self, held: Mapping[nn.Module, nn.Module]) -> Iterator[str | None]:
+        """Within the block the tree has the modules that a draft holds; yields why it does not run all the same, in
+        words, and `None` if it does.
+        """
+        if self.broken is not None:
+            self.tell(self.broken)
+            yield self.broken
+            return
+        if not self._lock.acquire(blocking=False):
+            yield "another call of the twin uses the graph"
             return
         try:
-            for owner, name, twin_module in self._places:
-                module = held.get(twin_module.dense, twin_module.dense)
-                if isinstance(twin_module, TwinProjection) and is_bare_linear(module) and has_kernel(module):
+            reason = None
+            for owner, name, in_twin in self._places:
+                dense = in_twin.dense if isinstance(in_twin, TwinModule) else in_twin
+                module = held.get(dense, dense)
+                if is_hooked(module):
+                    module = bare_copy(module)
+                    if not is_loaded(module):
+                        reason = "accelerate streams weights of the draft, for which draft_memory is too small"
+                elif isinstance(in_twin, TwinProjection) and is_bare_linear(module) and has_kernel(module):
                     module = self._plain.get(module) or self._plain.setdefault(module, plain_over(module))
                 owner._modules[name] = module
-            yield True
+            if reason is not None:
+                self.tell(reason)
+            yield reason
         finally:
             for owner, name, _ in self._places:
                 owner._modules[name] = None

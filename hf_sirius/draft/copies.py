@@ -17,21 +17,32 @@ from ..model.stock import stock_class
 
 # Code of torch.compile, accelerate's hook, what is laid over the original, and its mode, which is followed by itself.
 _OF_THE_ORIGINAL = frozenset((
-    "_compiled_call_impl", "_hf_hook", "_old_forward", "_own_forward", "_update_model_kwargs_for_generation", "forward",
-    "generate", "prepare_inputs_for_generation", "training",
+    "_compiled_call_impl", "_dense_hook", "_hf_hook", "_old_forward", "_own_forward",
+    "_update_model_kwargs_for_generation", "forward", "generate", "prepare_inputs_for_generation", "training",
 ))  # fmt: skip
+_WITHOUT_HOOK = "_without_hook"  # stands in the class of a copy with accelerate's hook: the one that it is made of
 
 
 def copy_with(
-    module: nn.Module, replacements: Mapping[int, dict[str, nn.Module | None]], copies: dict[int, nn.Module]
+    module: nn.Module,
+    replacements: Mapping[int, dict[str, nn.Module | None]],
+    copies: dict[int, nn.Module],
+    keeps_hooks: bool = True,
 ) -> nn.Module:
-    """Returns the module with replacements, by the id of their owner, somewhere in it; itself where there are none."""
+    """Returns the module with replacements, by the id of their owner, somewhere in it; itself where there are none.
+
+    Args:
+        copies: which were made, by the id of the original.
+        keeps_hooks: whether they have accelerate's hooks.
+    """
     if id(module) in copies:
         return copies[id(module)]
-    children = {name: child and copy_with(child, replacements, copies) for name, child in module._modules.items()}
+    children = {
+        name: child and copy_with(child, replacements, copies, keeps_hooks) for name, child in module._modules.items()
+    }
     if id(module) not in replacements and all(children[name] is child for name, child in module._modules.items()):
         return module
-    copies[id(module)] = twin = shallow_copy(module)
+    copies[id(module)] = twin = shallow_copy(module, keeps_hooks)
     twin._modules = children
     for name, replacement in replacements.get(id(module), {}).items():
         twin.__dict__.pop(name, None)  # an activation may be a plain function
@@ -39,18 +50,23 @@ def copy_with(
     return twin
 
 
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Returns a module of the same class over the same parameters and buffers, with hooks and submodules of its own."""
-    hook = module.__dict__.get("_hf_hook")
-    copy_class = stock_class(module) if hook is None else _hooked_class(stock_class(module))
+def shallow_copy(module: nn.Module, keeps_hook: bool = True) -> nn.Module:
+    """Returns a module of the same class over the same parameters and buffers, with hooks and submodules of its own,
+    and with accelerate's hook or without it.
+    """
+    attributes = vars(module)
+    hook = (attributes.get("_hf_hook") or attributes.get("_dense_hook")) if keeps_hook else None
+    bare_class = getattr(stock_class(module), _WITHOUT_HOOK, stock_class(module))
+    copy_class = bare_class if hook is None else _hooked_class(bare_class)
     twin = copy_class.__new__(copy_class)
-    twin.__dict__.update({name: value.copy() for name, value in vars(module).items() if _is_own_dict(name, value)})
+    twin.__dict__.update({name: value.copy() for name, value in attributes.items() if _is_own_dict(name, value)})
     twin.__dict__.update(training=module.training, _compiled_call_impl=None)
     follow(twin, module)
-    if (forward := own_forward(module)) is not None:
+    forward = own_forward(module)
+    if forward is None and (laid_over := attributes.get("_own_forward")) is not None:  # of a copy
+        forward = laid_over.__func__
+    if forward is not None:
         twin.__dict__["forward" if hook is None else "_own_forward"] = types.MethodType(forward, twin)
-    elif (laid_over := vars(module).get("_own_forward")) is not None:  # of a copy
-        twin.__dict__["_own_forward"] = types.MethodType(laid_over.__func__, twin)
     if hook is not None:
         twin.__dict__["_dense_hook"] = hook
     return twin
@@ -100,4 +116,5 @@ def _hooked_class(module_class: type[nn.Module]) -> type[nn.Module]:
 
     namespace = {"forward": functools.wraps(module_class.forward)(forward)}
     namespace |= {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    namespace[_WITHOUT_HOOK] = module_class
     return type(module_class.__name__, (module_class,), namespace)

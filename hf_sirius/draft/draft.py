@@ -206,12 +206,12 @@ class Draft:
                 reason = self._not_compiled_as() or compiled.misfit(inputs)
                 if reason is not None:
                     compiled.tell(reason)
-                elif undo.enter_context(compiled.running(self.held)):
+                elif (reason := undo.enter_context(compiled.running(self.held))) is None:
                     self.is_compiled, self.not_compiled = True, None
                     yield CompiledChain(compiled, inputs, num_tokens)
                     self.not_compiled = compiled.broken
                     return
-                self.not_compiled = reason or compiled.broken or "another call of the twin uses the graph"
+                self.not_compiled = reason
             self.is_compiled = False
             yield _Chain(self, model_kwargs)
 

@@ -147,6 +147,8 @@ def misfit(inputs: Mapping[str, Any], are_sliding: list[bool]) -> str | None:
     are_alike = [layer.is_sliding for layer in cache.layers] == are_sliding
     if not all(are_fit) or not are_alike or getattr(cache, "offloading", False):
         return "the KV-cache is not the one that generate makes for this model"
+    if cache.layers[0].keys.device != inputs["input_ids"].device:
+        return "the tokens lie on another device than the KV-cache"
     if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2 and mask.all()):
         return "the prompt is padded"
     if torch.is_grad_enabled() or torch.is_autocast_enabled(inputs["input_ids"].device.type):

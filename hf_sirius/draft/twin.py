@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from ..model.accelerate_hooks import is_offloaded, streaming_hook
+from ..model.accelerate_hooks import is_hooked, is_offloaded, only_aligns, own_forward, streaming_hook
 from ..model.experts import ExpertsSite, find_experts
 from ..model.observation import uncompiled
 from ..model.sites import MlpSite, ProjectionSite, decoder_modules, find_other_modules, find_projections, place_of
@@ -56,7 +56,7 @@ class Twin:
     kept: Kept  # what stays from call to call
     is_offloaded: bool  # whether accelerate streams weights of the dense model
     linears: list[nn.Linear]  # layers of the dense model whose weight a kernel reads as it is
-    # the step and the verification as graphs, where `compile_draft` asks for them
+    # the step and the verification as graphs, where `compile_draft` asks for them; none for streamed weights
     compiled: CompiledStep | None
     verification: GraphUser | None
     # each copied or replaced module with the dense model's that it stands for, but for the root
@@ -155,8 +155,13 @@ def build_twin(model: PreTrainedModel, config: SiriusConfig, sites: list[MlpSite
     held = {place.module: place.draft_dtype for place in resident}
     compiled, verification, graphs = None, None, []
     if config.compile_draft:
-        graphs += [_graph_of(model, config), _verification_of(model)]
-        compiled, verification = CompiledStep(*_with_places(root), graphs[0], model.config), GraphUser(graphs[1])
+        graphs.append(_graph_of(model, config))
+        compiled = CompiledStep(*_with_places(root), graphs[0], model.config)
+        if any(is_hooked(module) and not only_aligns(module) for module in model.modules()):
+            compiled.broken = "a hook of another kind than accelerate's for devices lies over a module"
+    if config.compile_draft and not is_offloaded(model):
+        graphs.append(_verification_of(model))
+        verification = GraphUser(graphs[-1])
         try:
             with uncompiled(model):
                 check_tree(model)  # which is read by such masks and positions as a graph is given
@@ -207,21 +212,23 @@ def _shared_graph(model: PreTrainedModel, *key: Any) -> Graph:
 
 def _with_places(
     root: nn.Module,
-) -> tuple[nn.Module, list[tuple[nn.Module, str, TwinModule]], list[tuple[nn.Module, nn.Module]]]:
-    """Returns a twin's tree with places in it for what stands in for dense modules, what stood there, and each copied
-    module with the twin's own.
+) -> tuple[nn.Module, list[tuple[nn.Module, str, nn.Module]], list[tuple[nn.Module, nn.Module]]]:
+    """Returns a twin's tree with places in it for what stands in for dense modules, or has a hook of accelerate's, what
+    stood there, and each copied module with the twin's own.
     """
     found = [
         (owner, name, child)
         for owner in root.modules()
         for name, child in owner._modules.items()
-        if isinstance(child, TwinModule)
+        if isinstance(child, TwinModule) or (child is not None and is_hooked(child) and not child._modules)
     ]
-    replacements: dict[int, dict[str, nn.Module | None]] = {}
-    for owner, name, _ in found:
+    replacements: dict[int, dict[str, nn.Module | None]] = {id(each): {} for each in root.modules() if is_hooked(each)}
+    for owner, name, child in found:
+        if is_hooked(child):
+            own_forward(child)  # which may not be fit for a copy
         replacements.setdefault(id(owner), {})[name] = None
     copies: dict[int, nn.Module] = {}
-    module = copy_with(root, replacements, copies)
+    module = copy_with(root, replacements, copies, keeps_hooks=False)
     module = shallow_copy(root) if module is root else module
     for copied in (module, *copies.values()):
         copied.training = False

@@ -4,18 +4,38 @@ import types
 from collections.abc import Callable, Iterator
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
 def streaming_hook(module: nn.Module) -> AlignDevicesHook | None:
     """Returns accelerate's hook that loads this module's weights for each forward, if it has one."""
-    hook = module.__dict__.get("_hf_hook")
-    for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+    for part in _parts(module):
         if isinstance(part, AlignDevicesHook) and part.offload:
             return part
     return None
+
+
+def _parts(module: nn.Module) -> tuple[ModelHook | None, ...]:
+    hook = vars(module).get("_hf_hook")
+    return tuple(hook.hooks) if isinstance(hook, SequentialHook) else (hook,)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate has laid a hook over this very module."""
+    return "_hf_hook" in vars(module)
+
+
+def only_aligns(module: nn.Module) -> bool:
+    """Whether accelerate's hook over this module does no more than bring weights and inputs to a device."""
+    return all(isinstance(part, AlignDevicesHook) for part in _parts(module))
+
+
+def is_loaded(module: nn.Module) -> bool:
+    """Whether the tensors of this very module are there, which accelerate's hook loads for each forward."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return not any(tensor is not None and tensor.is_meta for tensor in tensors)
 
 
 def streamed_weight(projection: nn.Module) -> torch.Tensor:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import disk_offload
+from accelerate.hooks import ModelHook
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 from transformers import PreTrainedModel
@@ -129,7 +130,8 @@ def offload_session(model: nn.Module, sites: list[MlpSite]) -> Iterator[None]:
                     loader.__class__ = _MappedLoader
             for site in sites:
                 for part in site.parts:
-                    undo.callback(part.register_forward_pre_hook(lambda *_: trim_heap()).remove)
+                    if streaming_hook(part) is not None:
+                        undo.enter_context(_before_load(part, trim_heap))
             if hook is not None:
                 hook.pre_forward(owner)
                 # Accelerate finds tied weights by their address, which will be another weight's before the call ends.
@@ -199,14 +201,36 @@ def capture_weights(
 @contextlib.contextmanager
 def on_load(module: nn.Module, take: Callable[[nn.Module], None]) -> Iterator[None]:
     """Within the block, hands a copy of the module to `take` whenever accelerate has loaded its weights."""
-    hook = module._hf_hook
-    load, outer = hook.pre_forward, vars(hook).get("pre_forward")
+    load = module._hf_hook.pre_forward
 
     def pre_forward(module, *args, **kwargs):
         inputs = load(module, *args, **kwargs)
         take(bare_copy(module))
         return inputs
 
+    with _loading_by(pre_forward, module._hf_hook):
+        yield
+
+
+@contextlib.contextmanager
+def _before_load(module: nn.Module, act: Callable[[], None]) -> Iterator[None]:
+    """Within the block, does something whenever accelerate is about to load the module's weights. As a hook of torch's
+    it would go with each copy of the module.
+    """
+    load = module._hf_hook.pre_forward
+
+    def pre_forward(module, *args, **kwargs):
+        act()
+        return load(module, *args, **kwargs)
+
+    with _loading_by(pre_forward, module._hf_hook):
+        yield
+
+
+@contextlib.contextmanager
+def _loading_by(pre_forward: Callable, hook: ModelHook) -> Iterator[None]:
+    """Within the block, a hook of accelerate's loads by another `pre_forward`."""
+    outer = vars(hook).get("pre_forward")
     hook.pre_forward = pre_forward
     try:
         yield

@@ -6,12 +6,15 @@ import copy
 import functools
 import gc
 import logging
+import re
 import threading
 import time
 import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import build_model, make_prompt, slow
@@ -321,8 +324,8 @@ def test_a_call_beside_another_one_drafts_eagerly():
         assert all(map(torch.equal, outputs, expected))
         assert twin.stats.total.acceptance_rate == 1
         assert_compiled(twin)
-        with twin._twin.compiled.running({}) as is_free, twin._twin.compiled.running({}) as is_free_too:
-            assert is_free and not is_free_too
+        with twin._twin.compiled.running({}) as reason, twin._twin.compiled.running({}) as reason_of_other:
+            assert reason is None and reason_of_other == "another call of the twin uses the graph"
 
 
 def test_what_cannot_be_compiled_runs_eagerly_and_is_told(monkeypatch, caplog):
@@ -363,6 +366,66 @@ def test_calls_that_the_graph_does_not_take_draft_eagerly(reason, prepare, optio
         assert [reason in message for message in told(caplog)] == [True, True]  # of the step, and of the verification
         assert not twin.stats.num_compiled_verifications
         assert reason in twin.stats.not_compiled and f"0 of {twin.stats.num_steps} draft steps" in str(twin.stats)
+
+
+@pytest.mark.parametrize(
+    ("family", "draft"),
+    [
+        ("llama", "whole"),
+        ("llama", "griffin"),
+        *(pytest.param("llama", draft, marks=pytest.mark.slow) for draft in ("griffin int4", "int8 shortlist")),
+        *(pytest.param(family, "int8 shortlist", marks=pytest.mark.slow) for family in ("gpt2", "gemma3_text")),
+    ],
+)
+def test_the_draft_of_an_offloaded_model_is_compiled(family, draft, tmp_path):
+    model = build_model(family, dtype=torch.float64 if draft in ("whole", "griffin") else torch.float32)
+    prompts = [make_prompt(length, seed=length) for length in (11, 30)]
+    expected = [generate(model, prompt=prompt) for prompt in prompts]
+    disk_offload(model, str(tmp_path))
+    fields = {**FIELDS, **DRAFTS[draft]}
+    with make_sparse(model, **fields) as eager, make_sparse(model, compile_draft=True, **fields) as twin:
+        for i in (0, 1, 0):
+            for each in (eager, twin):
+                assert torch.equal(generate(model, each, prompts[i]), expected[i])
+            drafted, eagerly = ([cycle.drafted_ids for cycle in each.stats.cycles] for each in (twin, eager))
+            assert drafted[0] == eagerly[0] and (draft == "griffin int4" or drafted == eagerly)
+            assert twin.stats.num_compiled_steps == twin.stats.num_steps > 0
+            assert twin.stats.not_compiled is None and not twin.stats.num_compiled_verifications
+            assert num_graphs() == 1
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_draft_that_is_streamed_in_part_runs_eagerly(caplog):
+    model = build_model()
+    expected = generate(model)
+    cpu_offload(model)
+    fields = {**FIELDS, "density": 0.4, "method": "griffin", "compile_draft": True}
+    with pytest.raises(ValueError, match="too small for any draft") as error:
+        make_sparse(model, **fields, draft_memory=1)
+    needed = int(re.search(r"need (\d+) bytes", str(error.value))[1])
+    with make_sparse(model, **fields, draft_memory=needed) as twin, caplog.at_level(logging.WARNING, "hf_sirius"):
+        for _ in range(2):
+            assert torch.equal(generate(model, twin), expected)
+            assert "draft_memory is too small" in twin.stats.not_compiled and not twin.stats.num_compiled_steps
+        assert len(told(caplog)) == 1 and not num_graphs()
+
+
+def test_what_another_hook_of_accelerate_does_is_not_left_out(caplog):
+    model = build_model()
+    expected = generate(model)
+    add_hook_to_module(model.model.layers[0].mlp, ModelHook())
+    with make_sparse(model, **FIELDS, compile_draft=True) as twin, caplog.at_level(logging.WARNING, "hf_sirius"):
+        assert torch.equal(generate(model, twin), expected)
+        assert "a hook of another kind" in twin.stats.not_compiled and not twin.stats.num_compiled_steps
+
+
+def test_a_model_that_is_dispatched_and_not_offloaded():
+    model = build_model()
+    expected = generate(model)
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    with make_sparse(model, **FIELDS, compile_draft=True) as twin:
+        assert torch.equal(generate(model, twin), expected)
+        assert twin.stats.num_compiled_steps == twin.stats.num_steps > 0
 
 
 def test_nothing_is_left_of_a_call_or_a_model():
