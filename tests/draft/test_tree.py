@@ -369,7 +369,8 @@ def test_a_node_has_the_logits_of_its_own_path(family, num_context, parents, spl
         for node in range(len(tree)):
             path = torch.tensor([[7, *tree.path_ids(node)]])
             expected = model(torch.cat([context, path], dim=-1)).logits[0, -1]
-            torch.testing.assert_close(logits[node], expected, atol=1e-6, rtol=1e-6)
+            # Norms compute in float32, also of a model in float64.
+            torch.testing.assert_close(logits[node], expected, atol=1e-5, rtol=1e-5)
 
 
 @given(
