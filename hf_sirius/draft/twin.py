@@ -229,7 +229,7 @@ def _with_places(
         replacements.setdefault(id(owner), {})[name] = None
     copies: dict[int, nn.Module] = {}
     module = copy_with(root, replacements, copies, keeps_hooks=False)
-    module = shallow_copy(root) if module is root else module
+    module = shallow_copy(root, keeps_hook=False) if module is root else module
     for copied in (module, *copies.values()):
         copied.training = False
     pairs = [(copies[id(own)], own) for own in root.modules() if id(own) in copies]
