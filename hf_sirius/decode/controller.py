@@ -30,8 +30,8 @@ class Controller:
     where a is the share of tokens that are kept as long as all before them were. A draft that promises no less time
     per token than a dense step is left for a while, then tried by a short one, then left for twice as long.
 
-    A chain ends in doubt: it is drafted on as long as a token more is worth its step. How likely the tokens so far are
-    to be kept tells the margin by which the draft preferred each to the next likely one.
+    A chain ends in doubt: it is drafted on as long as some number of tokens more is worth what they take. How likely
+    the tokens so far are to be kept tells the margin by which the draft preferred each to the next likely one.
 
     Looked up tokens are a draft whose steps take nothing: they are taken where they promise less time than both.
 
@@ -44,7 +44,7 @@ class Controller:
         self.reason: str | None = None  # of the latest choice, in words
         self.is_selected = False  # whether neurons were chosen in this call
         self._is_tree = config.tree_width > 1
-        self._worth = math.inf  # seconds that a token more of the running draft may take
+        self._worth, self._longest = math.inf, 0  # seconds that a token of the running draft may take; how many it has
 
     def num_tokens(self, most: int) -> int:
         """Returns how many tokens, of at most so many before the call ends, the next cycle drafts; maybe none."""
@@ -56,21 +56,24 @@ class Controller:
             self.reason = "a dense step is measured"
             return 0
         if record.waiting:
-            record.waiting -= 1
+            record.wait()
             self.reason = self._given_up()
             return 0
         if record.step.median is None:
             self.reason = "a draft is measured"
             return min(_FIRST, most)
+        if self.costs.is_old:
+            self.reason = "a dense step is measured again"
+            return 0
         longest, least = self._best(most)
         if longest:
             record.take()
             if self._is_tree or longest >= self.costs.most_tokens:  # of so many nobody knows what they take
                 self.reason = f"drafts of {longest}: {self._told()}"
                 return longest
-            self._worth = least
+            self._worth, self._longest = least, int(self._most(most))
             self.reason = f"drafts that end in doubt: {self._told()}"
-            return int(self._most(most))
+            return self._longest
         if record.is_probing:
             record.is_probing = False
             return min(_PROBE, most)
@@ -80,15 +83,21 @@ class Controller:
         return 0
 
     def goes_on(self, margins: Sequence[float]) -> bool:
-        """Whether a draft is to have a token more, behind those with these margins, at least one."""
+        """Whether a draft is to have more tokens, behind those with these margins, at least one. Any number of them may
+        be worth it: the next one alone may not, as the second token of a verification often costs the most.
+        """
         if self._worth == math.inf:  # a short one, of which something is to be learnt
             return True
-        record = self.record
-        are_kept = math.prod(map(record.acceptance_of, margins))
-        # On average: single numbers of tokens are measured too seldom to tell their difference.
-        price = max(0.0, (self.costs.of(1 + len(margins)) - self.costs.of(1)) / len(margins))
-        price += are_kept * (1 - record.acceptance) * (record.rereading.median or 0.0)
-        return are_kept * record.acceptance * self._worth > record.step.median + price
+        record, step = self.record, self.record.step.median
+        acceptance, rereading = record.acceptance, record.rereading.median or 0.0
+        so_far = are_kept = math.prod(map(record.acceptance_of, margins))
+        gain = self.costs.of(1 + len(margins))
+        for num in range(len(margins) + 1, self._longest + 1):
+            are_kept *= acceptance
+            gain += are_kept * self._worth - step
+            if gain > self.costs.of(1 + num) + (so_far - are_kept) * rereading:
+                return True
+        return False
 
     def looks_up(self) -> bool:
         """Whether the text is to be searched for what may follow, in this cycle. The draft is measured, and tried
@@ -100,7 +109,7 @@ class Controller:
         if record.num_lookups >= _LONGEST_RUN:
             return False
         if lookups.waiting:
-            lookups.waiting -= 1
+            lookups.wait()
             return False
         return True
 

@@ -16,10 +16,12 @@ _NUM_LATEST = 33  # of which the median is taken: other work on a machine comes 
 _CHEAP_TOKENS = 8
 _NUM_SETTINGS = 16  # of which a model remembers how its drafts did
 _PRIOR_ACCEPTANCE, _PRIOR_OF_LOOKUPS = 0.8, 0.5  # of tokens that have not been seen
-_FADING = 0.98  # what a token counts when the next one is seen
+_FADING, _FADING_OF_ALL = 0.98, 0.999  # what a token counts when the next one is seen: lately, and altogether
 _MARGINS = (0.1, 0.2, 0.4, 0.8, 1.6)  # between kinds of tokens, in nats
-_PRIOR_TOKENS, _FADING_OF_MARGINS = 4, 0.995  # what is known of a kind beforehand, and how slowly it changes
+_PRIOR_TOKENS = 4  # for which counts what is known beforehand
+_FADING_OF_MARGINS = 0.995
 _PATIENCE, _LONGEST_WAIT = 32, 256  # cycles for which a losing draft is left at first, and at most
+_OLD, _MOST_OLD = 4, 8  # cycles for each of so many known steps of the model alone, until one is measured again
 
 
 class _Seconds:
@@ -28,12 +30,17 @@ class _Seconds:
 
     Attributes:
         median: of them, `None` without any.
+        num: of how many.
     """
 
     def __init__(self, is_warm: bool = False):
         self._latest: collections.deque[float] = collections.deque(maxlen=_NUM_LATEST)
         self._is_warm = is_warm
         self.median: float | None = None
+
+    @property
+    def num(self) -> int:
+        return len(self._latest)
 
     def note(self, seconds: float) -> None:
         if self._is_warm:
@@ -47,12 +54,20 @@ class ModelCosts:
 
     def __init__(self):
         self._of_tokens: dict[int, _Seconds] = {}
-        self._known: list[tuple[int, float]] = []  # the medians, by numbers of tokens
+        self._places: list[int] = []  # numbers of tokens that are known
+        self._medians: list[float] = []  # of each
+        self._num_since = 0  # forwards over several tokens since one over a single one
 
     def note(self, num_tokens: int, seconds: float) -> None:
         self._of_tokens.setdefault(num_tokens, _Seconds()).note(seconds)
+        self._num_since = 0 if num_tokens == 1 else self._num_since + 1
         medians = [(n, of_n.median) for n, of_n in list(self._of_tokens.items())]
-        self._known = sorted((n, median) for n, median in medians if median is not None)
+        known = sorted((n, median) for n, median in medians if median is not None)
+        places, seconds_of = [n for n, _ in known], [median for _, median in known]
+        if places and places[0] == 1:
+            # One token takes no longer than several, which tells a burst of other work while few were measured.
+            seconds_of[0] = min(seconds_of)
+        self._places, self._medians = places, seconds_of
 
     def of(self, num_tokens: float) -> float | None:
         """Returns the seconds of a forward, `None` before any was measured.
@@ -61,23 +76,28 @@ class ModelCosts:
         to be cheap, so that they are tried: up to 8 tokens as cheap as that, as often the second token costs much and
         the next ones little, and beyond at half the price of those before.
         """
-        known = self._known
-        if not known:
+        places, medians = self._places, self._medians
+        if not places:
             return None
-        (fewest, least), (most, highest) = known[0], known[-1]
-        if num_tokens > most:
-            price = (highest - least) / (most - fewest) if len(known) > 1 else 0.0
-            return highest + max(0.0, price / 2) * max(0.0, num_tokens - max(most, _CHEAP_TOKENS))
-        i = max(1, bisect.bisect_left([place for place, _ in known], num_tokens))
-        if len(known) == 1 or num_tokens <= fewest:
-            return least
-        (first, low), (second, high) = known[i - 1], known[i]
-        return low + (high - low) * (num_tokens - first) / (second - first)
+        if num_tokens > places[-1]:
+            price = (medians[-1] - medians[0]) / (places[-1] - places[0]) if len(places) > 1 else 0.0
+            return medians[-1] + max(0.0, price / 2) * max(0.0, num_tokens - max(places[-1], _CHEAP_TOKENS))
+        if num_tokens <= places[0]:
+            return medians[0]
+        i = bisect.bisect_left(places, num_tokens)
+        share = (num_tokens - places[i - 1]) / (places[i] - places[i - 1])
+        return medians[i - 1] + (medians[i] - medians[i - 1]) * share
 
     @property
     def most_tokens(self) -> int:
         """Returns the most tokens of which the seconds were measured."""
-        return self._known[-1][0] if self._known else 0
+        return self._places[-1] if self._places else 0
+
+    @property
+    def is_old(self) -> bool:
+        """Whether a forward over a single token is to be measured again: soon where few were."""
+        known = self._of_tokens[1].num if 1 in self._of_tokens else 0
+        return self._num_since > _OLD * min(1 + known, _MOST_OLD)
 
 
 class KeptRecord:
@@ -87,8 +107,9 @@ class KeptRecord:
         prior: the share of tokens that are kept, where none was seen, as if that had been so of one token.
 
     Attributes:
-        accepted, rejected: tokens that verifications kept, and those at which they went on by themselves; what is long
-            ago counts less.
+        accepted, rejected: tokens that verifications kept, and those at which they went on by themselves, of the latest
+            text; what is long ago counts less.
+        all_accepted, all_rejected: the same, where it counts for much longer.
         waiting: cycles to come before a losing proposal is tried again.
         left_for: how many there were in all.
         patience: how many there will be the next time.
@@ -97,18 +118,26 @@ class KeptRecord:
 
     def __init__(self, prior: float):
         self.prior = prior
-        self.accepted, self.rejected = 0.0, 0.0
+        self.accepted, self.rejected, self.all_accepted, self.all_rejected = 0.0, 0.0, 0.0, 0.0
         self.waiting, self.left_for, self.patience, self.is_probing = 0, 0, _PATIENCE, False
 
     @property
     def acceptance(self) -> float:
-        """The share of proposed tokens that are kept, as long as all before them were."""
-        return (self.accepted + self.prior) / (self.accepted + self.rejected + 1)
+        """The share of proposed tokens that are kept, as long as all before them were: of the latest text, and as far
+        as little is known of that, of all.
+        """
+        of_all = (self.all_accepted + self.prior) / (self.all_accepted + self.all_rejected + 1)
+        return (self.accepted + _PRIOR_TOKENS * of_all) / (self.accepted + self.rejected + _PRIOR_TOKENS)
 
     def leave(self) -> None:
         """Leaves it for a while, and the next time for twice as long."""
         self.left_for, self.waiting, self.is_probing = self.patience, self.patience - 1, True
         self.patience = min(2 * self.patience, _LONGEST_WAIT)
+
+    def wait(self) -> None:
+        """Lets a cycle pass, with a token of the model's own: what is known is of a text that gets longer ago."""
+        self.waiting -= 1
+        self.accepted, self.rejected = _FADING * self.accepted, _FADING * self.rejected
 
     def take(self) -> None:
         """Takes note of a choice for its own sake, and not to try it again."""
@@ -118,6 +147,9 @@ class KeptRecord:
         fading = _FADING ** (num_accepted + is_rejected)
         self.accepted = fading * self.accepted + num_accepted
         self.rejected = fading * self.rejected + is_rejected
+        fading = _FADING_OF_ALL ** (num_accepted + is_rejected)
+        self.all_accepted = fading * self.all_accepted + num_accepted
+        self.all_rejected = fading * self.all_rejected + is_rejected
 
 
 class LookupRecord(KeptRecord):

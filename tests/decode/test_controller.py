@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import EAGER, METHODS, SLIDING, build_model, make_prompt, shared_model
 
@@ -26,9 +26,17 @@ class Machine:
     """A model and its draft as the controller sees them: what they take, and what is kept."""
 
     def __init__(
-        self, step: float, per_token: float, acceptance: float, selection: float = 0.0, seed: int = 0, knows=False
+        self,
+        step: float,
+        per_token: float,
+        acceptance: float,
+        selection: float = 0.0,
+        seed: int = 0,
+        knows=False,
+        second: float = 0.0,  # what a verification's second token takes above the others
     ):
         self.step, self.per_token, self.acceptance, self.selection = step, per_token, acceptance, selection
+        self.second = second
         self.model, self.random = torch.nn.Linear(1, 1), random.Random(seed)
         self.knows = knows  # whether margins tell which tokens are kept for sure
 
@@ -40,7 +48,7 @@ class Machine:
         return (0.05, self.random.random() < 0.5) if is_doubtful else (3.0, True)
 
     def verification(self, num_tokens: int) -> float:
-        return 1.0 + self.per_token * (num_tokens - 1)
+        return 1.0 + self.per_token * (num_tokens - 1) + self.second * (num_tokens > 1)
 
     def call(self, max_tokens: int) -> float:
         """Returns the seconds of a call that writes so many tokens; the dense model takes one for each."""
@@ -108,9 +116,15 @@ def test_a_draft_that_loses_costs_little_and_less_the_next_time(step, per_token,
 
 
 @settings(deadline=None, max_examples=50)
-@given(step=st.floats(0.05, 0.6), per_token=st.floats(0.0, 0.2), acceptance=st.floats(0.8, 0.99))
-def test_a_draft_that_wins_is_nearly_as_long_as_is_best(step, per_token, acceptance):
-    machine = Machine(step, per_token, acceptance)
+@given(
+    step=st.floats(0.05, 0.6),
+    per_token=st.floats(0.0, 0.2),
+    acceptance=st.floats(0.8, 0.99),
+    second=st.sampled_from([0.0, 0.2, 0.5]),
+)
+@example(step=0.36, per_token=0.03, acceptance=0.985, second=0.2)  # of which one token more was never worth it
+def test_a_draft_that_wins_is_nearly_as_long_as_is_best(step, per_token, acceptance, second):
+    machine = Machine(step, per_token, acceptance, second=second)
     assume((best := machine.best()) <= 0.8)
     seconds = [machine.call(128) for _ in range(26)]  # of fewer calls chance has too great a share
     assert sum(seconds[2:]) <= 1.12 * best * 24 * 128
@@ -130,6 +144,31 @@ def test_a_draft_is_tried_again_and_taken_when_it_wins():
     machine.call(400)
     machine.acceptance = 0.97
     assert sum(machine.call(128) for _ in range(20)) <= 0.8 * 20 * 128
+
+
+@pytest.mark.parametrize("seed", range(6))  # of which one had drafts left for good
+def test_a_text_that_drafts_do_not_suit_is_forgotten(seed):
+    machine = Machine(step=0.8, per_token=0.02, acceptance=0.99, seed=seed)
+    for acceptance, num_calls in ((0.99, 10), (0.9, 4), (0.99, 4)):
+        machine.acceptance = acceptance
+        for _ in range(num_calls):
+            machine.call(128)
+    assert sum(machine.call(128) for _ in range(8)) <= 0.93 * 8 * 128
+    assert machine.best() < 0.9
+
+
+def test_a_burst_of_other_work_in_the_first_steps_is_found_out():
+    machine = Machine(step=0.8, per_token=0.1, acceptance=0.5)
+    costs, _ = costs_of(machine.model, AUTO)
+    for _ in range(5):
+        costs.note(1, 3.0)
+    assert costs.of(1) == 3.0 and not costs.is_old
+    assert machine.call(128) <= 1.15 * 128
+    assert costs.of(1) < 1.2
+    for _ in range(40):
+        assert costs.of(1) <= costs.of(2)
+        costs.note(3, 1.2)
+    assert costs.is_old
 
 
 def test_neurons_are_chosen_for_no_answer_that_is_too_short_for_it():
