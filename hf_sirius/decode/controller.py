@@ -44,38 +44,41 @@ class Controller:
         self.reason: str | None = None  # of the latest choice, in words
         self.is_selected = False  # whether neurons were chosen in this call
         self._is_tree = config.tree_width > 1
-        self._worth, self._longest = math.inf, 0  # seconds that a token of the running draft may take; how many it has
+        self._worth = math.inf  # seconds that a token of the running draft may take
+        self._most_drafted = 0  # tokens that it may have
 
     def num_tokens(self, most: int) -> int:
         """Returns how many tokens, of at most so many before the call ends, the next cycle drafts; maybe none."""
         record = self.record
-        record.num_lookups, self._worth = 0, math.inf
+        self._worth = math.inf
         if most < 1:
             return 0
         if self.costs.of(1) is None:
             self.reason = "a dense step is measured"
             return 0
         if record.waiting:
+            record.num_lookups = 0
             record.wait()
             self.reason = self._given_up()
             return 0
         if record.step.median is None:
             self.reason = "a draft is measured"
             return min(_FIRST, most)
-        if self.costs.is_old:
-            self.reason = "a dense step is measured again"
+        if self.costs.wants_dense_step:
             return 0
+        record.num_lookups = 0
         longest, least = self._best(most)
         if longest:
             record.take()
             if self._is_tree or longest >= self.costs.most_tokens:  # of so many nobody knows what they take
                 self.reason = f"drafts of {longest}: {self._told()}"
                 return longest
-            self._worth, self._longest = least, int(self._most(most))
+            self._worth, self._most_drafted = least, int(self._most(most))
             self.reason = f"drafts that end in doubt: {self._told()}"
-            return self._longest
+            return self._most_drafted
         if record.is_probing:
             record.is_probing = False
+            self.reason = f"a draft is tried again: {self._told()}"
             return min(_PROBE, most)
         if not self._best(math.inf)[0]:  # few tokens before the call's end say nothing about the draft
             record.leave()
@@ -92,7 +95,7 @@ class Controller:
         acceptance, rereading = record.acceptance, record.rereading.median or 0.0
         so_far = are_kept = math.prod(map(record.acceptance_of, margins))
         gain = self.costs.of(1 + len(margins))
-        for num in range(len(margins) + 1, self._longest + 1):
+        for num in range(len(margins) + 1, self._most_drafted + 1):
             are_kept *= acceptance
             gain += are_kept * self._worth - step
             if gain > self.costs.of(1 + num) + (so_far - are_kept) * rereading:
@@ -133,7 +136,8 @@ class Controller:
         elif not self._least(num_sought, lookups, ahead, 0.0, 1.0, least)[0]:
             lookups.leave()
         if best:
-            record.waiting = max(0, record.waiting - 1)
+            if record.waiting:
+                record.wait()
             record.num_lookups += 1
             self.reason = f"{best} looked up in the text: {lookups.acceptance:.2f} of such tokens are kept"
         return best

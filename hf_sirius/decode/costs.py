@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import math
 import statistics
 import threading
 import weakref
@@ -21,7 +22,10 @@ _MARGINS = (0.1, 0.2, 0.4, 0.8, 1.6)  # between kinds of tokens, in nats
 _PRIOR_TOKENS = 4  # for which counts what is known beforehand
 _FADING_OF_MARGINS = 0.995
 _PATIENCE, _LONGEST_WAIT = 32, 256  # cycles for which a losing draft is left at first, and at most
-_OLD, _MOST_OLD = 4, 8  # cycles for each of so many known steps of the model alone, until one is measured again
+_CYCLES_PER_STEP = 4  # for each known step of the model alone, until another one is measured
+_MOST_STEPS = 8  # that count there
+_FEWEST = 3  # measurements of which the median is no chance
+_TAKEN = 8  # cycles in which a draft is taken for its own sake, until that it had lost is forgotten
 
 
 class _Seconds:
@@ -54,20 +58,21 @@ class ModelCosts:
 
     def __init__(self):
         self._of_tokens: dict[int, _Seconds] = {}
-        self._places: list[int] = []  # numbers of tokens that are known
-        self._medians: list[float] = []  # of each
+        # Numbers of tokens that are known, and the seconds of each: one object, as other threads read it meanwhile.
+        self._known: tuple[list[int], list[float]] = ([], [])
         self._num_since = 0  # forwards over several tokens since one over a single one
 
     def note(self, num_tokens: int, seconds: float) -> None:
+        if seconds <= 0:  # another thread has compiled meanwhile, which is taken off
+            return
         self._of_tokens.setdefault(num_tokens, _Seconds()).note(seconds)
         self._num_since = 0 if num_tokens == 1 else self._num_since + 1
-        medians = [(n, of_n.median) for n, of_n in list(self._of_tokens.items())]
-        known = sorted((n, median) for n, median in medians if median is not None)
-        places, seconds_of = [n for n, _ in known], [median for _, median in known]
-        if places and places[0] == 1:
-            # One token takes no longer than several, which tells a burst of other work while few were measured.
-            seconds_of[0] = min(seconds_of)
-        self._places, self._medians = places, seconds_of
+        known = sorted((n, of_n) for n, of_n in list(self._of_tokens.items()) if of_n.median is not None)
+        seconds_of = [of_n.median for _, of_n in known]
+        if known and known[0][0] == 1:
+            # One token takes no longer than several. If it did, other work came between.
+            seconds_of[0] = min(seconds_of[0], *(of_n.median for _, of_n in known if of_n.num >= _FEWEST), math.inf)
+        self._known = [n for n, _ in known], seconds_of
 
     def of(self, num_tokens: float) -> float | None:
         """Returns the seconds of a forward, `None` before any was measured.
@@ -76,7 +81,7 @@ class ModelCosts:
         to be cheap, so that they are tried: up to 8 tokens as cheap as that, as often the second token costs much and
         the next ones little, and beyond at half the price of those before.
         """
-        places, medians = self._places, self._medians
+        places, medians = self._known
         if not places:
             return None
         if num_tokens > places[-1]:
@@ -91,20 +96,21 @@ class ModelCosts:
     @property
     def most_tokens(self) -> int:
         """Returns the most tokens of which the seconds were measured."""
-        return self._places[-1] if self._places else 0
+        places, _ = self._known
+        return places[-1] if places else 0
 
     @property
-    def is_old(self) -> bool:
+    def wants_dense_step(self) -> bool:
         """Whether a forward over a single token is to be measured again: soon where few were."""
-        known = self._of_tokens[1].num if 1 in self._of_tokens else 0
-        return self._num_since > _OLD * min(1 + known, _MOST_OLD)
+        num_known = self._of_tokens[1].num if 1 in self._of_tokens else 0
+        return self._num_since > _CYCLES_PER_STEP * min(1 + num_known, _MOST_STEPS)
 
 
 class KeptRecord:
     """How many proposed tokens of one kind were kept, and when those that lose are tried again.
 
     Args:
-        prior: the share of tokens that are kept, where none was seen, as if that had been so of one token.
+        prior: the share of tokens that are kept, where none was seen.
 
     Attributes:
         accepted, rejected: tokens that verifications kept, and those at which they went on by themselves, of the latest
@@ -114,12 +120,14 @@ class KeptRecord:
         left_for: how many there were in all.
         patience: how many there will be the next time.
         is_probing: whether the wait is over, and it is to be tried.
+        num_taken: cycles in which it was chosen for its own sake, since it was left.
     """
 
     def __init__(self, prior: float):
         self.prior = prior
         self.accepted, self.rejected, self.all_accepted, self.all_rejected = 0.0, 0.0, 0.0, 0.0
         self.waiting, self.left_for, self.patience, self.is_probing = 0, 0, _PATIENCE, False
+        self.num_taken = 0
 
     @property
     def acceptance(self) -> float:
@@ -131,17 +139,19 @@ class KeptRecord:
 
     def leave(self) -> None:
         """Leaves it for a while, and the next time for twice as long."""
-        self.left_for, self.waiting, self.is_probing = self.patience, self.patience - 1, True
+        self.left_for, self.waiting, self.is_probing, self.num_taken = self.patience, self.patience - 1, True, 0
         self.patience = min(2 * self.patience, _LONGEST_WAIT)
 
     def wait(self) -> None:
-        """Lets a cycle pass, with a token of the model's own: what is known is of a text that gets longer ago."""
-        self.waiting -= 1
+        """Lets a cycle pass without it, which counts like a token: what is known is of a text that gets longer ago."""
+        self.waiting = max(0, self.waiting - 1)
         self.accepted, self.rejected = _FADING * self.accepted, _FADING * self.rejected
 
     def take(self) -> None:
-        """Takes note of a choice for its own sake, and not to try it again."""
-        self.patience, self.is_probing = _PATIENCE, False
+        """Takes note of a choice for its own sake; just behind a wait it may be by what held before, and in vain."""
+        self.num_taken, self.is_probing = self.num_taken + 1, False
+        if self.num_taken >= _TAKEN:
+            self.patience = _PATIENCE
 
     def note(self, num_accepted: int, is_rejected: bool) -> None:
         fading = _FADING ** (num_accepted + is_rejected)
