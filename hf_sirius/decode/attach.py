@@ -14,7 +14,7 @@ from ..draft.twin import build_twin
 from ..model.accelerate_hooks import execution_device, is_offloaded, unloaded
 from ..model.adapters import base_of_adapters, is_adapted
 from ..model.encoder_decoder import text_inputs
-from ..model.experts import find_experts
+from ..model.experts import ExpertsSite, find_experts
 from ..model.observation import evaluating, uncompiled
 from ..model.projections import is_opaque, is_projection
 from ..model.sites import decoder_modules, find_mlps, find_projections
@@ -104,7 +104,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
         else:
             chosen = choose_draft(model, sites, OFFLOADED_KERNEL_SIZE)
         config = config.replace(**{**chosen, **fields})
-        if config.compile_draft and not method_of(config).is_steady:
+        if config.compile_draft and not _can_compile(config, experts):
             config = config.replace(density=1.0)
     check_experts(model, config, sites, experts, offloaded)
     holds_part = method_of(config).gathers or (experts and config.method == "experts")
@@ -122,7 +122,7 @@ def make_sparse(model: PreTrainedModel, config: SiriusConfig | None = None, **fi
     if config.draft_head == SHORTLIST:
         check_head(model)
     if config.compile_draft:
-        _check_compiled(model, config)
+        _check_compiled(model, config, experts)
     if config.tree_width > 1 and recurrence is not None:
         raise ValueError(
             f"{type(model).__name__} keeps states, which cannot branch with a tree's continuations: use tree_width=1"
@@ -145,12 +145,19 @@ def repeatable(config: SiriusConfig) -> SiriusConfig:
     return config.replace(kernel_size=KERNEL_SIZE) if config.kernel_size is None else config
 
 
-def _check_compiled(model: PreTrainedModel, config: SiriusConfig) -> None:
+def _can_compile(config: SiriusConfig, experts: list[ExpertsSite]) -> bool:
+    """Whether a graph has a place for what a method does."""
+    method = method_of(config)
+    return method.is_steady or (method.chooses_in_graphs and not experts)
+
+
+def _check_compiled(model: PreTrainedModel, config: SiriusConfig, experts: list[ExpertsSite]) -> None:
     """Raises `ValueError` unless the step of such a draft can be compiled."""
-    if not method_of(config).is_steady:
+    if not _can_compile(config, experts):
+        within = " within experts" if experts else ""
         raise ValueError(
-            f"method={config.method!r} at a density of {config.density} chooses anew for every token, which is not "
-            "compiled: use method='griffin' or density=1.0, or leave compile_draft out"
+            f"method={config.method!r} at a density of {config.density} chooses anew for every token{within}, which is "
+            "not compiled: use method='griffin' or density=1.0, or leave compile_draft out"
         )
     if model.config.is_encoder_decoder:
         raise ValueError("the step of an encoder-decoder's draft cannot be compiled: leave compile_draft out")

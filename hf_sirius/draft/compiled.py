@@ -5,13 +5,15 @@ import copy
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from ..model.accelerate_hooks import bare_copy, is_hooked, is_loaded
-from ..weights.draft_modules import TwinModule, TwinProjection
+from ..sparsity.base import SparsityMethod, TwinActivation
+from ..weights.draft_modules import TwinModule
 from ..weights.linear import has_kernel, is_bare_linear, plain_over
 from .copies import follow
 from .graph import Graph, GraphUser, Rooms, misfit
@@ -44,7 +46,8 @@ class CompiledStep(GraphUser):
         super().__init__(graph)
         self._module, self._places, self._copies, self._config = module, places, copies, config
         self._are_sliding = are_sliding(config)
-        self._plain: dict[nn.Module, nn.Module] = {}
+        # What an offloaded draft holds is gone with its call.
+        self._plain: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict) -> "CompiledStep":
@@ -56,9 +59,14 @@ class CompiledStep(GraphUser):
             follow(copied, own)
 
     @contextlib.contextmanager
-    def running(self, held: Mapping[nn.Module, nn.Module]) -> Iterator[str | None]:
-        """Within the block the tree has the modules that a draft holds; yields why it does not run all the same, in
-        words, and `None` if it does.
+    def running(
+        self, held: Mapping[nn.Module, nn.Module], method: SparsityMethod, device: torch.device
+    ) -> Iterator[str | None]:
+        """Within the block the tree has the modules that a draft holds, and what its method does there; yields why it
+        does not run all the same, in words, and `None` if it does.
+
+        Args:
+            device: of the tokens.
         """
         if self.broken is not None:
             self.tell(self.broken)
@@ -70,15 +78,15 @@ class CompiledStep(GraphUser):
         try:
             reason = None
             for owner, name, in_twin in self._places:
-                dense = in_twin.dense if isinstance(in_twin, TwinModule) else in_twin
+                dense = in_twin.dense if isinstance(in_twin, TwinModule | TwinActivation) else in_twin
                 module = held.get(dense, dense)
-                if is_hooked(module):
+                if isinstance(module, nn.Module) and is_hooked(module):
                     module = bare_copy(module)
                     if not is_loaded(module):
                         reason = "accelerate streams weights of the draft, for which draft_memory is too small"
-                elif isinstance(in_twin, TwinProjection) and is_bare_linear(module) and has_kernel(module):
+                elif isinstance(in_twin, TwinModule) and is_bare_linear(module) and has_kernel(module):
                     module = self._plain.get(module) or self._plain.setdefault(module, plain_over(module))
-                owner._modules[name] = module
+                owner._modules[name] = method.in_graph(in_twin, module, device)
             if reason is not None:
                 self.tell(reason)
             yield reason
@@ -108,15 +116,18 @@ class CompiledChain:
         step: the graph.
         inputs: of the first step, as the model prepares them.
         num_tokens: how many steps there may be.
+
+    Attributes:
+        num_steps: how many there were.
     """
 
     def __init__(self, step: CompiledStep, inputs: Mapping[str, Any], num_tokens: int):
-        self._step, self._num_steps = step, 0
+        self._step, self.num_steps = step, 0
         self._position_ids, self._rooms = inputs["position_ids"], Rooms(inputs["past_key_values"], num_tokens)
 
     def __call__(self, input_ids: torch.LongTensor) -> torch.Tensor | None:
         """Returns the logits behind the last of `input_ids`, [1, vocab_size], as [`CompiledStep`] does."""
-        seen = self._rooms.seen(self._num_steps)
-        logits = self._step(input_ids[0, -1].view(1, 1), self._position_ids + self._num_steps, None, *seen)
-        self._num_steps += 1
+        seen = self._rooms.seen(self.num_steps)
+        logits = self._step(input_ids[0, -1].view(1, 1), self._position_ids + self.num_steps, None, *seen)
+        self.num_steps += 1
         return None if logits is None else logits[:, -1]

@@ -206,10 +206,16 @@ class Draft:
                 reason = self._not_compiled_as() or compiled.misfit(inputs)
                 if reason is not None:
                     compiled.tell(reason)
-                elif (reason := undo.enter_context(compiled.running(self.held))) is None:
+                else:
+                    device = inputs["input_ids"].device
+                    reason = undo.enter_context(compiled.running(self.held, self.method, device))
+                if reason is None:
                     self.is_compiled, self.not_compiled = True, None
-                    yield CompiledChain(compiled, inputs, num_tokens)
+                    chain = CompiledChain(compiled, inputs, num_tokens)
+                    yield chain
                     self.not_compiled = compiled.broken
+                    if chain.num_steps and not compiled.broken:
+                        self.method.check_acted(self.model)
                     return
                 self.not_compiled = reason
             self.is_compiled = False

@@ -18,7 +18,7 @@ from ..model.sites import MlpSite, ProjectionSite, decoder_modules, find_other_m
 from ..model.stock import stock_class
 from ..settings.config import SiriusConfig
 from ..settings.methods import method_of
-from ..sparsity.base import TwinExperts
+from ..sparsity.base import TwinActivation, TwinExperts
 from ..sparsity.in_experts import GriffinExperts, ResidentExperts, experts_class_of
 from ..weights.draft_modules import TwinModule, TwinProjection
 from ..weights.formats import reusable_bytes
@@ -220,7 +220,8 @@ def _with_places(
         (owner, name, child)
         for owner in root.modules()
         for name, child in owner._modules.items()
-        if isinstance(child, TwinModule) or (child is not None and is_hooked(child) and not child._modules)
+        if isinstance(child, TwinModule | TwinActivation)
+        or (child is not None and is_hooked(child) and not child._modules)
     ]
     replacements: dict[int, dict[str, nn.Module | None]] = {id(each): {} for each in root.modules() if is_hooked(each)}
     for owner, name, child in found:

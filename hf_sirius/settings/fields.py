@@ -162,8 +162,8 @@ class Fields:
             Where the twin finds a token at least this likely, a tree does not branch, in [0, 1].
         compile_draft (`bool`, defaults to `False`):
             Compile the draft step and the verification by `torch.compile`, in the first call: minutes, and about one
-            where torch's cache on disk has them. For drafts without a tree that choose nothing anew for every token:
-            those of `"griffin"`, and of any method at a density of 1.
+            where torch's cache on disk has them. For drafts without a tree; within the experts of a mixture for those
+            that choose nothing anew for every token: of `"griffin"`, and of any method at a density of 1.
     """
 
     method: str = _field("cats", str)

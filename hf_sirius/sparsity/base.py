@@ -45,7 +45,8 @@ class SparsityMethod(ABC):
         acts_on: which of the two.
         experts_class: what it does within a mixture's experts, a [`WholeExperts`]; `None` leaves them whole.
         experts: that, for each block of experts.
-        is_steady: whether it chooses nothing anew for every token, so that a step can be compiled.
+        is_steady: whether it chooses nothing anew for every token.
+        chooses_in_graphs: whether a compiled step can have it choose, by what `in_graph` returns.
         observed: what `observe` is given.
         gathers: whether the neurons that it keeps are copied, once they are chosen: those of `neuron_indices`.
         cutoffs: `Cutoffs` of cats and teal, `None` of others.
@@ -56,6 +57,7 @@ class SparsityMethod(ABC):
     acts_on: ClassVar[Literal["mlps", "projections"]] = "mlps"
     experts_class: ClassVar[Any] = None
     is_steady: ClassVar[bool] = False
+    chooses_in_graphs: ClassVar[bool] = False
     observed: ClassVar[Observed]
     gathers: ClassVar[bool] = False
     cutoffs: Cutoffs | None = None
@@ -93,6 +95,16 @@ class SparsityMethod(ABC):
         Raises `ValueError` for a site at which this method cannot act.
         """
         return {}
+
+    def in_graph(self, stand_in: nn.Module, module: Any, device: torch.device) -> Any:
+        """Returns what a compiled step has in place of a stand-in of the twin's, which cannot ask there which method
+        drafts.
+
+        Args:
+            module: what the draft reads there: a module, or the function that an activation is.
+            device: that of the tokens, and of all that the step reads.
+        """
+        return module
 
     @abstractmethod
     def observe(self, site: MlpSite, values: torch.Tensor) -> None:
@@ -226,3 +238,27 @@ class TwinActivation(nn.Module):
         activations = self.dense(values)
         method = drafting_method()
         return activations if method is None else method.drop(self.site_idx, activations)
+
+
+class GraphPart(nn.Module):
+    """Stands in a compiled step where a method's own stand-in does in the twin.
+
+    Args:
+        method: that drafts.
+        module: what the draft reads there.
+        site_idx: the site's place.
+    """
+
+    def __init__(self, method: SparsityMethod, module: Any, site_idx: int):
+        super().__init__()
+        self.method, self.module, self.site_idx = method, module, site_idx
+
+
+class GraphActivation(GraphPart):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.method.drop(self.site_idx, self.module(values))
+
+
+class GraphInput(GraphPart):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.module(self.method.drop(self.site_idx, inputs))

@@ -5,8 +5,8 @@ from torch import nn
 
 from ..model.sites import MlpSite, part_of
 from ..weights.draft_modules import TwinModule, run_in_draft
-from ..weights.linear import read_rows
-from .base import SparsityMethod, TwinActivation, drafting_method
+from ..weights.linear import plain_over, read_needed, reads_needed
+from .base import GraphActivation, GraphPart, SparsityMethod, TwinActivation, drafting_method
 from .cutoffs import Cutoffs
 from .in_experts import CatsExperts
 
@@ -21,12 +21,15 @@ class Cats(SparsityMethod):
 
     observed = "activation"
     experts_class = CatsExperts
+    chooses_in_graphs = True
 
     def __init__(self, config, sites):
         super().__init__(config, sites)
         self.cutoffs = Cutoffs(config, len(sites), config.calibration)
         self._latest_masks: list[torch.Tensor | None] = [None] * len(sites)
-        self._num_dropping = self._num_skipping = 0  # tokens at all MLPs, and those that dropped rows of up unread
+        self._has_up = [site.up is not None for site in sites]
+        # Tokens at all MLPs, and those that dropped rows of up unread, long []: a number would be constant in a graph.
+        self._num_dropping, self._num_skipping = (torch.zeros((), dtype=torch.long, device="cpu") for _ in range(2))
 
     @classmethod
     def replacements(cls, site):
@@ -43,7 +46,15 @@ class Cats(SparsityMethod):
     @property
     def is_masking(self):
         masks_experts = any(isinstance(call, CatsExperts) for call in self.experts)
-        return masks_experts or self._num_dropping > 2 * self._num_skipping
+        return masks_experts or bool(self._num_dropping > 2 * self._num_skipping)
+
+    def in_graph(self, stand_in, module, device):
+        if isinstance(stand_in, TwinActivation):
+            self.cutoffs.prepare(stand_in.site_idx, self.sites[stand_in.site_idx].num_neurons, device)
+            return GraphActivation(self, module, stand_in.site_idx)
+        if isinstance(stand_in, _MlpProjection):
+            return _GraphProjection(self, module, stand_in)
+        return module
 
     def needs_prefill(self):
         return self.config.selection == "threshold" and self.config.calibration is None
@@ -65,8 +76,9 @@ class Cats(SparsityMethod):
         if self.config.tree_width > 1:
             magnitudes = magnitudes.mean(dim=-2, keepdim=True)
         neuron_mask = self.cutoffs.keep(site_idx, magnitudes)
-        self._num_dropping += activations[..., 0].numel()
-        self._latest_masks[site_idx] = neuron_mask
+        self._num_dropping.add_(activations[..., 0].numel())
+        if self._has_up[site_idx]:
+            self._latest_masks[site_idx] = neuron_mask
         return activations * neuron_mask
 
     def num_parameters_read(self, site: MlpSite) -> float | None:
@@ -75,15 +87,24 @@ class Cats(SparsityMethod):
 
     def run(self, site_idx: int, is_up: bool, projection: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the outputs of a projection, of up those of the neurons that were kept just before."""
-        # Gate and down forget them, so that up never takes another token's, in whatever order an MLP runs.
-        neuron_mask, self._latest_masks[site_idx] = self._latest_masks[site_idx], None
-        if is_up and neuron_mask is not None:
-            rows = neuron_mask.flatten(0, -2).any(dim=0).nonzero().flatten()
-            outputs = read_rows(projection, inputs, rows)
+        is_needed = self.take_needed(site_idx)
+        if is_up and is_needed is not None:
+            outputs = read_needed(projection, inputs, is_needed)
             if outputs is not None:
-                self._num_skipping += inputs[..., 0].numel()
+                self.note_skipped(inputs)
                 return outputs
         return run_in_draft(projection, inputs)
+
+    def take_needed(self, site_idx: int) -> torch.Tensor | None:
+        """Returns which neurons any of the latest tokens keeps, bool [num_neurons], and forgets them: gate and down do
+        so as well, so that up never takes another token's, in whatever order an MLP runs. `None` where there are none.
+        """
+        neuron_mask, self._latest_masks[site_idx] = self._latest_masks[site_idx], None
+        return None if neuron_mask is None else neuron_mask.flatten(0, -2).any(dim=0)
+
+    def note_skipped(self, inputs: torch.Tensor) -> None:
+        """Takes note of tokens, [..., in_features], that left rows of up unread."""
+        self._num_skipping.add_(inputs[..., 0].numel())
 
 
 class _MlpProjection(TwinModule):
@@ -98,3 +119,20 @@ class _MlpProjection(TwinModule):
         if method is None:
             return super().forward(inputs)
         return method.run(self.site_idx, self.is_up, self.current(), inputs)
+
+
+class _GraphProjection(GraphPart):
+    """Stands in a compiled step, which reads one token, for a projection of an MLP."""
+
+    def __init__(self, method: Cats, module: nn.Module, stand_in: _MlpProjection):
+        super().__init__(method, module, stand_in.site_idx)
+        self.skips = stand_in.is_up and reads_needed(module, 1)
+        if self.skips and type(module) is nn.Linear:  # such as a copy without accelerate's hook
+            self.module = plain_over(module)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        is_needed = self.method.take_needed(self.site_idx)
+        if not self.skips or is_needed is None:
+            return self.module(inputs)
+        self.method.note_skipped(inputs)
+        return self.module(inputs, is_needed)

@@ -20,8 +20,10 @@ class Cutoffs:
         num_sites: how many there are.
         calibration: the cutoffs of a corpus, where these sites have them; by default they are those of the prompt.
 
+    Counts are tensors, as a graph can add to them; numbers would be constants of it.
+
     Attributes:
-        values: the cutoff of each site, a float or a scalar tensor.
+        values: the cutoff of each site, a float, or a scalar tensor of its own.
     """
 
     _LEAST, _MOST = CALIBRATED_DENSITIES[0], CALIBRATED_DENSITIES[-2]  # at the last one zeros are kept as well
@@ -40,8 +42,10 @@ class Cutoffs:
         else:
             self._histograms = [MagnitudeHistogram() for _ in range(num_sites)]
         self._wanted = self._asked.clone()  # the densities whose cutoffs keep what is asked for
-        self._num_kept: list[torch.Tensor | int] = [0] * num_sites  # since the latest draft began
-        self._num_values = [0] * num_sites
+        # Of each site how many values were kept and seen since the latest draft began, long [].
+        self._num_kept: list[torch.Tensor | None] = [None] * num_sites
+        self._num_values: list[torch.Tensor | None] = [None] * num_sites
+        self._num_topk = [0] * num_sites  # of a token's values
         self._num_kept_before = torch.zeros(num_sites, dtype=torch.float64)
         self._num_values_before = torch.zeros(num_sites, dtype=torch.float64)
 
@@ -54,27 +58,39 @@ class Cutoffs:
         if self._histograms:
             shares = [1 - float(self._asked[site_idx]), *(1 - density for density in CALIBRATED_DENSITIES)]
             quantiles = self._histograms[site_idx].quantiles(shares)
-            self.values[site_idx], self._table[site_idx] = quantiles[0], quantiles[1:].cpu()
+            self.values[site_idx], self._table[site_idx] = quantiles[0].clone(), quantiles[1:].cpu()
             self._wanted[site_idx] = self._asked[site_idx]
+
+    def prepare(self, site_idx: int, num_values: int, device: torch.device) -> None:
+        """Has on a device what `keep` needs of a site, whose tokens have so many values. A graph is to find it so."""
+        for counts in (self._num_kept, self._num_values):
+            count = counts[site_idx]
+            counts[site_idx] = torch.zeros((), dtype=torch.long, device=device) if count is None else count.to(device)
+        self.values[site_idx] = torch.as_tensor(self.values[site_idx], dtype=torch.float32, device=device)
+        self._num_topk[site_idx] = max(1, round(self.config.density * num_values))
 
     def keep(self, site_idx: int, magnitudes: torch.Tensor) -> torch.Tensor:
         """Returns which magnitudes are kept, bool of their shape, and counts them."""
+        count = self._num_kept[site_idx]
+        if count is None or count.device != magnitudes.device:
+            self.prepare(site_idx, magnitudes.shape[-1], magnitudes.device)
         if self.config.selection == "topk":
-            num_kept = max(1, round(self.config.density * magnitudes.shape[-1]))
             is_kept = torch.zeros_like(magnitudes, dtype=torch.bool)
-            is_kept.scatter_(-1, magnitudes.topk(num_kept, dim=-1, sorted=False).indices, True)
+            is_kept.scatter_(-1, magnitudes.topk(self._num_topk[site_idx], dim=-1, sorted=False).indices, True)
         else:
             # A cutoff among the zeros is the least float32 above them, which float16 does not have.
             wide = magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32))
             is_kept = wide >= self.values[site_idx]
-        self._num_kept[site_idx] += is_kept.sum()
-        self._num_values[site_idx] += is_kept.numel()
+        self._num_kept[site_idx].add_(is_kept.sum())
+        self._num_values[site_idx].add_(is_kept.numel())
         return is_kept
 
     def share(self, site_idx: int) -> float | None:
         """Returns the share of a site's values that was kept; `None` before any was seen."""
-        num_values = self._num_values[site_idx] + float(self._num_values_before[site_idx])
-        num_kept = float(self._num_kept[site_idx]) + float(self._num_kept_before[site_idx])
+        num_values, num_kept = float(self._num_values_before[site_idx]), float(self._num_kept_before[site_idx])
+        if self._num_kept[site_idx] is not None:
+            num_values += float(self._num_values[site_idx])
+            num_kept += float(self._num_kept[site_idx])
         return num_kept / num_values if num_values else None
 
     def follow(self) -> None:
@@ -84,21 +100,22 @@ class Cutoffs:
             for idx, (num_values, table, asked) in enumerate(
                 zip(self._num_values, self._table, self._asked, strict=True)
             )
-            if num_values and table is not None and self._LEAST <= asked <= self._MOST
+            if table is not None and self._LEAST <= asked <= self._MOST and num_values is not None and num_values > 0
         ]
         if not seen:
             return
         latest = [self._num_kept[idx] for idx in seen]
         device = latest[0].device
         num_kept = torch.stack([count.to(device) for count in latest]).cpu().double()
-        num_values = torch.tensor([self._num_values[idx] for idx in seen], dtype=torch.float64)
+        num_values = torch.stack([self._num_values[idx].to(device) for idx in seen]).cpu().double()
         ratio = (self._asked[seen] * num_values / num_kept.clamp(min=1)).clamp(0.5, 2.0)
         # Half of the way, in logarithms: the few tokens of one draft tell it with noise.
         self._wanted[seen] = wanted = (self._wanted[seen] * ratio.sqrt()).clamp(self._LEAST, self._MOST)
         values = interpolate(torch.stack([self._table[idx] for idx in seen]), wanted).float().to(device)
         for idx, value, count in zip(seen, values.unbind(), latest, strict=True):
-            self.values[idx] = value.to(count.device)
-            self._num_kept[idx], self._num_values[idx] = 0, 0
+            self.values[idx].copy_(value)  # which stays the tensor that a graph knows
+            count.zero_()
+            self._num_values[idx].zero_()
         self._num_kept_before[seen] += num_kept
         self._num_values_before[seen] += num_values
 

@@ -26,8 +26,13 @@ class InputScores:
         if self.weighting == "magnitude":
             return scores
         if self._norms[site_idx] is None:
-            self._norms[site_idx] = _column_norms(self.sites[site_idx].module).to(scores)
-        return scores * self._norms[site_idx]
+            self.prepare(site_idx, scores.device)
+        return scores * self._norms[site_idx].to(scores)
+
+    def prepare(self, site_idx: int, device: torch.device) -> None:
+        """Has the norms of a projection's columns on a device, if they count. A graph is to find them there."""
+        if self.weighting != "magnitude" and self._norms[site_idx] is None:
+            self._norms[site_idx] = _column_norms(self.sites[site_idx].module).to(device)
 
 
 def _column_norms(projection: nn.Module) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 
 from ..model.projections import projection_shape
-from .base import SparsityMethod, TwinInput
+from .base import GraphInput, SparsityMethod, TwinInput
 from .cutoffs import Cutoffs
 from .in_experts import TealExperts
 from .scores import InputScores
@@ -20,6 +20,7 @@ class Teal(SparsityMethod):
     observed = "inputs"
     experts_class = TealExperts
     is_masking = True  # a dropped column lies in the same cache lines as kept ones
+    chooses_in_graphs = True
 
     def __init__(self, config, sites):
         super().__init__(config, sites)
@@ -31,6 +32,14 @@ class Teal(SparsityMethod):
     @classmethod
     def replacements(cls, site):
         return {site.attribute: TwinInput(site.module, site.idx)}
+
+    def in_graph(self, stand_in, module, device):
+        if not isinstance(stand_in, TwinInput):
+            return module
+        _, in_features = projection_shape(self.sites[stand_in.site_idx].module)
+        self.cutoffs.prepare(stand_in.site_idx, in_features, device)
+        self._scores.prepare(stand_in.site_idx, device)
+        return GraphInput(self, module, stand_in.site_idx)
 
     def needs_prefill(self):
         return self.config.calibration is None

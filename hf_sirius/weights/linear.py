@@ -37,19 +37,25 @@ def is_bare_linear(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or has_own_forward(module))
 
 
-def read_rows(module: nn.Module, inputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
-    """Returns module(inputs), of which some rows are read alone, in place; `None` where no kernel does so.
+def reads_needed(module: nn.Module, num_tokens: int) -> bool:
+    """Whether a kernel reads what is needed of a module alone, for so many tokens."""
+    if isinstance(module, DraftLinear | PlainLinear):
+        return module.reads_needed(num_tokens)
+    return is_bare_linear(module) and num_tokens <= _MAX_TOKENS and has_kernel(module)
+
+
+def read_needed(module: nn.Module, inputs: torch.Tensor, is_needed: torch.Tensor) -> torch.Tensor | None:
+    """Returns module(inputs), of which the needed rows are read alone, in place; `None` where no kernel does so.
 
     Args:
         module, inputs: as for [`run`].
-        rows: long [num_rows], the outputs that are needed. The others are of no use.
+        is_needed: bool [out_features], which outputs are. The others are of no use.
     """
-    num_tokens = inputs.numel() // inputs.shape[-1]
-    if isinstance(module, DraftLinear):
-        return module(inputs, rows) if module.reads_rows(num_tokens) else None
-    if not is_bare_linear(module) or num_tokens > _MAX_TOKENS or not has_kernel(module):
+    if not reads_needed(module, inputs.numel() // inputs.shape[-1]):
         return None
-    return _product(inputs, module.weight, module.bias, rows)
+    if isinstance(module, DraftLinear | PlainLinear):
+        return module(inputs, is_needed)
+    return _product(inputs, module.weight, module.bias, is_needed.nonzero().flatten())
 
 
 def some_outputs(
@@ -160,11 +166,16 @@ def kernel_products(linears: Sequence[nn.Linear]) -> Iterator[None]:
 class PlainLinear(nn.Linear):
     """A weight that is not packed."""
 
-    def reads_rows(self, num_tokens: int) -> bool:
+    def reads_needed(self, num_tokens: int) -> bool:
         return num_tokens <= _MAX_TOKENS and has_kernel(self)
 
-    def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        outputs = kernel_product(self, inputs) if rows is None else _product(inputs, self.weight, self.bias, rows)
+    def forward(self, inputs: torch.Tensor, is_needed: torch.Tensor | None = None) -> torch.Tensor:
+        if is_needed is None:
+            outputs = kernel_product(self, inputs)
+        elif torch.compiler.is_dynamo_compiling():
+            outputs = operators.linear(inputs, self.weight, self.bias, is_needed)
+        else:
+            outputs = _product(inputs, self.weight, self.bias, is_needed.nonzero().flatten())
         return super().forward(inputs) if outputs is None else outputs
 
 
@@ -183,11 +194,11 @@ class DraftLinear(nn.Module):
         self.input_dtypes = tuple(input_dtypes)
         self.in_features, self.out_features = linear.in_features, out_features
 
-    def reads_rows(self, num_tokens: int) -> bool:
-        """Whether a kernel reads some rows of the weight alone, for so many tokens."""
-        return hasattr(self.linear, "reads_rows") and self.linear.reads_rows(num_tokens)
+    def reads_needed(self, num_tokens: int) -> bool:
+        """Whether a kernel reads the needed rows of the weight alone, for so many tokens."""
+        return hasattr(self.linear, "reads_needed") and self.linear.reads_needed(num_tokens)
 
-    def forward(self, hidden_states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, is_needed: torch.Tensor | None = None) -> torch.Tensor:
         # What need not be done is not, as small products take no longer than it.
         inputs, linear = hidden_states, self._modules["linear"]
         if inputs.device != self.device:  # as accelerate's hook does; outputs stay, as they do behind it
@@ -197,7 +208,7 @@ class DraftLinear(nn.Module):
         if padding := self.in_features - inputs.shape[-1]:
             inputs = nn.functional.pad(inputs, (0, padding))
         # Not called as a module, as it has no hooks, and a small product takes no longer than that.
-        outputs = linear.forward(inputs) if rows is None else linear.forward(inputs, rows)
+        outputs = linear.forward(inputs) if is_needed is None else linear.forward(inputs, is_needed)
         if outputs.shape[-1] != self.out_features:
             outputs = outputs[..., : self.out_features]
         return outputs if outputs.dtype == hidden_states.dtype else outputs.to(hidden_states.dtype)

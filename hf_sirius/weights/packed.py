@@ -75,12 +75,13 @@ class PackedLinear(nn.Module):
         self.tensors = [tensor for tensor in given if tensor is not None]  # that the product takes behind the inputs
         self.kernel = {cpu.grouped_product: "grouped", cpu.int4_product: "int4"}.get(product)
 
-    def reads_rows(self, num_tokens: int) -> bool:
+    def reads_needed(self, num_tokens: int) -> bool:
         return self.kernel is not None
 
-    def forward(self, inputs: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        chosen = () if rows is None else (rows,)
-        product = operators.of(self.product) if torch.compiler.is_dynamo_compiling() else self.product
+    def forward(self, inputs: torch.Tensor, is_needed: torch.Tensor | None = None) -> torch.Tensor:
+        is_traced = torch.compiler.is_dynamo_compiling()
+        chosen = () if is_needed is None else (is_needed if is_traced else is_needed.nonzero().flatten(),)
+        product = operators.of(self.product) if is_traced else self.product
         outputs = product(inputs.contiguous(), *self.tensors, *chosen)
         bias = self._parameters["bias"]  # not by getattr, which takes as long as a small product
         if bias is not None:

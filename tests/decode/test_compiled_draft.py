@@ -17,6 +17,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import tiny_mixture
 from tiny import build_model, make_prompt, slow
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
@@ -25,6 +26,7 @@ from hf_sirius import make_sparse
 from hf_sirius.draft.graph import Graph
 from hf_sirius.kernels import cpu
 from hf_sirius.model.compat import IS_5_17
+from hf_sirius.sparsity.whole import Whole
 from hf_sirius.weights import packed
 from hf_sirius.weights.formats import draft_linear
 from hf_sirius.weights.linear import plain_over
@@ -36,6 +38,10 @@ DRAFTS = {
     "griffin": {"method": "griffin", "density": 0.4},
     "griffin int4": {"method": "griffin", "density": 0.4, "draft_dtype": "int4"},
     "int8 shortlist": {"density": 1.0, "draft_dtype": "int8", "draft_head": "shortlist"},
+    "cats": {"method": "cats", "density": 0.5},
+    "cats int8": {"method": "cats", "density": 0.4, "draft_dtype": "int8", "selection": "topk"},
+    "teal": {"method": "teal", "density": 0.6, "weighting": "column"},
+    "teal int8": {"method": "teal", "density": 0.7, "draft_dtype": "int8"},
 }
 OPTIONS = {"do_sample": False, "max_new_tokens": 30}
 _compile = torch.compile
@@ -79,7 +85,8 @@ def assert_compiled(twin, num: int = 3):
     ],
 )
 def test_drafts_are_those_of_the_eager_twin(family, draft):
-    model = build_model(family, dtype=torch.float64 if draft in ("whole", "griffin") else torch.float32)
+    dtype = torch.float64 if draft in ("whole", "griffin", "cats", "teal") else torch.float32
+    model = build_model(family, dtype=dtype)
     fields = {**FIELDS, **DRAFTS[draft]}
     with make_sparse(model, **fields) as eager, make_sparse(model, compile_draft=True, **fields) as twin:
         for length, max_new_tokens in ((1, 40), (11, 5), (40, 100)):  # beyond windows and beyond room
@@ -92,6 +99,7 @@ def test_drafts_are_those_of_the_eager_twin(family, draft):
             # Fused, an input may round to a neighbour of its 8 bits, behind which other tokens come.
             assert drafted[0] == expected[0][0] if draft == "griffin int4" else (drafted, num_steps) == expected
             assert twin.stats.num_compiled_steps == twin.stats.num_steps > 0
+            assert twin.stats.draft_density == pytest.approx(eager.stats.draft_density, rel=1e-3)
             assert twin.stats.not_compiled is eager.stats.not_compiled is None and not eager.stats.num_compiled_steps
             assert twin.stats.num_compiled_verifications == twin.stats.num_cycles
             assert not eager.stats.num_compiled_verifications
@@ -251,8 +259,12 @@ def test_weights_are_read_by_kernels(draft_dtype, with_numba, monkeypatch):
     with torch.no_grad():
         step = _compile(layer.forward, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
         torch.testing.assert_close(step(inputs), layer(inputs))
-    called = [str(node.target) for node in graphs[0].graph.nodes]
-    assert any(name.startswith("hf_sirius") for name in called) == cpu.is_available()
+        called = [str(node.target) for node in graphs[0].graph.nodes]
+        assert any(name.startswith("hf_sirius") for name in called) == cpu.is_available()
+        if with_numba:
+            is_needed = torch.arange(1024) % 3 == 0
+            torch.testing.assert_close(step(inputs, is_needed), layer(inputs, is_needed))
+            assert not torch.equal(step(inputs, is_needed), layer(inputs)), "rows that are not needed were read"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +336,8 @@ def test_a_call_beside_another_one_drafts_eagerly():
         assert all(map(torch.equal, outputs, expected))
         assert twin.stats.total.acceptance_rate == 1
         assert_compiled(twin)
-        with twin._twin.compiled.running({}) as reason, twin._twin.compiled.running({}) as reason_of_other:
+        running = functools.partial(twin._twin.compiled.running, {}, Whole(twin.sirius_config, []), torch.device("cpu"))
+        with running() as reason, running() as reason_of_other:
             assert reason is None and reason_of_other == "another call of the twin uses the graph"
 
 
@@ -378,7 +391,8 @@ def test_calls_that_the_graph_does_not_take_draft_eagerly(reason, prepare, optio
     ],
 )
 def test_the_draft_of_an_offloaded_model_is_compiled(family, draft, tmp_path):
-    model = build_model(family, dtype=torch.float64 if draft in ("whole", "griffin") else torch.float32)
+    dtype = torch.float64 if draft in ("whole", "griffin", "cats", "teal") else torch.float32
+    model = build_model(family, dtype=dtype)
     prompts = [make_prompt(length, seed=length) for length in (11, 30)]
     expected = [generate(model, prompt=prompt) for prompt in prompts]
     disk_offload(model, str(tmp_path))
@@ -420,13 +434,27 @@ def test_what_another_hook_of_accelerate_does_is_not_left_out(caplog):
         assert "a hook of another kind" in twin.stats.not_compiled and not twin.stats.num_compiled_steps
 
 
-def test_a_model_that_is_dispatched_and_not_offloaded():
-    model = build_model()
+@pytest.mark.parametrize("draft", ["whole", "cats"])
+def test_a_model_that_is_dispatched_and_not_offloaded(draft):
+    model = build_model(dtype=torch.float32)
     expected = generate(model)
     dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-    with make_sparse(model, **FIELDS, compile_draft=True) as twin:
+    with make_sparse(model, **{**FIELDS, **DRAFTS[draft]}, compile_draft=True) as twin:
         assert torch.equal(generate(model, twin), expected)
         assert twin.stats.num_compiled_steps == twin.stats.num_steps > 0
+
+
+def test_what_an_offloaded_draft_holds_is_gone_with_its_call():
+    model = build_model(dtype=torch.float32)
+    expected = generate(model)
+    cpu_offload(model)
+    fields = {"method": "griffin", "density": 0.4, "threshold": 1.0, "kernel_size": 5}
+    with make_sparse(model, compile_draft=True, **fields) as twin:
+        assert torch.equal(generate(model, twin), expected)
+        assert twin.stats.num_compiled_steps == twin.stats.num_steps > 0
+        gc.collect()
+        dense = set(model.modules())
+        assert all(module in dense for module in twin._twin.compiled._plain)
 
 
 def test_nothing_is_left_of_a_call_or_a_model():
@@ -446,13 +474,43 @@ def test_nothing_is_left_of_a_call_or_a_model():
     ("fields", "words"),
     [
         ({"method": "griffin", "tree_width": 2}, "tree_width is 2"),
-        ({"method": "cats"}, "method='cats' at a density of 0.5 chooses anew for every token"),
+        ({"method": "cats"}, "method='cats' at a density of 0.5 chooses anew for every token within experts"),
         ({"method": "teal", "density": 0.3}, "method='teal' at a density of 0.3"),
     ],
 )
 def test_drafts_that_are_not_compiled_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
-        make_sparse(build_model(), compile_draft=True, **fields)
+        make_sparse(tiny_mixture("mixtral"), compile_draft=True, **fields)
+
+
+@pytest.mark.parametrize("draft", ["cats", "cats int8", "teal"])
+def test_what_is_chosen_for_every_token_is_chosen_in_the_graph(draft):
+    model, fields = build_model(dtype=torch.float32), {**FIELDS, **DRAFTS[draft]}
+    with make_sparse(model, **fields) as eager, make_sparse(model, compile_draft=True, **fields) as twin:
+        for seed in range(4):  # cutoffs follow from draft to draft
+            prompt = make_prompt(9, seed=seed)
+            outputs = [generate(model, t, prompt) for t in (None, eager, twin)]
+            assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+            assert twin.stats.num_compiled_steps == twin.stats.num_steps > 0
+            assert [c.drafted_ids for c in twin.stats.cycles] == [c.drafted_ids for c in eager.stats.cycles]
+        assert twin.stats.total.draft_density == pytest.approx(eager.stats.total.draft_density, rel=1e-3)
+        assert twin.stats.is_masking == eager.stats.is_masking == (draft == "teal" or not cpu.is_available())
+        assert_compiled(twin)
+        other = {**fields, "density": 0.7}
+        with make_sparse(model, compile_draft=True, **other) as another, make_sparse(model, **other) as eager:
+            for t in (another, eager):
+                assert torch.equal(generate(model, t, prompt), outputs[0])
+            assert another.stats.num_compiled_steps == another.stats.num_steps > 0
+            assert [c.drafted_ids for c in another.stats.cycles] == [c.drafted_ids for c in eager.stats.cycles]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_layouts_without_an_up_of_their_own_choose_in_the_graph(family):
+    model, fields = build_model(family), {**FIELDS, **DRAFTS["cats"]}
+    with make_sparse(model, compile_draft=True, **fields) as twin:
+        assert torch.equal(generate(model, twin), generate(model))
+        assert twin.stats.num_compiled_steps == twin.stats.num_steps > 0
+        assert twin.stats.draft_density < 1
 
 
 def test_a_model_that_transformers_cannot_compile_is_refused(monkeypatch):

@@ -19,7 +19,7 @@ from hf_sirius.model.observation import observing
 from hf_sirius.model.sites import find_mlps, neuron_weight
 from hf_sirius.settings.methods import method_class
 from hf_sirius.sparsity import cats
-from hf_sirius.weights.linear import read_rows
+from hf_sirius.weights.linear import read_needed
 
 
 NUM_NEURONS = 64
@@ -404,18 +404,18 @@ def test_a_cats_draft_is_a_masked_dense_forward(kind, selection):
 def test_of_up_only_kept_rows_are_read(tree_width, draft_dtype, monkeypatch):
     model, prompt, tokens = build_model("llama", dtype=torch.float32), make_prompt(), make_prompt(tree_width, seed=1)
     fields = {"density": 0.3, "selection": "topk", "tree_width": tree_width, "draft_dtype": draft_dtype}
-    rows_read = []
+    num_read = []
 
-    def watched(module, inputs, rows):
-        rows_read.append(rows)
-        return read_rows(module, inputs, rows)
+    def watched(module, inputs, is_needed):
+        num_read.append(int(is_needed.sum()))
+        return read_needed(module, inputs, is_needed)
 
-    monkeypatch.setattr(cats, "read_rows", watched)
+    monkeypatch.setattr(cats, "read_needed", watched)
     with make_sparse(model, **fields) as twin:
         skipped = draft_logits(twin, prompt, tokens)
-        assert [len(rows) for rows in rows_read] == 2 * [round(0.3 * NUM_NEURONS)]
+        assert num_read == 2 * [round(0.3 * NUM_NEURONS)]
         assert twin.stats.is_masking is False
-        monkeypatch.setattr(cats, "read_rows", lambda *args: None)
+        monkeypatch.setattr(cats, "read_needed", lambda *args: None)
         masked = draft_logits(twin, prompt, tokens)
         assert twin.stats.is_masking is True and twin.stats.total.is_masking is True
     assert (skipped - masked).norm() <= (1e-5 if draft_dtype is None else 1e-2) * masked.norm()

@@ -95,9 +95,10 @@ def test_what_is_not_compiled_here_is_left_out(monkeypatch):
         raise RuntimeError("no C++ compiler\n\nand how to debug it")
 
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fail)
-    figures = bench_decode(SiriusConfig(method="cats", threshold=1.0, kernel_size=8), with_rivals=True, **SIZES)
+    config = SiriusConfig(method="cats", threshold=1.0, kernel_size=8, tree_width=2)
+    figures = bench_decode(config, with_rivals=True, **SIZES)
     assert figures["left_out"]["dense, compiled"] == "no C++ compiler"
-    assert "chooses anew for every token" in figures["left_out"]["sirius, compiled"]
+    assert "tree_width is 2" in figures["left_out"]["sirius, compiled"]
     assert list(figures["others"]) == ["int4 copy as assistant", "prompt lookup"]
     assert "Left out: dense, compiled: no C++ compiler" in bench_lines(figures)
 

@@ -15,7 +15,7 @@ from torch import nn
 from hf_sirius import make_sparse
 from hf_sirius.kernels import cpu
 from hf_sirius.weights.formats import draft_linear
-from hf_sirius.weights.linear import is_kernel_faster, kernel_products, read_rows, run
+from hf_sirius.weights.linear import is_kernel_faster, kernel_products, read_needed, run
 
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -37,15 +37,16 @@ def test_the_rows_that_are_read_are_the_layers_own(
     linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
     module = linear if draft_dtype is None else draft_linear(linear, draft_dtype)
     inputs = torch.randn(1, num_tokens, in_features, dtype=dtype)
-    rows = torch.tensor(sorted(data.draw(st.sets(st.integers(0, out_features - 1)), label="rows")), dtype=torch.long)
+    drawn = st.lists(st.booleans(), min_size=out_features, max_size=out_features)
+    is_needed = torch.tensor(data.draw(drawn, label="is_needed"))
     if draft_dtype is None:
         right = inputs.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
     else:
         right = module(inputs)
-    outputs = read_rows(module, inputs, rows)
+    outputs = read_needed(module, inputs, is_needed)
     assert outputs.dtype == dtype and outputs.shape == (1, num_tokens, out_features)
     tolerance = TOLERANCES[torch.bfloat16 if draft_dtype == "bfloat16" else dtype]
-    assert (outputs - right)[..., rows].double().norm() <= tolerance * (1 + right.double().norm())
+    assert (outputs - right)[..., is_needed].double().norm() <= tolerance * (1 + right.double().norm())
 
 
 @needs_numba
@@ -54,13 +55,13 @@ def test_the_rows_that_are_read_are_the_layers_own(
 def test_other_rows_are_not_read(draft_dtype):
     linear = nn.Linear(64, 6, bias=False)
     module = linear if draft_dtype is None else draft_linear(linear, draft_dtype)
-    inputs, rows = torch.randn(1, 1, 64), torch.tensor([1, 4])
-    right = read_rows(module, inputs, rows)
+    inputs, is_needed = torch.randn(1, 1, 64), torch.tensor([False, True, False, False, True, False])
+    right = read_needed(module, inputs, is_needed)
     weight = linear.weight if draft_dtype is None else module.linear.weight
     weight.data[[0, 2, 3, 5]] = 77
-    assert torch.equal(read_rows(module, inputs, rows), right)
+    assert torch.equal(read_needed(module, inputs, is_needed), right)
     weight.data[1] = 77
-    assert not torch.equal(read_rows(module, inputs, rows), right)
+    assert not torch.equal(read_needed(module, inputs, is_needed), right)
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def test_where_no_kernel_reads_rows(case, monkeypatch):
     linear, inputs = nn.Linear(8, 6), torch.randn(1, 5 if case == "many tokens" else 1, 8)
     linear, inputs, around = in_case(case, monkeypatch, linear, inputs)
     with around:
-        assert read_rows(linear, inputs, torch.tensor([2])) is None
+        assert read_needed(linear, inputs, torch.ones(6, dtype=torch.bool)) is None
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "another dtype"])
