@@ -21,13 +21,15 @@ STYLES = {"kept": "green", "own": "bold blue", "rolled_back": "red strike", "bra
 MARKS = {"kept": ("", ""), "own": ("{+", "+}"), "rolled_back": ("[-", "-]"), "branch": ("<~", "~>")}
 
 
-def demo_modes() -> list[Mode]:
-    """Returns the dense model, and several drafts alone and corrected."""
+def demo_modes(default: SiriusConfig) -> list[Mode]:
+    """Returns the dense model, several drafts alone and corrected, and what `make_sparse` chose without settings,
+    `default`, corrected.
+    """
     modes = [Mode("dense")]
     for method, density in (("griffin", 0.5), ("griffin", 0.3), ("cats", 0.1)):
         config, name = SiriusConfig(method=method, density=density), f"{method} {density:.0%}"
         modes += [Mode(f"{name} alone", config, corrected=False), Mode(f"{name} + Sirius", config)]
-    return modes
+    return [*modes, Mode("default + Sirius", default)]
 
 
 def explain(results: dict[str, Any], num_bytes: int) -> list[str]:

@@ -149,7 +149,7 @@ def test_demo_shows_the_table_and_one_coloured_answer(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["demo", "--num_problems", "8"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("dense", "griffin 50% alone", "griffin 50% + Sirius", "effective density", "with Sirius:"):
+    for expected in ("dense", "griffin 50% alone", "griffin 50% + Sirius", "default + Sirius", "with Sirius:"):
         assert expected in printed
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from hf_sirius.cli.tables import show_drafts, show_results
+from hf_sirius.settings.config import SiriusConfig
 from hf_sirius.study.demo import demo_modes
 
 
@@ -39,7 +40,7 @@ def test_in_a_pipe_each_row_is_a_line(capsys):
 def test_the_demos_table_fits_into_80_columns_of_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     monkeypatch.setenv("TERM", "dumb")  # no colours
-    ways = [mode.name for mode in demo_modes()]
+    ways = [mode.name for mode in demo_modes(SiriusConfig())]
     show_results(results(ways), ("accuracy",))
     lines = terminal.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in terminal.getvalue()

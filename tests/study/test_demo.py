@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from hf_sirius.settings.config import SiriusConfig
 from hf_sirius.study.demo import STYLES, color_tokens, demo_modes, explain
 from hf_sirius.study.tracing import TracedToken
 
@@ -37,7 +38,8 @@ def test_without_colours_marks_tell_the_same():
 
 def results(*ms_per_token: float) -> dict:
     rows = [
-        {"way": mode.name, "alone": not mode.corrected, "accuracy": 0.25 * i} for i, mode in enumerate(demo_modes()[:5])
+        {"way": mode.name, "alone": not mode.corrected, "accuracy": 0.25 * i}
+        for i, mode in enumerate(demo_modes(SiriusConfig())[:5])
     ]
     return {"rows": [{**row, "ms_per_token": ms} for row, ms in zip(rows, ms_per_token, strict=True)]}
 
