@@ -203,9 +203,12 @@ class Controller:
         self.costs.note(num_read, cycle.verification_seconds)
         if cycle.num_accepted < len(cycle.drafted_ids):
             self.record.rereading.note(cycle.state_seconds)
+        lookups = self.record.lookups
+        if not cycle.is_lookup and lookups.waiting:  # for the model's own token it did already
+            lookups.wait(cycle.num_accepted)
         if cycle.is_lookup:
-            self.record.lookups.search.note(cycle.draft_seconds)
-            self.record.lookups.note(cycle.num_accepted, is_rejected=cycle.num_accepted < len(cycle.drafted_ids))
+            lookups.search.note(cycle.draft_seconds)
+            lookups.note(cycle.num_accepted, is_rejected=cycle.num_accepted < len(cycle.drafted_ids))
         if not cycle.num_steps:
             return
         self.record.step.note(cycle.draft_seconds / cycle.num_steps)

@@ -21,7 +21,7 @@ _FADING, _FADING_OF_ALL = 0.98, 0.999  # what a token counts when the next one i
 _MARGINS = (0.1, 0.2, 0.4, 0.8, 1.6)  # between kinds of tokens, in nats
 _PRIOR_TOKENS = 4  # for which counts what is known beforehand
 _FADING_OF_MARGINS = 0.995
-_PATIENCE, _LONGEST_WAIT = 32, 256  # cycles for which a losing draft is left at first, and at most
+_PATIENCE, _LONGEST_WAIT = 32, 256  # tokens for which a losing draft is left at first, and at most
 _CYCLES_PER_STEP = 4  # for each known step of the model alone, until another one is measured
 _MOST_STEPS = 8  # that count there
 _FEWEST = 3  # measurements of which the median is no chance
@@ -116,7 +116,7 @@ class KeptRecord:
         accepted, rejected: tokens that verifications kept, and those at which they went on by themselves, of the latest
             text; what is long ago counts less.
         all_accepted, all_rejected: the same, where it counts for much longer.
-        waiting: cycles to come before a losing proposal is tried again.
+        waiting: tokens to come before a losing proposal is tried again.
         left_for: how many there were in all.
         patience: how many there will be the next time.
         is_probing: whether the wait is over, and it is to be tried.
@@ -142,10 +142,10 @@ class KeptRecord:
         self.left_for, self.waiting, self.is_probing, self.num_taken = self.patience, self.patience - 1, True, 0
         self.patience = min(2 * self.patience, _LONGEST_WAIT)
 
-    def wait(self) -> None:
-        """Lets a cycle pass without it, which counts like a token: what is known is of a text that gets longer ago."""
-        self.waiting = max(0, self.waiting - 1)
-        self.accepted, self.rejected = _FADING * self.accepted, _FADING * self.rejected
+    def wait(self, num_tokens: int = 1) -> None:
+        """Lets tokens of the output pass without it: what is known is of a text that gets longer ago."""
+        self.waiting, fading = max(0, self.waiting - num_tokens), _FADING**num_tokens
+        self.accepted, self.rejected = fading * self.accepted, fading * self.rejected
 
     def take(self) -> None:
         """Takes note of a choice for its own sake; just behind a wait it may be by what held before, and in vain."""

@@ -251,7 +251,8 @@ def test_calls_that_end_at_any_token_go_on_as_they_are(tree_width):
         for seed in range(12):
             for _ in range(3):  # whatever they took, and were worth, drafts seem to be cheap and good
                 record.step.note(1e-6)
-            record.accepted, record.waiting = 9.0, 0
+            record.accepted = record.all_accepted = 99.0
+            record.rejected, record.all_rejected, record.waiting = 0.0, 0.0, 0
             prompt, eos = make_prompt(seed=seed), {"eos_token_id": list(range(seed, 48, 5)), "pad_token_id": 0}
             expected = model.generate(prompt, max_new_tokens=20, **eos)
             assert torch.equal(model.generate(prompt, max_new_tokens=20, assistant_model=twin, **eos), expected)
