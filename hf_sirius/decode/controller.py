@@ -153,12 +153,12 @@ class Controller:
 
     def _lately(self) -> float:
         """Returns the seconds per token of drafts that end in doubt, as they ended lately."""
-        record = self.record
-        if record.num_drafts < _FEW:
+        num_drafts, num_rejected, num_steps, num_added = self.record.of_drafts
+        if num_drafts < _FEW:
             return math.inf
-        num_steps, num_added = record.num_steps / record.num_drafts, record.num_added / record.num_drafts
-        rereading = (record.rereading.median or 0.0) * record.num_rejected / record.num_drafts
-        return (num_steps * record.step.median + self.costs.of(1 + num_steps) + rereading) / num_added
+        rereading = num_rejected * (self.record.rereading.median or 0.0)
+        seconds = num_steps * self.record.step.median + num_drafts * self.costs.of(1 + num_steps / num_drafts)
+        return (seconds + rereading) / num_added
 
     def _most(self, num_tokens: float, nodes_per_step: float = 1.0) -> float:
         """Returns how many of so many tokens may be proposed: what a verification of many more takes is not known."""

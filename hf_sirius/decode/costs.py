@@ -25,6 +25,8 @@ _PATIENCE, _LONGEST_WAIT = 32, 256  # tokens for which a losing draft is left at
 _CYCLES_PER_STEP = 4  # for each known step of the model alone, until another one is measured
 _MOST_STEPS = 8  # that count there
 _FEWEST = 3  # measurements of which the median is no chance
+_FEW_LATEST = 3  # proposals that may be of another text than those before
+_SURPRISE = 6.0  # nats by which they are likelier by a share of their own than by that of those before
 _TAKEN = 8  # cycles in which a draft is taken for its own sake, until that it had lost is forgotten
 
 
@@ -128,14 +130,19 @@ class KeptRecord:
         self.accepted, self.rejected, self.all_accepted, self.all_rejected = 0.0, 0.0, 0.0, 0.0
         self.waiting, self.left_for, self.patience, self.is_probing = 0, 0, _PATIENCE, False
         self.num_taken = 0
+        self._latest: collections.deque[tuple[int, bool]] = collections.deque(maxlen=_FEW_LATEST)
 
     @property
     def acceptance(self) -> float:
         """The share of proposed tokens that are kept, as long as all before them were: of the latest text, and as far
         as little is known of that, of all.
         """
-        of_all = (self.all_accepted + self.prior) / (self.all_accepted + self.all_rejected + 1)
-        return (self.accepted + _PRIOR_TOKENS * of_all) / (self.accepted + self.rejected + _PRIOR_TOKENS)
+        # Read once: another thread may change them meanwhile.
+        accepted, rejected, all_accepted, all_rejected = (
+            self.accepted, self.rejected, self.all_accepted, self.all_rejected
+        )  # fmt: skip
+        of_all = (all_accepted + self.prior) / (all_accepted + all_rejected + 1)
+        return (accepted + _PRIOR_TOKENS * of_all) / (accepted + rejected + _PRIOR_TOKENS)
 
     def leave(self) -> None:
         """Leaves it for a while, and the next time for twice as long."""
@@ -154,12 +161,47 @@ class KeptRecord:
             self.patience = _PATIENCE
 
     def note(self, num_accepted: int, is_rejected: bool) -> None:
-        fading = _FADING ** (num_accepted + is_rejected)
-        self.accepted = fading * self.accepted + num_accepted
-        self.rejected = fading * self.rejected + is_rejected
+        """Takes note of a proposal. Where the latest few did so badly that they are of another text, what is known of
+        the one before is forgotten: it would fade by tokens, of which each takes a cycle where none is kept.
+        """
+        self._latest.append((num_accepted, is_rejected))
+        accepted, rejected = self._of_another_text()
+        if rejected:
+            self.forget()
+        else:
+            accepted, rejected = num_accepted, int(is_rejected)
+        fading = _FADING ** (accepted + rejected)
+        self.accepted = fading * self.accepted + accepted
+        self.rejected = fading * self.rejected + rejected
         fading = _FADING_OF_ALL ** (num_accepted + is_rejected)
         self.all_accepted = fading * self.all_accepted + num_accepted
         self.all_rejected = fading * self.all_rejected + is_rejected
+
+    def _of_another_text(self) -> tuple[int, int]:
+        """Returns the tokens that were kept, and those rejected, of the latest proposals that tell that the text is a
+        worse one; (0, 0) where none do.
+        """
+        expected, accepted, rejected = self.acceptance, 0, 0
+        for num_accepted, is_rejected in reversed(list(self._latest)):
+            accepted, rejected = accepted + num_accepted, rejected + is_rejected
+            if _surprise(accepted, rejected, expected) > _SURPRISE:
+                return accepted, rejected
+        return 0, 0
+
+    def forget(self) -> None:
+        """Forgets what is known of the latest text."""
+        self.accepted, self.rejected = 0.0, 0.0
+
+
+def _surprise(accepted: int, rejected: int, expected: float) -> float:
+    """Returns the nats by which so many tokens kept, and not, are likelier by their own share of those kept than by the
+    one expected; 0 where that is no larger.
+    """
+    num = accepted + rejected
+    if accepted >= expected * num:
+        return 0.0
+    of_accepted = accepted * math.log(accepted / (num * expected)) if accepted else 0.0
+    return of_accepted + rejected * math.log(rejected / (num * (1 - expected)))
 
 
 class LookupRecord(KeptRecord):
@@ -176,8 +218,9 @@ class DraftRecord(KeptRecord):
     Attributes:
         rereading: what bringing recurrent states to the accepted length takes, where a token was rejected.
         nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
-        num_drafts, num_rejected, num_steps, num_added: drafts that ended by themselves, those of them that were not
-            kept whole, their steps, and by how many tokens the output grew with them; what is long ago counts less.
+        of_drafts: the number of those that ended by themselves, of those of them that were not kept whole, of their
+            steps, and of the tokens by which the output grew with them; what is long ago counts less. They are one
+            object, as other threads read it meanwhile.
         lookups: the same of looked up tokens.
         num_lookups: cycles in which they were taken since the draft was last asked.
     """
@@ -186,8 +229,7 @@ class DraftRecord(KeptRecord):
         super().__init__(_PRIOR_ACCEPTANCE)
         self.step, self.selection, self.rereading = _Seconds(), _Seconds(is_warm=True), _Seconds(is_warm=True)
         self.nodes_per_step = 1.0
-        self.num_drafts, self.num_rejected, self.num_steps, self.num_added = 0.0, 0.0, 0.0, 0.0
-        self._of_margins = [(0.0, 0.0) for _ in range(len(_MARGINS) + 1)]  # tokens kept, and judged
+        self.forget()
         self.lookups, self.num_lookups = LookupRecord(_PRIOR_OF_LOOKUPS), 0
 
     def acceptance_of(self, margin: float) -> float:
@@ -197,17 +239,26 @@ class DraftRecord(KeptRecord):
         num_kept, num_judged = self._of_margins[bisect.bisect(_MARGINS, margin)]
         return (num_kept + _PRIOR_TOKENS * self.acceptance) / (num_judged + _PRIOR_TOKENS)
 
+    def forget(self) -> None:
+        super().forget()
+        self.of_drafts = (0.0, 0.0, 0.0, 0.0)
+        self._of_margins = [(0.0, 0.0) for _ in range(len(_MARGINS) + 1)]  # tokens kept, and judged
+
     def note_draft(self, num_steps: int, margins: Sequence[float], num_accepted: int, is_rejected: bool) -> None:
         """Takes note of a draft that ended by itself, and of which so many tokens were kept, each with its margin."""
         fading = _FADING ** (num_accepted + 1)
-        self.num_drafts = fading * self.num_drafts + 1
-        self.num_rejected = fading * self.num_rejected + is_rejected
-        self.num_steps = fading * self.num_steps + num_steps
-        self.num_added = fading * self.num_added + num_accepted + 1
+        num_drafts, num_rejected, all_steps, num_added = (fading * num for num in self.of_drafts)
+        self.of_drafts = (
+            num_drafts + 1,
+            num_rejected + is_rejected,
+            all_steps + num_steps,
+            num_added + num_accepted + 1,
+        )
+        of_margins = self._of_margins
         for i, margin in enumerate(margins[: num_accepted + 1]):  # behind the first rejected one nothing was judged
             kind = bisect.bisect(_MARGINS, margin)
-            num_kept, num_judged = self._of_margins[kind]
-            self._of_margins[kind] = (
+            num_kept, num_judged = of_margins[kind]
+            of_margins[kind] = (
                 _FADING_OF_MARGINS * num_kept + (i < num_accepted),
                 _FADING_OF_MARGINS * num_judged + 1,
             )

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import random
+import statistics
 
 import pytest
 import torch
@@ -105,14 +106,14 @@ def test_what_states_cost_behind_a_rejection_is_part_of_a_cycle():
 
 @settings(deadline=None)
 @given(
-    step=st.floats(0.02, 1.2), per_token=st.floats(0.0, 1.0), acceptance=st.floats(0.0, 1.0), seed=st.integers(0, 999)
+    step=st.floats(0.02, 1.2), per_token=st.floats(0.0, 0.5), acceptance=st.floats(0.0, 1.0), seed=st.integers(0, 999)
 )
 def test_a_draft_that_loses_costs_little_and_less_the_next_time(step, per_token, acceptance, seed):
     machine = Machine(step, per_token, acceptance, seed=seed)
-    seconds = [machine.call(128) for _ in range(8)]
+    seconds = [machine.call(128) for _ in range(20)]
     assert seconds[0] <= 1.25 * 128  # in which what verifications take is found out
     if machine.best() > 1.05:  # no draft wins
-        assert sum(seconds[4:]) <= 1.03 * 4 * 128
+        assert sum(seconds[4:]) <= 1.03 * 16 * 128  # a single call may have a long draft that did well by chance
 
 
 @settings(deadline=None, max_examples=50)
@@ -157,6 +158,36 @@ def test_a_text_that_drafts_do_not_suit_costs_little_and_is_forgotten(seed):
     for _ in range(4):
         machine.call(128)
     assert sum(machine.call(128) for _ in range(8)) <= 0.93 * 8 * 128, "drafts were left for good"
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.15, 0.3])
+def test_drafts_that_are_sure_and_wrong_are_found_out_soon(acceptance):
+    seconds = []
+    for seed in range(8):
+        machine = Machine(step=0.5, per_token=0.02, acceptance=0.995, seed=seed)
+        machine.token = lambda machine=machine: (3.0, machine.random.random() < machine.acceptance)
+        for _ in range(6):
+            machine.call(128)
+        machine.acceptance = acceptance
+        seconds.append(machine.call(128) / 128)
+    assert statistics.median(seconds) <= 1.2
+
+
+def test_what_is_known_of_a_text_is_forgotten_where_the_latest_drafts_are_of_another():
+    record = counting.DraftRecord()
+    for _ in range(10):
+        record.note(31, is_rejected=False)
+        record.note_draft(31, [3.0] * 31, 31, is_rejected=False)
+    assert record.acceptance > 0.98 and record.acceptance_of(3.0) > 0.98 and record.of_drafts[0] > 1
+    for num_accepted in (20, 0, 0, 0):
+        record.note(num_accepted, is_rejected=True)
+    assert record.acceptance < 0.6 and record.of_drafts[0] == 0
+    assert record.acceptance == record.acceptance_of(3.0)
+    for _ in range(200):
+        record.note(6, is_rejected=True)
+        record.note_draft(7, [3.0] * 7, 6, is_rejected=True)
+    assert record.acceptance == pytest.approx(6 / 7, abs=0.02)
+    assert record.of_drafts[0] > 5, "what is as expected makes nothing forgotten"
 
 
 def test_a_burst_of_other_work_in_the_first_steps_is_found_out():
