@@ -175,10 +175,10 @@ class Controller:
             nodes_per_step: how many a verification reads for each.
         """
         rereading = self.record.rereading.median or 0.0  # behind a rejection
-        best, advance = 0, 1.0
+        acceptance, best, advance = record.acceptance, 0, 1.0
         for num in range(1, int(self._most(num_tokens, nodes_per_step)) + 1):
-            advance += record.acceptance**num
-            is_rejected = 1 - record.acceptance**num  # the likelihood of it
+            advance += acceptance**num
+            is_rejected = 1 - acceptance**num  # the likelihood of it
             verification = self.costs.of(1 + num * nodes_per_step) + is_rejected * rereading
             seconds = (ahead + num * step + verification) / advance
             if seconds < least:

@@ -26,7 +26,7 @@ _CYCLES_PER_STEP = 4  # for each known step of the model alone, until another on
 _MOST_STEPS = 8  # that count there
 _FEWEST = 3  # measurements of which the median is no chance
 _FEW_LATEST = 3  # proposals that may be of another text than those before
-_SURPRISE = 6.0  # nats by which they are likelier by a share of their own than by that of those before
+_SURPRISE = 6.0  # nats by which they are likelier by a share of their own than by the one that was expected
 _TAKEN = 8  # cycles in which a draft is taken for its own sake, until that it had lost is forgotten
 
 
@@ -148,6 +148,7 @@ class KeptRecord:
         """Leaves it for a while, and the next time for twice as long."""
         self.left_for, self.waiting, self.is_probing, self.num_taken = self.patience, self.patience - 1, True, 0
         self.patience = min(2 * self.patience, _LONGEST_WAIT)
+        self._latest.clear()
 
     def wait(self, num_tokens: int = 1) -> None:
         """Lets tokens of the output pass without it: what is known is of a text that gets longer ago."""
@@ -161,15 +162,14 @@ class KeptRecord:
             self.patience = _PATIENCE
 
     def note(self, num_accepted: int, is_rejected: bool) -> None:
-        """Takes note of a proposal. Where the latest few did so badly that they are of another text, what is known of
-        the one before is forgotten: it would fade by tokens, of which each takes a cycle where none is kept.
+        """Takes note of a proposal. Where the latest few did so badly that they are of another text, what was known is
+        forgotten: it would fade by tokens, of which each takes a cycle where none is kept.
         """
         self._latest.append((num_accepted, is_rejected))
-        accepted, rejected = self._of_another_text()
-        if rejected:
-            self.forget()
-        else:
-            accepted, rejected = num_accepted, int(is_rejected)
+        accepted, rejected = num_accepted, int(is_rejected)
+        if is_rejected and (latest := self._of_another_text()):
+            self._forget()
+            accepted, rejected = latest
         fading = _FADING ** (accepted + rejected)
         self.accepted = fading * self.accepted + accepted
         self.rejected = fading * self.rejected + rejected
@@ -177,19 +177,20 @@ class KeptRecord:
         self.all_accepted = fading * self.all_accepted + num_accepted
         self.all_rejected = fading * self.all_rejected + is_rejected
 
-    def _of_another_text(self) -> tuple[int, int]:
-        """Returns the tokens that were kept, and those rejected, of the latest proposals that tell that the text is a
-        worse one; (0, 0) where none do.
+    def _of_another_text(self) -> tuple[int, int] | None:
+        """Returns the tokens kept, and those rejected, of the latest proposals where these are of a worse text than
+        those before; else `None`.
         """
-        expected, accepted, rejected = self.acceptance, 0, 0
+        expected = min(self.acceptance, _FADING)  # some fifty tokens tell of no larger share
+        accepted, rejected = 0, 0
         for num_accepted, is_rejected in reversed(list(self._latest)):
             accepted, rejected = accepted + num_accepted, rejected + is_rejected
             if _surprise(accepted, rejected, expected) > _SURPRISE:
                 return accepted, rejected
-        return 0, 0
+        return None
 
-    def forget(self) -> None:
-        """Forgets what is known of the latest text."""
+    def _forget(self) -> None:
+        """Forgets what is known of a text, and keeps what is known of all."""
         self.accepted, self.rejected = 0.0, 0.0
 
 
@@ -218,10 +219,9 @@ class DraftRecord(KeptRecord):
     Attributes:
         rereading: what bringing recurrent states to the accepted length takes, where a token was rejected.
         nodes_per_step: tokens that a verification reads for each draft step: more than one of trees.
-        of_drafts: the number of those that ended by themselves, of those of them that were not kept whole, of their
-            steps, and of the tokens by which the output grew with them; what is long ago counts less. They are one
-            object, as other threads read it meanwhile.
-        lookups: the same of looked up tokens.
+        of_drafts: drafts that ended by themselves, those of them that were not kept whole, their steps, and the tokens
+            by which the output grew; what is long ago counts less. One object, as other threads read it meanwhile.
+        lookups: how looked up tokens did.
         num_lookups: cycles in which they were taken since the draft was last asked.
     """
 
@@ -229,7 +229,7 @@ class DraftRecord(KeptRecord):
         super().__init__(_PRIOR_ACCEPTANCE)
         self.step, self.selection, self.rereading = _Seconds(), _Seconds(is_warm=True), _Seconds(is_warm=True)
         self.nodes_per_step = 1.0
-        self.forget()
+        self._forget()
         self.lookups, self.num_lookups = LookupRecord(_PRIOR_OF_LOOKUPS), 0
 
     def acceptance_of(self, margin: float) -> float:
@@ -239,21 +239,16 @@ class DraftRecord(KeptRecord):
         num_kept, num_judged = self._of_margins[bisect.bisect(_MARGINS, margin)]
         return (num_kept + _PRIOR_TOKENS * self.acceptance) / (num_judged + _PRIOR_TOKENS)
 
-    def forget(self) -> None:
-        super().forget()
-        self.of_drafts = (0.0, 0.0, 0.0, 0.0)
+    def _forget(self) -> None:
+        super()._forget()
+        self.of_drafts: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
         self._of_margins = [(0.0, 0.0) for _ in range(len(_MARGINS) + 1)]  # tokens kept, and judged
 
     def note_draft(self, num_steps: int, margins: Sequence[float], num_accepted: int, is_rejected: bool) -> None:
         """Takes note of a draft that ended by itself, and of which so many tokens were kept, each with its margin."""
         fading = _FADING ** (num_accepted + 1)
-        num_drafts, num_rejected, all_steps, num_added = (fading * num for num in self.of_drafts)
-        self.of_drafts = (
-            num_drafts + 1,
-            num_rejected + is_rejected,
-            all_steps + num_steps,
-            num_added + num_accepted + 1,
-        )
+        added = (1, is_rejected, num_steps, num_accepted + 1)
+        self.of_drafts = tuple(fading * old + new for old, new in zip(self.of_drafts, added, strict=True))
         of_margins = self._of_margins
         for i, margin in enumerate(margins[: num_accepted + 1]):  # behind the first rejected one nothing was judged
             kind = bisect.bisect(_MARGINS, margin)

@@ -104,6 +104,7 @@ def test_what_states_cost_behind_a_rejection_is_part_of_a_cycle():
     assert longest[0] > longest[1] > longest[2] == 0
 
 
+# Of dearer tokens a single long draft, taken by chance, is a quarter of a call.
 @settings(deadline=None)
 @given(
     step=st.floats(0.02, 1.2), per_token=st.floats(0.0, 0.5), acceptance=st.floats(0.0, 1.0), seed=st.integers(0, 999)
@@ -113,7 +114,7 @@ def test_a_draft_that_loses_costs_little_and_less_the_next_time(step, per_token,
     seconds = [machine.call(128) for _ in range(20)]
     assert seconds[0] <= 1.25 * 128  # in which what verifications take is found out
     if machine.best() > 1.05:  # no draft wins
-        assert sum(seconds[4:]) <= 1.03 * 16 * 128  # a single call may have a long draft that did well by chance
+        assert sum(seconds[4:]) <= 1.03 * 16 * 128
 
 
 @settings(deadline=None, max_examples=50)
@@ -170,24 +171,47 @@ def test_drafts_that_are_sure_and_wrong_are_found_out_soon(acceptance):
             machine.call(128)
         machine.acceptance = acceptance
         seconds.append(machine.call(128) / 128)
-    assert statistics.median(seconds) <= 1.2
+    assert statistics.median(seconds) <= 1.3  # two drafts of 31 tokens; it had been 1.6
 
 
-def test_what_is_known_of_a_text_is_forgotten_where_the_latest_drafts_are_of_another():
+def sure_record() -> counting.DraftRecord:
     record = counting.DraftRecord()
     for _ in range(10):
         record.note(31, is_rejected=False)
         record.note_draft(31, [3.0] * 31, 31, is_rejected=False)
-    assert record.acceptance > 0.98 and record.acceptance_of(3.0) > 0.98 and record.of_drafts[0] > 1
-    for num_accepted in (20, 0, 0, 0):
+    return record
+
+
+def test_what_is_known_of_a_text_is_forgotten_where_the_latest_drafts_are_of_another():
+    record = sure_record()
+    for num_accepted in (20, 0):
         record.note(num_accepted, is_rejected=True)
-    assert record.acceptance < 0.6 and record.of_drafts[0] == 0
-    assert record.acceptance == record.acceptance_of(3.0)
-    for _ in range(200):
-        record.note(6, is_rejected=True)
-        record.note_draft(7, [3.0] * 7, 6, is_rejected=True)
-    assert record.acceptance == pytest.approx(6 / 7, abs=0.02)
-    assert record.of_drafts[0] > 5, "what is as expected makes nothing forgotten"
+        assert record.acceptance > 0.9 and record.of_drafts[0] > 2, "as is to be expected now and then"
+    record.note(0, is_rejected=True)
+    assert record.acceptance < 0.7 and record.acceptance_of(3.0) == record.acceptance and record.of_drafts[0] == 0
+
+
+@pytest.mark.parametrize("acceptance", [0.8, 0.95, 0.99, 0.999])
+def test_what_is_known_of_a_text_is_seldom_forgotten_by_chance(acceptance, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(counting.DraftRecord, "_forget", lambda self: forgotten.append(self))
+    record, machine, num_noted = counting.DraftRecord(), Machine(0.5, 0.02, acceptance), 3000
+    forgotten.clear()
+    for _ in range(num_noted):
+        kept = [machine.token()[1] for _ in range(16)]
+        num_accepted = kept.index(False) if False in kept else 16
+        record.note(num_accepted, is_rejected=num_accepted < 16)
+    assert len(forgotten) <= num_noted / 100
+
+
+def test_drafts_of_before_a_wait_are_not_counted_again_behind_it():
+    record = sure_record()
+    for _ in range(2):
+        record.note(0, is_rejected=True)
+    record.leave()
+    record.wait(256)
+    record.note(0, is_rejected=True)
+    assert record.rejected < 1.1, "those of before have faded"
 
 
 def test_a_burst_of_other_work_in_the_first_steps_is_found_out():
